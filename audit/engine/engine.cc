@@ -1,0 +1,170 @@
+#include "audit/engine/engine.h"
+
+#include <algorithm>
+#include <set>
+
+#include "audit/measures/measure.h"
+#include "audit/rules/rule.h"
+
+namespace moeaudit {
+namespace {
+
+bool matches(std::string_view pattern, const Rule& rule) {
+  return rule.id.substr(0, pattern.size()) == pattern || rule.name == pattern;
+}
+
+bool any_matches(const std::vector<std::string>& patterns, const Rule& rule) {
+  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& p) { return matches(p, rule); });
+}
+
+std::vector<const Rule*> select_rules(const EngineOptions& options) {
+  std::vector<const Rule*> selected;
+  for (int i = 0; i < kNumRules; ++i) {
+    const bool in = options.select.empty() || any_matches(options.select, *kRules[i]);
+    if (in && !any_matches(options.ignore, *kRules[i])) selected.push_back(kRules[i]);
+  }
+  return selected;
+}
+
+using Names = std::set<std::string_view>;
+
+bool supplies_any(const Measure& measure, const Names& wanted) {
+  return std::any_of(measure.supplies.begin(), measure.supplies.end(), [&](std::string_view n) { return wanted.count(n) > 0; });
+}
+
+/// Runs the measures that supply `wanted`, the measures they want first. Each measure runs at most once.
+class Measures {
+ public:
+  explicit Measures(MeasureContext& context) : context_(context) {}
+
+  bool run_for(const Names& wanted) {
+    bool ran = false;
+    for (int i = 0; i < kNumMeasures; ++i) {
+      if (supplies_any(*kMeasures[i], wanted)) ran |= run(*kMeasures[i]);
+    }
+    return ran;
+  }
+
+ private:
+  bool run(const Measure& measure) {
+    if (!done_.insert(&measure).second) return false;  // also ends a cycle of wants
+    run_for(Names(measure.wants.begin(), measure.wants.end()));
+    measure.run(context_);
+    return true;
+  }
+
+  MeasureContext& context_;
+  std::set<const Measure*> done_;
+};
+
+}  // namespace
+
+bool selects_nothing(std::string_view pattern) {
+  for (int i = 0; i < kNumRules; ++i) {
+    if (matches(pattern, *kRules[i])) return false;
+  }
+  return true;
+}
+
+RunResult audit_run(LoadedRun run, const EngineOptions& options) {
+  RunResult result;
+  result.name = std::move(run.name);
+  result.facts = std::move(run.facts);
+  result.inputs = std::move(run.inputs);
+  result.problems = std::move(run.problems);
+
+  MeasureContext context{result.facts,     run.model,       run.adapter,      run.hidden_states,
+                         options.threads,  options.replays, options.progress, result.measures};
+  Measures measures(context);
+  if (options.measure_everything) {
+    Names all;
+    for (int i = 0; i < kNumMeasures; ++i) all.insert(kMeasures[i]->supplies.begin(), kMeasures[i]->supplies.end());
+    measures.run_for(all);
+  }
+
+  // A rule is a pure function of facts, so it is simply asked again once the facts it missed have been measured.
+  const std::vector<const Rule*> rules = select_rules(options);
+  for (bool again = true; again;) {
+    result.rules.clear();
+    Names wanted;
+    for (const Rule* rule : rules) {
+      Facts facts(result.facts);
+      result.rules.push_back({rule->id, rule->name, rule->check(facts)});
+      wanted.insert(facts.asked_unknown().begin(), facts.asked_unknown().end());
+    }
+    again = measures.run_for(wanted);
+  }
+  return result;
+}
+
+namespace {
+
+struct Tally {
+  bool judged = false;       // some rule passed or found something
+  bool cannot_tell = false;
+  bool finding = false;
+  Severity worst = Severity::kNote;
+};
+
+Tally count(const RunResult& run) {
+  Tally tally;
+  for (const RuleResult& rule : run.rules) {
+    switch (rule.outcome.kind) {
+      case Outcome::Kind::kPass: tally.judged = true; break;
+      case Outcome::Kind::kCannotTell: tally.cannot_tell = true; break;
+      case Outcome::Kind::kNotApplicable: break;
+      case Outcome::Kind::kFinding:
+        tally.judged = tally.finding = true;
+        for (const Finding& f : rule.outcome.findings) tally.worst = std::max(tally.worst, f.severity);
+    }
+  }
+  return tally;
+}
+
+bool reaches(Severity worst, FailOn limit) {
+  switch (limit) {
+    case FailOn::kError: return worst == Severity::kError;
+    case FailOn::kWarning: return worst >= Severity::kWarning;
+    case FailOn::kNote: return true;
+    case FailOn::kNever: return false;
+  }
+  return false;
+}
+
+/// Why a run could not be judged; empty if it could.
+std::string obstacle(const RunResult& run, const Tally& tally) {
+  for (const InputProblem& problem : run.problems) {
+    if (problem.fatal) return problem.file.empty() ? problem.what : problem.file + ": " + problem.what;
+  }
+  if (run.facts.has_moe.known() && !run.facts.has_moe.value()) {
+    return "no Mixture-of-Experts model found in " + run.name + ": " + to_text(run.facts.has_moe.source()) +
+           " has no routed experts";
+  }
+  if (!tally.judged) {
+    return tally.cannot_tell ? "no rule had the facts it needs; see what could not be judged" : "no rule applied";
+  }
+  return {};
+}
+
+}  // namespace
+
+AuditResult conclude(std::vector<RunResult> runs, const EngineOptions& options) {
+  AuditResult result;
+  result.tool_version = MOE_AUDIT_VERSION;
+  bool finding = false, over_limit = false, cannot_tell = false;
+  for (const RunResult& run : runs) {
+    const Tally tally = count(run);
+    finding |= tally.finding;
+    over_limit |= tally.finding && reaches(tally.worst, options.fail_on);
+    cannot_tell |= tally.cannot_tell;
+    if (result.could_not_judge.empty()) result.could_not_judge = obstacle(run, tally);
+  }
+  if (runs.empty()) result.could_not_judge = "nothing to audit";
+  const bool judged = result.could_not_judge.empty();
+  result.verdict = !judged ? Verdict::kCouldNotJudge : finding ? Verdict::kFindings : Verdict::kPassed;
+  result.exit_code = (!judged || (options.strict && cannot_tell)) ? 2 : over_limit ? 1 : 0;
+  result.runs = std::move(runs);
+  return result;
+}
+
+}  // namespace moeaudit

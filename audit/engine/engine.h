@@ -1,0 +1,36 @@
+// Selects rules, runs the measures they ask for, runs the rules, orders the results.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "audit/facts/finding.h"
+#include "audit/inputs/inputs.h"
+
+namespace moeaudit {
+
+enum class FailOn { kError, kWarning, kNote, kNever };
+
+struct EngineOptions {
+  std::vector<std::string> select;   // ids or id prefixes; empty: all
+  std::vector<std::string> ignore;
+  FailOn fail_on = FailOn::kError;
+  bool strict = false;               // cannot_tell gives exit code 2
+  bool replays = true;               // false: --static
+  bool measure_everything = false;   // `moe-audit facts`: run every measure, whether or not a rule asks
+  int threads = 1;
+  std::function<void(std::string_view stage, double done)> progress;
+};
+
+/// Judges one run. Moves the facts and inputs of `run` into the result.
+RunResult audit_run(LoadedRun run, const EngineOptions& options);
+
+/// Verdict and exit code over all runs (docs/architecture.md).
+AuditResult conclude(std::vector<RunResult> runs, const EngineOptions& options);
+
+/// True if `pattern` (id, id prefix or name) selects no rule at all: wrong usage.
+bool selects_nothing(std::string_view pattern);
+
+}  // namespace moeaudit

@@ -1,0 +1,96 @@
+#include "audit/facts/fact_sheet.h"
+
+#include <charconv>
+#include <cmath>
+#include <map>
+
+namespace moeaudit {
+namespace {
+
+std::string rows(std::size_t n, const char* one, const char* many) {
+  return std::to_string(n) + " " + (n == 1 ? one : many);
+}
+
+}  // namespace
+
+std::string to_text(bool v) { return v ? "true" : "false"; }
+std::string to_text(std::int64_t v) { return std::to_string(v); }
+std::string to_text(const std::string& v) { return v; }
+
+std::string to_text(double v) {
+  if (std::isnan(v)) return "nan";
+  if (std::isinf(v)) return v > 0 ? "inf" : "-inf";
+  char buffer[64];
+  const auto result = std::to_chars(buffer, buffer + sizeof buffer, v);
+  return std::string(buffer, result.ptr);
+}
+
+std::string to_text(const std::vector<std::int64_t>& v) {
+  std::string text;
+  for (std::size_t i = 0; i < v.size();) {
+    std::size_t end = i + 1;
+    while (end < v.size() && v[end] == v[end - 1] + 1) ++end;
+    if (!text.empty()) text += ", ";
+    text += std::to_string(v[i]);
+    if (end - i > 2) {
+      text += "-" + std::to_string(v[end - 1]);
+      i = end;
+    } else {
+      ++i;
+    }
+  }
+  return text.empty() ? "none" : text;
+}
+
+std::string to_text(const std::vector<std::string>& v) {
+  std::string text;
+  for (const std::string& item : v) text += (text.empty() ? "" : ", ") + item;
+  return text.empty() ? "none" : text;
+}
+
+std::string to_text(const Routing& v) {
+  std::string text = name_of(v.scoring);
+  if (v.softmax_after_top_k) text += " over the chosen experts";
+  if (v.linear_bias) text += ", linear bias";
+  if (v.correction_bias) text += ", selection bias";
+  if (v.groups > 1) {
+    text += ", " + std::to_string(v.top_groups) + " of " + std::to_string(v.groups) + " groups by " + name_of(v.group_score);
+  }
+  text += v.renormalise ? ", renormalised" : ", not renormalised";
+  if (v.scaling != 1.0) text += ", scaled by " + to_text(v.scaling);
+  return text;
+}
+
+std::string to_text(const RouterTable& v) { return rows(v.layer.size(), "router", "routers"); }
+std::string to_text(const RouterValues& v) { return rows(v.layer.size(), "router tensor", "router tensors") + " scanned"; }
+std::string to_text(const TensorDiff& v) {
+  return std::to_string(v.missing.size()) + " missing, " + std::to_string(v.unexpected.size()) + " unexpected";
+}
+std::string to_text(const PrecisionTable& v) {
+  return rows(v.layer.size(), "row", "rows") + " (router and mode); " + v.input;
+}
+std::string to_text(const AdapterTargets& v) { return rows(v.entry.size(), "entry", "entries"); }
+std::string to_text(const AdapterTensors& v) { return rows(v.module.size(), "adapted module", "adapted modules"); }
+
+std::string to_text(const AdapterModules& v) {
+  std::map<Part, std::size_t> count;
+  for (Part part : v.part) ++count[part];
+  std::string text = rows(v.module.size(), "module", "modules");
+  const char* separator = ": ";
+  for (const auto& [part, n] : count) {
+    text += separator + std::string(name_of(part)) + " " + std::to_string(n);
+    separator = ", ";
+  }
+  return text;
+}
+
+std::string to_text(const LogTable& v) {
+  std::string text = rows(v.step.size(), "entry", "entries");
+  if (!v.step.empty()) text += ", steps " + std::to_string(v.step.front()) + " to " + std::to_string(v.step.back());
+  return text;
+}
+std::string to_text(const std::vector<WeightProblem>& v) { return rows(v.size(), "problem", "problems"); }
+std::string to_text(const std::vector<IgnoredKey>& v) { return rows(v.size(), "key", "keys"); }
+std::string to_text(const std::vector<UnreadKey>& v) { return rows(v.size(), "key", "keys"); }
+
+}  // namespace moeaudit

@@ -1,0 +1,344 @@
+// Value types of facts that are more than a number or a word. Columns hold one row a layer, module or step and have
+// one origin for the whole column (docs/architecture.md). All vectors of one column have equal length. Each struct has
+// visit(self, f), which calls f("field", value) for every field in order: writers and test readers go through it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moeaudit {
+
+// ---- words -------------------------------------------------------------------------------------------------------
+
+enum class DType {
+  kUnknown, kF64, kF32, kBF16, kF16, kF8E4M3, kF8E5M2, kF8E8M0, kF4, kF6E2M3, kF6E3M2,
+  kI64, kI32, kI16, kI8, kU64, kU32, kU16, kU8, kBool, kC64,
+};
+/// safetensors spelling: "BF16", "F8_E4M3", ... ; "?" for kUnknown.
+const char* name_of(DType dtype);
+
+enum class Scoring { kSoftmax, kSigmoid, kSqrtSoftplus };          // what turns logits into scores
+enum class Method { kFull, kLora, kQlora, kOtherAdapter };         // what is trained
+/// kAutocast*: weights keep their dtype and torch.autocast lowers matmuls; kPure*: everything runs in that dtype.
+enum class Precision { kFp32, kAutocastBf16, kAutocastFp16, kPureBf16, kPureFp16 };
+/// What happens to the balance loss when output_router_logits resolves to true.
+enum class AuxEffect { kAdded, kIgnored, kCrash, kKeywordOnly, kNoField };
+/// How a family keeps its experts balanced while it is being fine-tuned with this stack.
+enum class Balance { kAuxLoss, kBiasUpdate, kBiasFrozen, kNone };
+/// Where a module of the network belongs.
+enum class Part { kRouter, kRoutedExpert, kSharedExpert, kSharedExpertGate, kDenseMlp, kAttention, kEmbedding, kHead, kNorm, kOther };
+
+/// How group-limited routing scores a group: best expert, sum of its two best, or no groups.
+enum class GroupScore { kNone, kMax, kTop2Sum };
+
+const char* name_of(Scoring v);
+const char* name_of(GroupScore v);
+const char* name_of(Method v);
+const char* name_of(Precision v);
+const char* name_of(AuxEffect v);
+const char* name_of(Balance v);
+const char* name_of(Part v);
+
+/// The routing conventions of a family, as its modelling code has them (order: logits, +linear bias, score, +correction
+/// bias for selection only, group mask, top-k, gather, renormalise, scale).
+struct Routing {
+  Scoring scoring = Scoring::kSoftmax;
+  bool softmax_after_top_k = false;   // gpt_oss: top-k on logits, softmax over the k
+  bool linear_bias = false;           // a bias that is part of the logits
+  bool correction_bias = false;       // added to the scores for selection only
+  GroupScore group_score = GroupScore::kNone;
+  std::int64_t groups = 1, top_groups = 1;
+  bool group_mask_is_zero = false;    // masked groups get 0.0 instead of -inf (transformers before 5.6)
+  bool renormalise = false;
+  double renormalise_eps = 0.0;       // added to the sum
+  double scaling = 1.0;
+  DType logits_dtype = DType::kUnknown;  // as written; kUnknown: the dtype of the activations
+  DType scores_dtype = DType::kF32;      // dtype in which softmax/sigmoid runs
+  std::string weight_tensor;             // "model.layers.{L}.mlp.gate.weight"
+  std::string linear_bias_tensor;        // empty if none
+  std::string correction_bias_tensor;    // empty if none
+  std::string input_norm_tensor;         // RMSNorm weight in front of the MoE block, for the probe
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("scoring", s.scoring);
+    f("softmax_after_top_k", s.softmax_after_top_k);
+    f("linear_bias", s.linear_bias);
+    f("correction_bias", s.correction_bias);
+    f("group_score", s.group_score);
+    f("groups", s.groups);
+    f("top_groups", s.top_groups);
+    f("group_mask_is_zero", s.group_mask_is_zero);
+    f("renormalise", s.renormalise);
+    f("renormalise_eps", s.renormalise_eps);
+    f("scaling", s.scaling);
+    f("logits_dtype", s.logits_dtype);
+    f("scores_dtype", s.scores_dtype);
+    f("weight_tensor", s.weight_tensor);
+    f("linear_bias_tensor", s.linear_bias_tensor);
+    f("correction_bias_tensor", s.correction_bias_tensor);
+    f("input_norm_tensor", s.input_norm_tensor);
+  }
+};
+
+// ---- weights -----------------------------------------------------------------------------------------------------
+
+/// One fault of a weight file (CK000). `offset` is a byte offset in `file`, -1 when it does not apply.
+struct WeightProblem {
+  std::string file;
+  std::int64_t offset = -1;
+  std::string tensor;  // empty: the file as a whole
+  std::string what;    // "header length 9000000000 exceeds the file size 4096"
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("file", s.file);
+    f("offset", s.offset);
+    f("tensor", s.tensor);
+    f("what", s.what);
+  }
+};
+
+/// One row per MoE layer found in the tensor headers, whatever the on-disk layout.
+struct RouterTable {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;         // router weight, [experts, hidden]
+  std::vector<std::string> file;
+  std::vector<DType> dtype;
+  std::vector<std::int64_t> experts;       // rows of the router weight
+  std::vector<std::int64_t> hidden;        // columns of the router weight
+  std::vector<std::int64_t> expert_count;  // experts for which expert tensors exist in this layer
+  std::vector<std::int64_t> expert_hidden; // hidden size as the expert tensors have it, -1 unknown (packed)
+  std::vector<char> fused;                 // 1: one 3-D stack a layer; 0: one tensor an expert
+  std::vector<std::string> bias;           // correction bias tensor, empty if none
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("dtype", s.dtype);
+    f("experts", s.experts);
+    f("hidden", s.hidden);
+    f("expert_count", s.expert_count);
+    f("expert_hidden", s.expert_hidden);
+    f("fused", s.fused);
+    f("bias", s.bias);
+  }
+};
+
+/// One row per router tensor (weight, linear bias, correction bias) whose values were read.
+struct RouterValues {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<char> is_buffer;               // correction bias and other buffers
+  std::vector<std::int64_t> non_finite;      // count of NaN and infinities
+  std::vector<std::int64_t> first_index;     // flat index of the first one, -1 if none
+  std::vector<std::int64_t> zero_rows;       // rows that are exactly zero
+  std::vector<std::int64_t> first_zero_row;  // -1 if none
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("is_buffer", s.is_buffer);
+    f("non_finite", s.non_finite);
+    f("first_index", s.first_index);
+    f("zero_rows", s.zero_rows);
+    f("first_zero_row", s.first_zero_row);
+  }
+};
+
+/// Names the family expects and the files do not have, and the other way round. Tied weights are not listed.
+struct TensorDiff {
+  std::vector<std::string> missing;
+  std::vector<std::string> missing_shard;    // shard file the index names for it; empty if the index does not know it
+  std::vector<std::string> unexpected;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("missing", s.missing);
+    f("missing_shard", s.missing_shard);
+    f("unexpected", s.unexpected);
+  }
+};
+
+// ---- router precision ----------------------------------------------------------------------------------------------
+
+/// One row per router and mode. Share = tokens whose selected expert set differs from the float64 truth / tokens.
+struct PrecisionTable {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;
+  std::vector<std::string> mode;         // "fp32", "bf16", "fp16", "executed", "nf4", "int8"
+  std::vector<std::int64_t> tokens;
+  std::vector<double> flipped;           // share of tokens with another expert set
+  std::vector<double> low, high;         // 95 % Wilson interval of `flipped`
+  std::vector<double> near_ties;         // share of tokens whose k-th and (k+1)-th score differ by less than the rounding
+  std::vector<double> weight_error;      // largest absolute error of a routing weight, over tokens with equal sets
+  std::vector<double> max_abs_logit;     // float64 truth
+  std::vector<std::int64_t> overflowed;  // logits that are non-finite in this mode and finite in float64
+  std::string input;                     // "hidden states FILE" or "probe: seeded unit Gaussian through the norm weight"
+  bool probe = true;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("mode", s.mode);
+    f("tokens", s.tokens);
+    f("flipped", s.flipped);
+    f("low", s.low);
+    f("high", s.high);
+    f("near_ties", s.near_ties);
+    f("weight_error", s.weight_error);
+    f("max_abs_logit", s.max_abs_logit);
+    f("overflowed", s.overflowed);
+    f("input", s.input);
+    f("probe", s.probe);
+  }
+};
+
+// ---- adapters ------------------------------------------------------------------------------------------------------
+
+/// One row per module (or parameter) that the adapter reaches, resolved under the pinned PEFT and transformers.
+struct AdapterModules {
+  std::vector<std::string> module;     // path in memory
+  std::vector<Part> part;
+  std::vector<int> layer;              // -1 outside layers
+  std::vector<int> expert;             // -1 unless one expert's module; fused stacks have -1
+  std::vector<std::int64_t> rank;      // 0: the module is trained whole (modules_to_save)
+  std::vector<std::int64_t> in, out;   // matrix size; 0 unknown
+  std::vector<std::int64_t> copies;    // E for a fused stack, else 1
+  std::vector<std::int64_t> adapter_parameters;
+  std::vector<std::int64_t> base_parameters;
+  std::vector<char> by_parameter;      // 1: through target_parameters
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("module", s.module);
+    f("part", s.part);
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("rank", s.rank);
+    f("in", s.in);
+    f("out", s.out);
+    f("copies", s.copies);
+    f("adapter_parameters", s.adapter_parameters);
+    f("base_parameters", s.base_parameters);
+    f("by_parameter", s.by_parameter);
+  }
+};
+
+/// One row per entry of target_modules / target_parameters / modules_to_save as the user wrote it.
+struct AdapterTargets {
+  std::vector<std::string> entry;
+  std::vector<std::string> field;       // "target_modules", "target_parameters", "modules_to_save", "exclude_modules"
+  std::vector<std::int64_t> hits;       // modules reached under the best case of the version set
+  std::vector<std::string> reaches;     // "attention 16, router 4"; empty if nothing
+  std::vector<char> names_experts;      // the entry is a name of routed-expert projections (w1, gate_proj, experts...)
+  std::vector<int> line;                // where the user wrote it; 0 unknown
+  std::vector<char> certain;            // 1: the same hits under every version of the set
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("entry", s.entry);
+    f("field", s.field);
+    f("hits", s.hits);
+    f("reaches", s.reaches);
+    f("names_experts", s.names_experts);
+    f("line", s.line);
+    f("certain", s.certain);
+  }
+};
+
+/// One row per adapted module found in adapter_model.safetensors.
+struct AdapterTensors {
+  std::vector<std::string> module;
+  std::vector<Part> part;
+  std::vector<int> layer;
+  std::vector<int> expert;              // -1 unless one expert's; for a fused stack one row per expert slice
+  std::vector<std::int64_t> rank;
+  std::vector<double> norm_a, norm_b;   // Frobenius norms, float64
+  std::vector<char> b_zero;             // B is exactly zero
+  std::vector<std::int64_t> non_finite;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("module", s.module);
+    f("part", s.part);
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("rank", s.rank);
+    f("norm_a", s.norm_a);
+    f("norm_b", s.norm_b);
+    f("b_zero", s.b_zero);
+    f("non_finite", s.non_finite);
+  }
+};
+
+// ---- logs and configs ----------------------------------------------------------------------------------------------
+
+/// One row per entry of trainer_state.json's log_history. NaN where an entry has no such number; `has_*` tells a
+/// written NaN from an absent one.
+struct LogTable {
+  std::vector<std::int64_t> step;
+  std::vector<double> loss, grad_norm, eval_loss, aux_loss, learning_rate;
+  std::vector<char> has_loss, has_grad_norm, has_eval_loss, has_aux_loss;
+  std::vector<int> line;
+  std::string file;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("step", s.step);
+    f("loss", s.loss);
+    f("grad_norm", s.grad_norm);
+    f("eval_loss", s.eval_loss);
+    f("aux_loss", s.aux_loss);
+    f("learning_rate", s.learning_rate);
+    f("has_loss", s.has_loss);
+    f("has_grad_norm", s.has_grad_norm);
+    f("has_eval_loss", s.has_eval_loss);
+    f("has_aux_loss", s.has_aux_loss);
+    f("line", s.line);
+    f("file", s.file);
+  }
+};
+
+/// A key that the framework that reads the file ignores (CF001), as opposed to one that we did not read.
+struct IgnoredKey {
+  std::string file;
+  int line = 0;
+  std::string key;
+  std::string framework;   // "axolotl 0.18.0", "transformers MixtralConfig"
+  bool about_moe = false;
+  std::string instead;     // the line that would have the effect, may be empty
+  std::string why;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("file", s.file);
+    f("line", s.line);
+    f("key", s.key);
+    f("framework", s.framework);
+    f("about_moe", s.about_moe);
+    f("instead", s.instead);
+    f("why", s.why);
+  }
+};
+struct UnreadKey {
+  std::string file;
+  int line = 0;
+  std::string key;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("file", s.file);
+    f("line", s.line);
+    f("key", s.key);
+  }
+};
+
+}  // namespace moeaudit

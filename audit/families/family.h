@@ -1,0 +1,111 @@
+// Model families as data. One YAML a family in this folder; cmake/compile_tables.cc turns all of them into the constant
+// table below at build time, and nothing parses YAML at start. The schema of the YAML is docs/add_a_family.md.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "audit/facts/values.h"
+
+namespace moeaudit {
+
+/// How config.json spells one fact of the fact sheet.
+struct FamilyKey {
+  std::string_view fact;                    // "router.num_experts"
+  std::span<const std::string_view> keys;   // accepted spellings, first the one the current class writes; none: a constant
+  std::string_view default_value;           // of the config class (or the constant), as text; "" if the class has none or
+                                            // its releases differ: then behaviours have "config_default.<key>"
+  std::string_view cite;                    // framework file at a commit : line
+};
+
+/// One tensor of the family. Placeholders: {L} layer, {e} expert. Shape symbols: E experts, H hidden, I expert width,
+/// S shared width, V vocabulary, numbers, products ("2*I"), "?" any.
+struct FamilyTensor {
+  enum class Where { kHub, kMemory };       // name in the saved file | parameter name in memory (transformers >= 5)
+  enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: no {L}
+  std::string_view name;
+  std::string_view shape;
+  Part part;
+  Where where;
+  Layers layers;
+  bool optional;                            // may be absent (tied, bias switched off, ...)
+  std::string_view optional_when;           // "tie_word_embeddings", "attention_bias=false", ...; free text, may be ""
+  std::string_view alternative;             // optional only where this tensor stands in for it in the same layer; may be ""
+};
+
+/// Everything moe-audit knows of one family that does not depend on the version of the framework; what does depend on
+/// it (is the router nn.Linear, does the flag work) is in audit/behaviours.
+struct Family {
+  std::string_view name;
+  std::span<const std::string_view> model_types;   // exactly one family matches a model_type
+  std::span<const std::string_view> classes;       // causal-LM classes
+  std::span<const FamilyKey> keys;
+  std::span<const FamilyTensor> tensors;
+  std::string_view moe_layer_rule;     // "all" | "from first_k_dense_replace" | "decoder_sparse_step" (see moe_layers())
+  Routing routing;                     // conventions; groups, scaling and renormalise are overwritten from the config
+  std::string_view renormalise;        // "always" | "never" | "config" (key of router.renormalised)
+  Balance balance;                     // kAuxLoss: the class has a balance-loss path when its flag is on
+  double aux_uniform_value_per_k;      // 1: uniform routing gives k (HF form); 0: gives 1
+  bool documented_fp32_router;         // the modelling code upcasts the gate matmul, or the paper demands it
+  std::string_view documented_fp32_cite;
+  std::span<const std::string_view> fp32_tensors;  // kept in float32 by the class ("e_score_correction_bias")
+  std::span<const std::string_view> expert_names;  // names by which users target routed experts: "w1", "experts", ...
+  std::span<const std::string_view> router_names;  // "gate", "router"
+  std::span<const std::string_view> extras;        // files may hold these too: names with '*' for any run of characters
+  std::span<const std::string_view> unknown;       // facts that are known not to be known, listed out loud
+  std::span<const std::string_view> cites;         // sources of the entry as a whole
+};
+
+extern const Family kFamilies[];
+extern const int kNumFamilies;
+
+/// Base models users name by hub id: "mistralai/Mixtral-8x7B-v0.1" -> family and the numbers of its config.json that
+/// rules need (E, k, layers, hidden, ...). From audit/families/hub_ids.yaml; origin kFamily.
+struct HubModel {
+  std::string_view id;      // compared without case
+  std::string_view family;
+  std::span<const std::pair<std::string_view, std::string_view>> config;  // config key -> value as text
+  std::string_view cite;
+};
+extern const HubModel kHubModels[];
+extern const int kNumHubModels;
+
+const Family* find_family_by_model_type(std::string_view model_type);
+const Family* find_family(std::string_view name);
+const HubModel* find_hub_model(std::string_view id);
+
+/// Numbers that expand a family's patterns for one model.
+struct FamilyShape {
+  std::int64_t layers = 0, experts = 0, hidden = 0, expert_width = 0, shared_width = 0, vocabulary = 0;
+  std::vector<std::int64_t> moe_layers;
+};
+struct ExpandedTensor {
+  std::string name;
+  std::vector<std::int64_t> shape;   // -1: any
+  Part part;
+  int layer;                         // -1 none
+  int expert;                        // -1 none
+  bool optional;
+  std::string alternative;           // if not empty: missing all the same, unless this tensor is there
+};
+/// All tensors of `where` for one model, in a fixed order. A symbol of the shape that is 0 in `shape` gives -1.
+std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shape, FamilyTensor::Where where);
+/// True for a name that is not of the model itself but known to come along: MTP layers, scales of quantised weights.
+bool is_known_extra(const Family& family, std::string_view name);
+
+/// Part, layer and expert of a tensor or module name under a family (nullptr: by common names alone: "experts", "gate",
+/// "router", "self_attn", ...). Accepts hub and memory names, with or without ".weight", "base_model.model." and
+/// ".lora_A.weight" around them.
+struct NamedPart {
+  Part part = Part::kOther;
+  int layer = -1;
+  int expert = -1;
+  bool fused = false;   // a whole stack of experts
+};
+NamedPart classify(const Family* family, std::string_view name);
+
+}  // namespace moeaudit

@@ -1,0 +1,277 @@
+// The report for people: verdict first, findings by rule, then what was checked and what could not be judged.
+#include <algorithm>
+#include <map>
+#include <ostream>
+#include <sstream>
+
+#include "reports/writer.h"
+
+namespace moeaudit {
+namespace {
+
+/// Colours, or nothing.
+class Paint {
+ public:
+  explicit Paint(bool on) : on_(on) {}
+  std::string bold(const std::string& s) const { return wrap("1", s); }
+  std::string dim(const std::string& s) const { return wrap("2", s); }
+  std::string green(const std::string& s) const { return wrap("1;32", s); }
+  std::string of(Severity severity, const std::string& s) const {
+    return wrap(severity == Severity::kError ? "1;31" : severity == Severity::kWarning ? "1;33" : "1;36", s);
+  }
+
+ private:
+  std::string wrap(const char* code, const std::string& s) const {
+    return on_ ? "\033[" + std::string(code) + "m" + s + "\033[0m" : s;
+  }
+  bool on_;
+};
+
+/// Width in columns: UTF-8 continuation bytes take none.
+int columns(std::string_view s) {
+  return static_cast<int>(std::count_if(s.begin(), s.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
+}
+
+/// Fills paragraphs to `width`; lines that begin with a space are kept as they are (code to paste).
+void fill(std::ostream& out, std::string_view text, int indent, int width) {
+  std::istringstream lines{std::string(text)};
+  const std::string margin(static_cast<std::size_t>(indent), ' ');
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty() && line[0] == ' ') {
+      out << margin << line << "\n";
+      continue;
+    }
+    std::istringstream words(line);
+    int used = 0;
+    for (std::string word; words >> word;) {
+      if (used > 0 && indent + used + 1 + columns(word) > width) {
+        out << "\n";
+        used = 0;
+      }
+      out << (used == 0 ? margin : " ") << word;
+      used += columns(word) + (used > 0);
+    }
+    out << "\n";
+  }
+}
+
+std::string place(const Location& l) {
+  Source s;
+  s.file = l.file;
+  s.line = l.line;
+  s.key = l.key;
+  s.tensor = l.tensor;
+  return to_text(s);
+}
+
+std::string join(const std::vector<std::string>& items, const char* separator) {
+  std::string text;
+  for (const std::string& item : items) text += (text.empty() ? "" : separator) + item;
+  return text;
+}
+
+struct Counts {
+  int errors = 0, warnings = 0, notes = 0;
+};
+
+Counts count(const std::vector<RunResult>& runs) {
+  Counts c;
+  for (const RunResult& run : runs) {
+    for (const RuleResult& rule : run.rules) {
+      for (const Finding& f : rule.outcome.findings) {
+        (f.severity == Severity::kError ? c.errors : f.severity == Severity::kWarning ? c.warnings : c.notes)++;
+      }
+    }
+  }
+  return c;
+}
+
+std::string plural(int n, const char* what) { return std::to_string(n) + " " + what + (n == 1 ? "" : "s"); }
+
+void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& out) {
+  const Counts c = count(result.runs);
+  std::string counts = plural(c.errors, "error") + ", " + plural(c.warnings, "warning") + ", " + plural(c.notes, "note");
+  switch (result.verdict) {
+    case Verdict::kPassed: out << paint.green("PASSED") << "  no findings"; break;
+    case Verdict::kFindings: {
+      const Severity worst = c.errors ? Severity::kError : c.warnings ? Severity::kWarning : Severity::kNote;
+      out << paint.of(worst, "FINDINGS") << "  " << counts;
+      break;
+    }
+    case Verdict::kCouldNotJudge:
+      out << paint.of(Severity::kError, "COULD NOT JUDGE") << "  " << result.could_not_judge;
+      if (c.errors + c.warnings + c.notes > 0) out << "; " << counts;
+  }
+  out << "  (exit code " << result.exit_code << ")\n";
+}
+
+/// One line that says what was audited, from the facts.
+std::string subject(const FactSheet& f) {
+  std::vector<std::string> parts;
+  auto add = [&](std::string s) { parts.push_back(std::move(s)); };
+  if (f.model_type.known()) add(f.model_type.value());
+  if (f.num_experts.known() && f.top_k.known()) {
+    add(std::to_string(f.num_experts.value()) + " experts, top-" + std::to_string(f.top_k.value()));
+  }
+  if (f.moe_layers.known()) add(plural(static_cast<int>(f.moe_layers.value().size()), "MoE layer"));
+  if (f.method.known()) {
+    std::string method = name_of(f.method.value());
+    if (f.method.value() == Method::kFull) method = "full fine-tuning";
+    if (f.adapter_rank.known() && f.method.value() != Method::kFull) method += " r=" + std::to_string(f.adapter_rank.value());
+    add(method);
+  }
+  if (f.accumulation.known()) add("accumulation " + std::to_string(f.accumulation.value()));
+  for (const auto& [name, versions] : {std::pair{"transformers", &f.transformers}, {"peft", &f.peft}, {"trl", &f.trl}, {"axolotl", &f.axolotl}}) {
+    if (versions->known()) add(std::string(name) + " " + to_text(versions->value()));
+  }
+  return join(parts, "; ");
+}
+
+void write_finding(const RuleResult& rule, const Finding& f, const Paint& paint, int width, std::ostream& out) {
+  out << "\n" << paint.of(f.severity, name_of(f.severity)) << " " << paint.bold(std::string(rule.id)) << " " << rule.name << "\n";
+  fill(out, f.message, 2, width);
+  std::size_t longest = 0;
+  for (const Evidence& e : f.evidence) longest = std::max(longest, std::min<std::size_t>(60, e.name.size() + e.value.size() + 3));
+  for (const Evidence& e : f.evidence) {
+    const std::string text = e.name + " = " + e.value;
+    out << "    " << text;
+    const std::string where = place(e.where);
+    if (!where.empty()) out << std::string(longest > text.size() ? longest - text.size() : 0, ' ') << "  " << paint.dim(where);
+    out << "\n";
+  }
+  for (const Location& l : f.locations) out << "  at " << place(l) << "\n";
+  if (!f.remedy.empty()) {
+    out << "  " << paint.bold("Change") << "\n";
+    fill(out, f.remedy, 4, width);
+  }
+  if (!f.does_not_show.empty()) fill(out, "Does not show: " + f.does_not_show, 2, width);
+  if (!f.sources.empty()) fill(out, "Sources: " + join(f.sources, "; "), 2, width);
+}
+
+void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
+  std::vector<std::string> passed, not_applicable;
+  std::map<std::string, std::vector<std::string>> waiting;  // what would settle it -> rules
+  std::vector<const RuleResult*> undecided;
+  for (const RuleResult& rule : run.rules) {
+    const std::string id(rule.id);
+    switch (rule.outcome.kind) {
+      case Outcome::Kind::kPass: passed.push_back(id); break;
+      case Outcome::Kind::kFinding: break;
+      case Outcome::Kind::kNotApplicable: not_applicable.push_back(id + " (" + rule.outcome.reason + ")"); break;
+      case Outcome::Kind::kCannotTell: undecided.push_back(&rule); break;
+    }
+  }
+  out << "\n" << paint.bold("Checked") << "\n";
+  fill(out, passed.empty() ? "nothing passed" : "passed: " + join(passed, " "), 2, width);
+  for (const std::string& item : not_applicable) fill(out, "not applicable: " + item, 2, width);
+  for (const MeasureRecord& m : run.measures) {
+    fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
+  }
+  if (undecided.empty()) return;
+  out << "\n" << paint.bold("Could not be judged") << "\n";
+  for (const RuleResult* rule : undecided) {
+    std::vector<std::string> missing;
+    for (const Missing& m : rule->outcome.missing) missing.push_back(m.fact + (m.why.empty() ? "" : " (" + m.why + ")"));
+    fill(out, std::string(rule->id) + " " + std::string(rule->name) + ": unknown " + join(missing, ", "), 2, width);
+    for (const Missing& m : rule->outcome.missing) {
+      if (!m.supply.empty()) waiting[m.supply].push_back(std::string(rule->id));
+    }
+  }
+  for (auto& [supply, rules] : waiting) {
+    rules.erase(std::unique(rules.begin(), rules.end()), rules.end());
+    fill(out, "give " + supply + " to settle " + join(rules, " "), 2, width);
+  }
+}
+
+void write_keys(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
+  if (!run.facts.unread_keys.known() || run.facts.unread_keys.value().empty()) return;
+  std::map<std::string, std::vector<std::string>> by_file;
+  for (const UnreadKey& k : run.facts.unread_keys.value()) by_file[k.file].push_back(k.key);
+  out << "\n" << paint.bold("Keys that moe-audit did not read") << " (its own limits, not a fault of the file)\n";
+  for (const auto& [file, keys] : by_file) fill(out, file + ": " + join(keys, ", "), 2, width);
+}
+
+void write_problems(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
+  for (const InputProblem& p : run.problems) {
+    Source where;
+    where.file = p.file;
+    where.line = p.line;
+    std::string text = to_text(where);
+    if (p.line > 0 && p.column > 0) text += ":" + std::to_string(p.column);
+    out << "\n" << (p.fatal ? paint.of(Severity::kError, "unreadable") : paint.of(Severity::kNote, "note")) << " " << text << "\n";
+    fill(out, p.what, 2, width);
+    if (!p.remedy.empty()) fill(out, p.remedy, 2, width);
+  }
+}
+
+void write_run(const RunResult& run, const WriterOptions& options, std::ostream& out) {
+  const Paint paint(options.color);
+  out << paint.bold(run.name) << "\n";
+  const std::string what = subject(run.facts);
+  if (!what.empty()) fill(out, what, 2, options.width);
+  for (const InputFile& i : run.inputs) {
+    out << "  " << paint.dim(i.kind + ": " + i.path + (i.note.empty() ? "" : " (" + i.note + ")")) << "\n";
+  }
+  write_problems(run, paint, options.width, out);
+  for (Severity severity : {Severity::kError, Severity::kWarning, Severity::kNote}) {
+    for (const RuleResult& rule : run.rules) {
+      for (const Finding& f : rule.outcome.findings) {
+        if (f.severity == severity) write_finding(rule, f, paint, options.width, out);
+      }
+    }
+  }
+  write_checks(run, paint, options.width, out);
+  write_keys(run, paint, options.width, out);
+}
+
+void write(const AuditResult& result, const WriterOptions& options, std::ostream& out) {
+  write_verdict(result, Paint(options.color), out);
+  for (const RunResult& run : result.runs) {
+    out << "\n";
+    write_run(run, options, out);
+  }
+}
+
+// ---- facts -------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void write_fact(const Fact<T>& fact, const Paint& paint, int width, std::vector<std::string>& unknown, std::ostream& out) {
+  if (!fact.known()) {
+    unknown.push_back(std::string(fact.info().name) + (fact.why_unknown().empty() ? "" : ": " + fact.why_unknown()));
+    return;
+  }
+  const std::string name(fact.info().name);
+  out << "  " << paint.bold(name) << " = " << to_text(fact.value()) << "\n";
+  std::string from = name_of(fact.origin());
+  const std::string where = to_text(fact.source());
+  if (!where.empty()) from += ", " + where;
+  if (!fact.source().cite.empty() && where != fact.source().cite) from += " [" + fact.source().cite + "]";
+  fill(out, from, 6, width);
+  for (const auto& s : fact.shadowed()) {
+    fill(out, "instead of " + to_text(s.value) + ": " + name_of(s.origin) + ", " + to_text(s.source), 6, width);
+  }
+}
+
+}  // namespace
+
+void write_facts_text(const AuditResult& result, const WriterOptions& options, std::ostream& out) {
+  const Paint paint(options.color);
+  for (const RunResult& run : result.runs) {
+    out << paint.bold(run.name) << "\n";
+    for (const InputFile& i : run.inputs) {
+      out << "  " << i.kind << ": " << i.path << (i.note.empty() ? "" : " (" + i.note + ")") << "\n";
+    }
+    write_problems(run, paint, options.width, out);
+    out << "\n";
+    std::vector<std::string> unknown;
+    run.facts.visit([&](const auto& fact) { write_fact(fact, paint, options.width, unknown, out); });
+    out << "\n" << paint.bold("Unknown") << "\n";
+    for (const std::string& line : unknown) fill(out, line, 2, options.width);
+    write_keys(run, paint, options.width, out);
+  }
+}
+
+extern const Writer writer_text;
+const Writer writer_text = {"text", write};
+
+}  // namespace moeaudit
