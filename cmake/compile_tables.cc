@@ -48,8 +48,8 @@ const Words kMoeLayerRules = {{"all", ""}, {"from first_k_dense_replace", ""}, {
 // Closed values of topics that code switches on; other topics are free text (defaults, key names).
 const std::map<std::string, std::set<std::string>> kClosedTopics = {
     {"aux_flag_effect", {"added", "ignored", "crash", "keyword_only", "no_field"}},
-    {"aux_formula", {"hf", "double_softmax"}},
-    {"aux_multiplier", {"1", "GA", "W", "GA*W", "1/GA"}},
+    {"aux_formula", {"hf", "double_softmax", "topk_scores"}},
+    {"aux_multiplier", {"1", "GA", "W", "GA*W", "1/GA", "transformers"}},
     {"loss_factor", {"1", "GA", "W", "GA*W", "1/GA"}},
     {"aux_path", {"model", "none", "own"}},
     {"router_is_linear", {"true", "false"}},

@@ -2,58 +2,12 @@
 #include <algorithm>
 #include <map>
 #include <ostream>
-#include <sstream>
 
+#include "reports/page.h"
 #include "reports/writer.h"
 
 namespace moeaudit {
 namespace {
-
-/// Colours, or nothing.
-class Paint {
- public:
-  explicit Paint(bool on) : on_(on) {}
-  std::string bold(const std::string& s) const { return wrap("1", s); }
-  std::string dim(const std::string& s) const { return wrap("2", s); }
-  std::string green(const std::string& s) const { return wrap("1;32", s); }
-  std::string of(Severity severity, const std::string& s) const {
-    return wrap(severity == Severity::kError ? "1;31" : severity == Severity::kWarning ? "1;33" : "1;36", s);
-  }
-
- private:
-  std::string wrap(const char* code, const std::string& s) const {
-    return on_ ? "\033[" + std::string(code) + "m" + s + "\033[0m" : s;
-  }
-  bool on_;
-};
-
-/// Width in columns: UTF-8 continuation bytes take none.
-int columns(std::string_view s) {
-  return static_cast<int>(std::count_if(s.begin(), s.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
-}
-
-/// Fills paragraphs to `width`; lines that begin with a space are kept as they are (code to paste).
-void fill(std::ostream& out, std::string_view text, int indent, int width) {
-  std::istringstream lines{std::string(text)};
-  const std::string margin(static_cast<std::size_t>(indent), ' ');
-  for (std::string line; std::getline(lines, line);) {
-    if (!line.empty() && line[0] == ' ') {
-      out << margin << line << "\n";
-      continue;
-    }
-    std::istringstream words(line);
-    int used = 0;
-    for (std::string word; words >> word;) {
-      if (used > 0 && indent + used + 1 + columns(word) > width) {
-        out << "\n";
-        used = 0;
-      }
-      out << (used == 0 ? margin : " ") << word;
-      used += columns(word) + (used > 0);
-    }
-    out << "\n";
-  }
-}
 
 std::string place(const Location& l) {
   Source s;
@@ -62,12 +16,6 @@ std::string place(const Location& l) {
   s.key = l.key;
   s.tensor = l.tensor;
   return to_text(s);
-}
-
-std::string join(const std::vector<std::string>& items, const char* separator) {
-  std::string text;
-  for (const std::string& item : items) text += (text.empty() ? "" : separator) + item;
-  return text;
 }
 
 struct Counts {
@@ -183,27 +131,6 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   }
 }
 
-void write_keys(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
-  if (!run.facts.unread_keys.known() || run.facts.unread_keys.value().empty()) return;
-  std::map<std::string, std::vector<std::string>> by_file;
-  for (const UnreadKey& k : run.facts.unread_keys.value()) by_file[k.file].push_back(k.key);
-  out << "\n" << paint.bold("Keys that moe-audit did not read") << " (its own limits, not a fault of the file)\n";
-  for (const auto& [file, keys] : by_file) fill(out, file + ": " + join(keys, ", "), 2, width);
-}
-
-void write_problems(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
-  for (const InputProblem& p : run.problems) {
-    Source where;
-    where.file = p.file;
-    where.line = p.line;
-    std::string text = to_text(where);
-    if (p.line > 0 && p.column > 0) text += ":" + std::to_string(p.column);
-    out << "\n" << (p.fatal ? paint.of(Severity::kError, "unreadable") : paint.of(Severity::kNote, "note")) << " " << text << "\n";
-    fill(out, p.what, 2, width);
-    if (!p.remedy.empty()) fill(out, p.remedy, 2, width);
-  }
-}
-
 void write_run(const RunResult& run, const WriterOptions& options, std::ostream& out) {
   const Paint paint(options.color);
   out << paint.bold(run.name) << "\n";
@@ -232,44 +159,7 @@ void write(const AuditResult& result, const WriterOptions& options, std::ostream
   }
 }
 
-// ---- facts -------------------------------------------------------------------------------------------------------------
-
-template <class T>
-void write_fact(const Fact<T>& fact, const Paint& paint, int width, std::vector<std::string>& unknown, std::ostream& out) {
-  if (!fact.known()) {
-    unknown.push_back(std::string(fact.info().name) + (fact.why_unknown().empty() ? "" : ": " + fact.why_unknown()));
-    return;
-  }
-  const std::string name(fact.info().name);
-  out << "  " << paint.bold(name) << " = " << to_text(fact.value()) << "\n";
-  std::string from = name_of(fact.origin());
-  const std::string where = to_text(fact.source());
-  if (!where.empty()) from += ", " + where;
-  if (!fact.source().cite.empty() && where != fact.source().cite) from += " [" + fact.source().cite + "]";
-  fill(out, from, 6, width);
-  for (const auto& s : fact.shadowed()) {
-    fill(out, "instead of " + to_text(s.value) + ": " + name_of(s.origin) + ", " + to_text(s.source), 6, width);
-  }
-}
-
 }  // namespace
-
-void write_facts_text(const AuditResult& result, const WriterOptions& options, std::ostream& out) {
-  const Paint paint(options.color);
-  for (const RunResult& run : result.runs) {
-    out << paint.bold(run.name) << "\n";
-    for (const InputFile& i : run.inputs) {
-      out << "  " << i.kind << ": " << i.path << (i.note.empty() ? "" : " (" + i.note + ")") << "\n";
-    }
-    write_problems(run, paint, options.width, out);
-    out << "\n";
-    std::vector<std::string> unknown;
-    run.facts.visit([&](const auto& fact) { write_fact(fact, paint, options.width, unknown, out); });
-    out << "\n" << paint.bold("Unknown") << "\n";
-    for (const std::string& line : unknown) fill(out, line, 2, options.width);
-    write_keys(run, paint, options.width, out);
-  }
-}
 
 extern const Writer writer_text;
 const Writer writer_text = {"text", write};

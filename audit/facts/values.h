@@ -239,8 +239,10 @@ struct AdapterTargets {
   std::vector<std::int64_t> hits;       // modules reached under the best case of the version set
   std::vector<std::string> reaches;     // "attention 16, router 4"; empty if nothing
   std::vector<char> names_experts;      // the entry is a name of routed-expert projections (w1, gate_proj, experts...)
-  std::vector<int> line;                // where the user wrote it; 0 unknown
+  std::vector<std::string> file;        // where the user wrote it
+  std::vector<int> line;                // in `file`; 0 unknown
   std::vector<char> certain;            // 1: the same hits under every version of the set
+  std::vector<std::string> why;         // why nothing is reached, or why PEFT stops at this entry; may be empty
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -249,8 +251,10 @@ struct AdapterTargets {
     f("hits", s.hits);
     f("reaches", s.reaches);
     f("names_experts", s.names_experts);
+    f("file", s.file);
     f("line", s.line);
     f("certain", s.certain);
+    f("why", s.why);
   }
 };
 

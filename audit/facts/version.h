@@ -15,7 +15,11 @@ struct Version {
   std::vector<int> release;  // {4, 48, 1}
   int phase = 3;             // -1 dev, 0 alpha, 1 beta, 2 rc, 3 final, 4 post
   int phase_number = 0;
+  int post = -1;             // of a pre-release that has both: 1.0rc1.post2
+  int dev = kNoDev;          // of a release that has another phase, too: 1.0rc1.dev3, 1.0.post1.dev2
   std::string text;          // as written
+
+  static constexpr int kNoDev = 0x7fffffff;
 
   static std::optional<Version> parse(std::string_view text);
 };
@@ -32,7 +36,9 @@ struct VersionWindow {
 
 /// The set of versions a package may have: one pinned release, or an interval of them.
 /// Constraint grammar (PEP 440 subset): "==4.46.3", "==4.46.*", ">=4.45,<4.50", "~=4.45.1", "4.46.3" (as ==), "!=" is
-/// accepted and widens nothing out. Anything else (direct URL, git pin) parses to nullopt: unknown.
+/// accepted and takes nothing out. Anything else (direct URL, git pin), and a set without any version, parses to nullopt:
+/// unknown. As installers do, an open interval leaves out the pre-releases at its ends: "<4.50" ends before 4.50.dev0,
+/// "==4.46.*" begins with 4.46, and ">4.45" begins with 4.45.1 (no one releases 4.45.0.1).
 struct VersionSet {
   std::optional<Version> exact;
   VersionWindow window;  // meaning only where !exact

@@ -1,6 +1,8 @@
 // An inert reader of pickles (protocols 2-5), as torch.save writes them inside a zip. It builds plain nodes and imports
-// nothing: a class becomes a kObject node with its name, a call of a known-harmless constructor is kept as a node, and
-// every opcode or constructor that is not on the list is refused by name. See fixtures/make for how the fixtures arose.
+// nothing: a global becomes a kGlobal node, a call of it a kObject node with its name and arguments. A call into os,
+// subprocess, builtins and their like is refused by name, unless it is on a short list (builtins.set, builtins.getattr,
+// copyreg._reconstructor, ...), as are persistent ids, extension codes and opcodes that these protocols do not write. An
+// object that contains itself is refused, too.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +30,8 @@ struct PickleNode {
   const PickleNode* find(std::string_view key) const;
 };
 
-/// `bytes` is the pickle stream itself. False with what was refused and at which offset.
+/// `bytes` is the pickle stream itself. False with what was refused and at which offset. Nodes that the pickle shares are
+/// shared; spelled out as a tree they are at most a million, at most 100 deep.
 bool read_pickle(std::string_view bytes, std::shared_ptr<PickleNode>* out, std::string* error);
 
 /// Reads `data.pkl` out of a torch zip (stored or, refused by name, compressed), or a bare pickle. The zip is bounded and

@@ -13,6 +13,8 @@
 
 namespace moeaudit {
 
+struct Family;
+
 /// A parsed file, and where it stands.
 struct ConfigFile {
   std::string path;  // as shown to the user
@@ -62,6 +64,9 @@ const VersionSet* version_of(const Material& material, std::string_view package)
 std::string with_version(const Material& material, std::string_view package);
 /// Names balance loss, z-loss, router or experts.
 bool is_moe_key(std::string_view key);
+/// A key that some family's config class reads ("router_aux_loss_coef", "num_experts_per_tok").
+bool is_model_config_key(std::string_view key);
+bool family_reads(const Family& family, std::string_view key);
 /// A key by which another framework or family sets a router loss, and that no class of transformers' families reads.
 enum class ForeignKey { kNo, kBalanceLoss, kZLoss };
 ForeignKey foreign_moe_key(std::string_view key);
@@ -76,10 +81,17 @@ struct ConfigReader {
   Match (*recognises)(const Node& root);
   void (*read)(const ConfigFile& file, Material* material);  // nullptr: recognised, and not read
   std::string_view why_not_read;                             // what the user can give instead
+  /// What can be told only once the model's config is read (material->configs); nullptr: nothing.
+  void (*after_model)(const ConfigFile& file, Material* material) = nullptr;
 };
 extern const ConfigReader* const kConfigReaders[];
 extern const int kNumConfigReaders;
 const ConfigReader* find_config_reader(const Node& root);
+
+/// The family of the model whose config was read last, or of the hub id that is in the committed table; nullptr: unknown.
+const Family* family_of(const Material& material);
+/// model_type of the (text) config that was read last, "" if none.
+std::string model_type_of(const Material& material);
 
 /// Rows that every framework on transformers' TrainingArguments shares.
 std::span<const Row> training_arguments_rows();

@@ -65,7 +65,9 @@ bool parse_json(std::string_view text, Node* out, std::vector<DuplicateKey>* dup
 
 /// YAML as PyYAML's safe_load reads it (YAML 1.1): `1e-3` is a string, `1.0e-3` a float, `1_000` an int, yes/no/on/off
 /// booleans, octal 010, sexagesimal 1:30, `<<` merged, anchors and aliases (expansion bounded), last duplicate wins and
-/// is listed. Only the first document of a file is read; tags other than the core ones are refused by name.
+/// is listed (a value that a merge key brought in is no duplicate). A second document is an error, as it is there; tags
+/// other than null, bool, int, float, str, seq, map, timestamp are refused by name; a timestamp stays a string. Keys that
+/// are not strings get the text that json.dumps would give them: true, null, 10 (so `on: x` is the key "true").
 bool parse_yaml(std::string_view text, Node* out, std::vector<DuplicateKey>* duplicates, TextError* error,
                 const TextLimits& limits = {});
 

@@ -1,0 +1,300 @@
+// Look-ups over the table of families, expansion of their tensor patterns, and naming of parts by tensor or module name.
+#include "audit/families/family.h"
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <charconv>
+
+namespace moeaudit {
+namespace {
+
+using Names = std::vector<std::string_view>;
+
+bool equal_ignoring_case(std::string_view a, std::string_view b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](unsigned char x, unsigned char y) {
+    return std::tolower(x) == std::tolower(y);
+  });
+}
+
+template <class Range>
+bool contains(const Range& range, std::string_view word) {
+  return std::find(std::begin(range), std::end(range), word) != std::end(range);
+}
+
+/// Digits only, and small enough to be a layer or an expert.
+int as_index(std::string_view text) {
+  int value = -1;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size() && value >= 0 ? value : -1;
+}
+
+Names split(std::string_view text, char separator) {
+  Names out;
+  for (std::size_t from = 0;;) {
+    const std::size_t to = text.find(separator, from);
+    out.push_back(text.substr(from, to - from));
+    if (to == std::string_view::npos) return out;
+    from = to + 1;
+  }
+}
+
+// ---- expand --------------------------------------------------------------------------------------------------------
+
+std::int64_t symbol_value(char symbol, const FamilyShape& s) {
+  switch (symbol) {
+    case 'E': return s.experts;
+    case 'H': return s.hidden;
+    case 'I': return s.expert_width;
+    case 'S': return s.shared_width;
+    case 'V': return s.vocabulary;
+  }
+  return 0;
+}
+
+/// "2*I" -> 2 * expert_width; -1 where a symbol is unknown.
+std::int64_t dimension(std::string_view text, const FamilyShape& shape) {
+  std::int64_t product = 1;
+  for (std::string_view factor : split(text, '*')) {
+    const int number = as_index(factor);
+    const std::int64_t value = number >= 0 ? number : factor.empty() ? 0 : symbol_value(factor[0], shape);
+    // Numbers come from a config.json: a product that overflows is as unknown as a missing one.
+    if (value <= 0 || __builtin_mul_overflow(product, value, &product)) return -1;
+  }
+  return product;
+}
+
+std::vector<std::int64_t> dimensions(std::string_view text, const FamilyShape& shape) {
+  std::vector<std::int64_t> out;
+  if (text.empty()) return out;
+  for (std::string_view d : split(text, ',')) out.push_back(dimension(d, shape));
+  return out;
+}
+
+std::string replaced(std::string_view pattern, std::int64_t layer, std::int64_t expert) {
+  std::string out;
+  out.reserve(pattern.size() + 8);
+  for (std::size_t i = 0; i < pattern.size();) {
+    if (pattern.substr(i, 3) == "{L}") out += std::to_string(layer), i += 3;
+    else if (pattern.substr(i, 3) == "{e}") out += std::to_string(expert), i += 3;
+    else out += pattern[i++];
+  }
+  return out;
+}
+
+std::vector<std::int64_t> layers_of(const FamilyTensor& tensor, const FamilyShape& shape) {
+  std::vector<std::int64_t> out;
+  if (tensor.layers == FamilyTensor::Layers::kNone) return {-1};
+  if (tensor.layers == FamilyTensor::Layers::kMoe) return shape.moe_layers;
+  for (std::int64_t l = 0; l < shape.layers; ++l) {
+    const bool moe = std::find(shape.moe_layers.begin(), shape.moe_layers.end(), l) != shape.moe_layers.end();
+    if (tensor.layers == FamilyTensor::Layers::kAll || !moe) out.push_back(l);
+  }
+  return out;
+}
+
+// ---- classify ------------------------------------------------------------------------------------------------------
+
+// Wrappers that PEFT, FSDP, DDP and torch.compile put into a path without changing what it names.
+constexpr std::array<std::string_view, 6> kWrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+                                                       "base_layer", "original_module", "parametrizations"};
+constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight", "bias", "weight_scale_inv", "weight_scale", "input_scale",
+                                                             "original", "original0", "original1", "default"};
+constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
+constexpr std::array<std::string_view, 7> kOtherTowers = {"visual", "vision_tower", "vision_model", "vision_encoder",
+                                                          "audio_tower", "audio_model", "multi_modal_projector"};
+constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
+constexpr std::array<std::string_view, 6> kAttentions = {"self_attn", "attn", "attention", "self_attention", "linear_attn", "cross_attn"};
+constexpr std::array<std::string_view, 11> kAttentionLeaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj",
+                                                               "kv_a_proj_with_mqa", "kv_b_proj", "Wqkv", "sinks"};
+constexpr std::array<std::string_view, 5> kEmbeddings = {"embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings"};
+constexpr std::array<std::string_view, 2> kHeads = {"lm_head", "embed_out"};
+constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
+constexpr std::array<std::string_view, 11> kMlpLeaves = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
+                                                         "fc1", "fc2", "c_fc", "c_proj"};
+constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
+
+bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
+
+/// A method's own tensors inside a module: lora_A, lora_embedding_B, ia3_l, hada_w1_a, oft_R, ...
+bool is_adapter_tensor(std::string_view part) {
+  for (std::string_view prefix : {"lora_", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_", "adalora_"}) {
+    if (starts_with(part, prefix)) return true;
+  }
+  return false;
+}
+
+/// A name without wrappers, adapter and tensor suffixes, cut into the part behind "layers.N." and the indices.
+struct Path {
+  Names tail;
+  int layer = -1;
+  bool other_tower = false;
+};
+
+Path parse(std::string_view name) {
+  Names parts;
+  for (std::string_view part : split(name, '.')) {
+    if (is_adapter_tensor(part) || part == "modules_to_save") break;
+    if (!part.empty() && !contains(kWrappers, part)) parts.push_back(part);
+  }
+  while (parts.size() > 1 && contains(kTensorSuffixes, parts.back())) parts.pop_back();
+  Path path;
+  std::size_t begin = 0;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    path.other_tower |= contains(kOtherTowers, parts[i]);
+    if (path.layer < 0 && i + 1 < parts.size() && contains(kLayerLists, parts[i]) && as_index(parts[i + 1]) >= 0) {
+      path.layer = as_index(parts[i + 1]);
+      begin = i + 2;
+    }
+  }
+  if (path.layer < 0) {
+    while (begin + 1 < parts.size() && (parts[begin] == "module" || parts[begin] == "base_model" || parts[begin] == "model" ||
+                                        parts[begin] == "language_model" || parts[begin] == "transformer")) {
+      ++begin;
+    }
+  }
+  path.tail.assign(parts.begin() + static_cast<std::ptrdiff_t>(begin), parts.end());
+  return path;
+}
+
+/// The pattern's parts behind "{L}.", without the tensor suffix.
+Names pattern_tail(std::string_view pattern) {
+  const std::size_t layer = pattern.find("{L}.");
+  Names tail = split(layer == std::string_view::npos ? pattern : pattern.substr(layer + 4), '.');
+  if (layer == std::string_view::npos && tail.size() > 1 && tail[0] == "model") tail.erase(tail.begin());
+  if (tail.size() > 1 && contains(kTensorSuffixes, tail.back())) tail.pop_back();
+  return tail;
+}
+
+bool matches_at(const Names& tail, const Names& pattern, std::size_t at) {
+  if (at + tail.size() > pattern.size()) return false;
+  for (std::size_t i = 0; i < tail.size(); ++i) {
+    const bool same = pattern[at + i] == "{e}" ? as_index(tail[i]) >= 0 : pattern[at + i] == tail[i];
+    if (!same) return false;
+  }
+  return true;
+}
+
+/// The part that all patterns of the family agree on which `path` names or contains; nullopt if none or several.
+std::optional<Part> part_by_family(const Family& family, const Path& path) {
+  std::optional<Part> found;
+  bool ambiguous = false;
+  for (const FamilyTensor& tensor : family.tensors) {
+    const Names pattern = pattern_tail(tensor.name);
+    const bool layered = tensor.layers != FamilyTensor::Layers::kNone;
+    if (path.layer >= 0 && !layered) continue;
+    // A path with its layer starts where the pattern does; a bare name ("mlp.gate", "w1") may sit anywhere in it.
+    const std::size_t last = path.layer >= 0 ? 0 : pattern.size();
+    for (std::size_t at = 0; at <= last; ++at) {
+      if (!matches_at(path.tail, pattern, at)) continue;
+      if (at == 0 && path.tail.size() == pattern.size()) return tensor.part;
+      ambiguous |= found && *found != tensor.part;
+      found = tensor.part;
+    }
+  }
+  return ambiguous ? std::nullopt : found;
+}
+
+Part part_by_common_names(const Path& path) {
+  const Names& tail = path.tail;
+  if (path.other_tower || tail.empty()) return Part::kOther;
+  auto any = [&](const auto& words) { return std::any_of(tail.begin(), tail.end(), [&](auto p) { return contains(words, p); }); };
+  auto any_prefix = [&](std::string_view prefix) {
+    return std::any_of(tail.begin(), tail.end(), [&](auto p) { return starts_with(p, prefix); });
+  };
+  const std::string_view leaf = tail.back();
+  if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
+  if (any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
+  if (contains(tail, "experts") || contains(tail, "local_experts")) return Part::kRoutedExpert;
+  if (any(kRouters) && !any(kAttentions)) return Part::kRouter;
+  if (leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
+  if (any(kAttentions) || contains(kAttentionLeaves, leaf)) return Part::kAttention;
+  if (any(kMlps) && contains(kStackLeaves, leaf)) return Part::kRoutedExpert;
+  if (any(kMlps) && contains(kMlpLeaves, leaf)) return Part::kDenseMlp;
+  if (contains(kEmbeddings, leaf)) return Part::kEmbedding;
+  if (contains(kHeads, leaf)) return Part::kHead;
+  return Part::kOther;
+}
+
+/// "experts.3" and "experts.expert_3" (Switch).
+int expert_index(const Names& tail) {
+  for (std::size_t i = 0; i + 1 < tail.size(); ++i) {
+    if (tail[i] != "experts" && tail[i] != "local_experts") continue;
+    std::string_view next = tail[i + 1];
+    if (starts_with(next, "expert_")) next.remove_prefix(7);
+    return as_index(next);
+  }
+  return -1;
+}
+
+bool matches_glob(std::string_view pattern, std::string_view name) {
+  const Names runs = split(pattern, '*');
+  if (runs.size() == 1) return pattern == name;
+  if (!starts_with(name, runs.front())) return false;
+  std::size_t at = runs.front().size();
+  for (std::size_t i = 1; i + 1 < runs.size(); ++i) {
+    const std::size_t found = name.find(runs[i], at);
+    if (found == std::string_view::npos) return false;
+    at = found + runs[i].size();
+  }
+  return name.size() >= at + runs.back().size() && name.substr(name.size() - runs.back().size()) == runs.back();
+}
+
+}  // namespace
+
+const Family* find_family_by_model_type(std::string_view model_type) {
+  for (int i = 0; i < kNumFamilies; ++i) {
+    if (contains(kFamilies[i].model_types, model_type)) return &kFamilies[i];
+  }
+  return nullptr;
+}
+
+const Family* find_family(std::string_view name) {
+  for (int i = 0; i < kNumFamilies; ++i) {
+    if (kFamilies[i].name == name) return &kFamilies[i];
+  }
+  return nullptr;
+}
+
+const HubModel* find_hub_model(std::string_view id) {
+  for (int i = 0; i < kNumHubModels; ++i) {
+    if (equal_ignoring_case(kHubModels[i].id, id)) return &kHubModels[i];
+  }
+  return nullptr;
+}
+
+std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shape, FamilyTensor::Where where) {
+  std::vector<ExpandedTensor> out;
+  for (const FamilyTensor& tensor : family.tensors) {
+    if (tensor.where != where) continue;
+    const std::vector<std::int64_t> dims = dimensions(tensor.shape, shape);
+    const bool per_expert = tensor.name.find("{e}") != std::string_view::npos;
+    for (std::int64_t layer : layers_of(tensor, shape)) {
+      for (std::int64_t e = 0; e < (per_expert ? shape.experts : 1); ++e) {
+        out.push_back({replaced(tensor.name, layer, e), dims, tensor.part, static_cast<int>(layer),
+                       per_expert ? static_cast<int>(e) : -1, tensor.optional, replaced(tensor.alternative, layer, e)});
+      }
+    }
+  }
+  return out;
+}
+
+bool is_known_extra(const Family& family, std::string_view name) {
+  return std::any_of(family.extras.begin(), family.extras.end(), [&](auto pattern) { return matches_glob(pattern, name); });
+}
+
+NamedPart classify(const Family* family, std::string_view name) {
+  const Path path = parse(name);
+  NamedPart out;
+  out.layer = path.other_tower ? -1 : path.layer;
+  if (path.tail.empty() || path.other_tower) return out;
+  const std::optional<Part> by_family = family ? part_by_family(*family, path) : std::nullopt;
+  out.part = by_family ? *by_family : part_by_common_names(path);
+  if (out.part != Part::kRoutedExpert) return out;
+  out.expert = expert_index(path.tail);
+  const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") || contains(kStackLeaves, path.tail.back());
+  out.fused = stack && out.expert < 0;
+  return out;
+}
+
+}  // namespace moeaudit

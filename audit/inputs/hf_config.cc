@@ -1,0 +1,97 @@
+// config.json of a model: kept whole (audit/families says which keys mean what), with its quantisation as statements.
+#include <algorithm>
+
+#include "audit/families/family.h"
+#include "audit/inputs/readers.h"
+
+namespace moeaudit {
+namespace {
+
+constexpr Row kQuantisationRows[] = {
+    {"quantization_config.quant_method", "quant_method"},
+    {"quantization_config.load_in_4bit", "load_in_4bit"},
+    {"quantization_config.load_in_8bit", "load_in_8bit"},
+    {"quantization_config.bnb_4bit_quant_type", "bnb_4bit_quant_type"},
+    {"quantization_config.llm_int8_skip_modules", "llm_int8_skip_modules"},
+    {"quantization_config.modules_to_not_convert", "llm_int8_skip_modules"},  // the same list for mxfp4, awq, fp8
+};
+
+// Where multimodal configs keep their language model.
+constexpr std::string_view kNested[] = {"text_config", "llm_config", "language_config", "thinker_config.text_config"};
+
+const Node* find_text(const Node& root, std::string* path) {
+  for (std::string_view key : kNested) {
+    const Node* nested = root.find_path(key);
+    if (!nested || !nested->is_map() || nested->items.empty()) continue;
+    *path = std::string(key);
+    return nested;
+  }
+  return nullptr;
+}
+
+void state_quantisation(const ConfigFile& file, Material* material) {
+  const Node* quantisation = file.root->find("quantization_config");
+  if (!quantisation || !quantisation->is_map()) return;
+  // A file of its own for the walk: other keys of config.json are the families' business.
+  Node only = *file.root;
+  only.keys = {"quantization_config"};
+  only.key_lines = {quantisation->line};
+  only.items = {*quantisation};
+  read_rows({file.path, file.role, &only}, kQuantisationRows, Unread::kNonEmpty, material);
+}
+
+void check_model_config(const ModelConfig& config, Material* material) {
+  const Node& text = config.text ? *config.text : config.root;
+  const Node* type = text.find("model_type");
+  const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+  if (!family) return;
+  for (std::size_t i = 0; i < text.keys.size(); ++i) {
+    const std::string& key = text.keys[i];
+    const ForeignKey kind = foreign_moe_key(key);
+    const double value = text.items[i].as_double().value_or(0.0);
+    if (kind == ForeignKey::kNo || value == 0.0 || family_reads(*family, key)) continue;
+    IgnoredKey ignored;
+    ignored.file = config.file;
+    ignored.line = text.key_lines[i];
+    ignored.key = config.text_path.empty() ? key : config.text_path + "." + key;
+    ignored.framework = with_version(*material, "transformers");
+    ignored.about_moe = true;
+    ignored.why = "no config class of " + std::string(family->name) + " has this key: transformers keeps it, and the model never reads it";
+    if (kind == ForeignKey::kBalanceLoss && family_reads(*family, "router_aux_loss_coef")) {
+      ignored.instead = "\"router_aux_loss_coef\": " + text.items[i].text;
+    }
+    material->ignored_keys.push_back(std::move(ignored));
+  }
+}
+
+}  // namespace
+
+void read_model_config(const std::string& path, Role role, bool states_version, Material* material) {
+  ModelConfig config;
+  if (!read_tree(path, &config.root, material)) return;
+  config.file = path;
+  config.role = role;
+  const Node& root = config.root;
+  if (!root.is_map() || !(root.find("model_type") || root.find("architectures"))) {
+    material->problems.push_back({path, root.line, root.column, "neither \"model_type\" nor \"architectures\": this is no config.json of a transformers model",
+                                  "give the folder that save_pretrained() wrote, or the config.json of the model on the hub"});
+    return;
+  }
+  const ConfigFile file{path, role, &root};
+  state_quantisation(file, material);
+  const Node* version = root.find("transformers_version");
+  if (states_version && version && version->is_string()) {
+    if (auto set = VersionSet::parse(version->text)) {
+      material->versions.push_back(
+          {"transformers", std::move(*set), place_of(file, root, "transformers_version", "transformers_version")});
+    }
+  }
+  config.text = find_text(root, &config.text_path);
+  material->configs.push_back(std::move(config));  // `text` points into the heap of root.items, which a move keeps
+}
+
+void check_model_configs(Material* material) {
+  for (const ModelConfig& config : material->configs) check_model_config(config, material);
+}
+
+}  // namespace moeaudit

@@ -1,0 +1,46 @@
+// The readers of files that are no training config: what each takes, and what it leaves in Material. None of them throws;
+// what could not be read is a problem in Material, with place and remedy.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "audit/inputs/material.h"
+#include "audit/inputs/reader.h"
+
+namespace moeaudit {
+
+/// A text file parsed as JSON or YAML (by its ending; others by their first character). False with a problem listed:
+/// missing, not a regular file, empty, not parseable (line and column). Duplicate keys are listed as a non-fatal problem.
+bool read_tree(const std::string& path, Node* out, Material* material);
+
+/// config.json of a model. Adds to configs, states the quantisation, and for a config that the run itself wrote
+/// (`states_version`) the transformers release. A root that is no map, or has neither model_type nor architectures, is a
+/// problem.
+void read_model_config(const std::string& path, Role role, bool states_version, Material* material);
+/// Keys of the model configs that look like a router loss and that the family's class does not have.
+void check_model_configs(Material* material);
+
+/// adapter_config.json.
+void read_adapter_config(const std::string& path, Material* material);
+
+/// trainer_state.json: log, step, max_steps.
+void read_trainer_state(const std::string& path, Material* material);
+
+/// training_args.bin, by the inert pickle reader. Not readable: a non-fatal problem.
+void read_training_args(const std::string& path, Material* material);
+
+/// What a text file that states package versions is, by its name and content.
+enum class VersionFile { kNone, kRequirements, kLock, kModelCard };
+VersionFile recognise_versions(std::string_view path, std::string_view text);
+/// Appends what it states; `material->problems` gets what could not be used. False if it states no version at all.
+bool read_versions(const std::string& path, Material* material);
+/// --assume PACKAGE=VERSION, as the command line splits it.
+void read_assumption(const std::string& package, const std::string& version, Material* material);
+
+/// The folder of a model in the local Hugging Face cache that has a config.json, or "" ("org/name"; refs/main unless a
+/// revision is named). Looks only; never the network. `note` says which snapshot was taken.
+std::string find_in_hub_cache(std::string_view id, std::string_view revision, std::string* note);
+bool looks_like_hub_id(std::string_view text);
+
+}  // namespace moeaudit

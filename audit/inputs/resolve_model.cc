@@ -1,0 +1,267 @@
+// The model: family, numbers of its config.json as the config class would read them, MoE layers.
+#include <algorithm>
+#include <charconv>
+#include <type_traits>
+
+#include "audit/inputs/resolve_parts.h"
+#include "audit/tensors/recognise.h"
+
+namespace moeaudit {
+namespace {
+
+template <class T>
+std::optional<T> convert(const Node& n) {
+  if constexpr (std::is_same_v<T, bool>) return node_bool(n);
+  else if constexpr (std::is_same_v<T, std::int64_t>) return node_int(n);
+  else if constexpr (std::is_same_v<T, double>) return node_double(n);
+  else if constexpr (std::is_same_v<T, std::string>) return node_string(n);
+  else if constexpr (std::is_same_v<T, DType>) return n.is_string() ? dtype_from_text(n.text) : std::nullopt;
+  else return std::nullopt;
+}
+
+/// Sets the fact called `name`; false if there is none or the value does not fit its type.
+bool set_by_name(FactSheet& facts, std::string_view name, const Node& value, Origin origin, const Source& source,
+                 bool only_if_unknown) {
+  bool done = false;
+  facts.visit([&](auto& fact) {
+    using T = std::decay_t<decltype(fact.value())>;
+    if (done || fact.info().name != name) return;
+    if (std::optional<T> v = convert<T>(value)) {
+      only_if_unknown ? fact.set_if_unknown(std::move(*v), origin, source) : fact.set(std::move(*v), origin, source);
+      done = true;
+    }
+  });
+  return done;
+}
+
+Node text_node(std::string_view text) {
+  Node n;
+  n.kind = Node::Kind::kString;
+  n.text = std::string(text);
+  return n;
+}
+
+Source place(const ModelConfig& config, const Node& value, std::string_view key) {
+  Source s;
+  s.role = config.role;
+  s.file = config.file;
+  s.line = value.line;
+  s.column = value.column;
+  s.key = config.text_path.empty() ? std::string(key) : config.text_path + "." + std::string(key);
+  return s;
+}
+
+void apply_config(Resolver& r, const ModelConfig& config) {
+  const Node& text = config.text ? *config.text : config.root;
+  if (const Node* v = text.find("model_type"); v && v->is_string()) {
+    r.facts.model_type.set(v->text, Origin::kStated, place(config, *v, "model_type"));
+  }
+  if (const Node* v = config.root.find("architectures"); v && v->is_list() && !v->items.empty() && v->items[0].is_string()) {
+    Source s = place(config, *v, "architectures");
+    s.key = "architectures";
+    r.facts.model_class.set(v->items[0].text, Origin::kStated, std::move(s));
+  }
+  for (std::string_view key : {"dtype", "torch_dtype"}) {
+    const Node* v = text.find(key);
+    if (!v) v = config.root.find(key);
+    if (!v || !v->is_string()) continue;
+    if (auto dtype = dtype_from_text(v->text)) {
+      r.facts.weights_dtype.set(*dtype, Origin::kStated, place(config, *v, key));
+      break;
+    }
+  }
+  if (!r.family) return;
+  for (const FamilyKey& row : r.family->keys) {
+    for (std::string_view key : row.keys) {
+      const Node* v = text.find(key);
+      if (!v || v->is_null()) continue;
+      set_by_name(r.facts, row.fact, *v, Origin::kStated, place(config, *v, key), false);
+      break;  // the first spelling that is there is the one the class reads
+    }
+  }
+}
+
+/// Overrides that a training config makes on the model's config before loading (Axolotl model_config:).
+void apply_overrides(Resolver& r) {
+  if (!r.family) return;
+  for (const Setting& s : r.material.settings) {
+    constexpr std::string_view kPrefix = "model_config.";
+    if (s.name.rfind(kPrefix, 0) != 0) continue;
+    const std::string_view key = std::string_view(s.name).substr(kPrefix.size());
+    for (const FamilyKey& row : r.family->keys) {
+      if (std::find(row.keys.begin(), row.keys.end(), key) == row.keys.end()) continue;
+      set_by_name(r.facts, row.fact, s.value, Resolver::origin_of(s.source), s.source, false);
+    }
+  }
+}
+
+void apply_family(Resolver& r) {
+  Source source;
+  source.role = Role::kFamilyTable;
+  source.cite = r.family->cites.empty() ? std::string() : std::string(r.family->cites[0]);
+  FactSheet& f = r.facts;
+  f.family.set(std::string(r.family->name), Origin::kFamily, source);
+  for (const FamilyKey& row : r.family->keys) {
+    if (row.default_value.empty()) continue;
+    Source s = source;
+    s.cite = std::string(row.cite);
+    s.key = row.keys.empty() ? std::string() : std::string(row.keys[0]);
+    if (row.fact == "balance.aux_coefficient") {
+      set_by_name(f, "balance.aux_coefficient_default", text_node(row.default_value), Origin::kFrameworkDefault, s, true);
+    }
+    set_by_name(f, row.fact, text_node(row.default_value), Origin::kFrameworkDefault, s, true);
+  }
+  for (const FamilyKey& row : r.family->keys) {
+    if (row.keys.empty()) continue;
+    if (row.fact == "balance.aux_flag") f.aux_flag_key.set(std::string(row.keys[0]), Origin::kFamily, source);
+    if (row.fact == "balance.aux_coefficient") f.aux_coefficient_key.set(std::string(row.keys[0]), Origin::kFamily, source);
+  }
+  f.scoring.set(r.family->routing.scoring, Origin::kFamily, source);
+  if (r.family->renormalise == "always" || r.family->renormalise == "never") {
+    f.renormalised.set(r.family->renormalise == "always", Origin::kFamily, source);
+  }
+  f.balance.set(r.family->balance, Origin::kFamily, source);
+  Source fp32 = source;
+  fp32.cite = std::string(r.family->documented_fp32_cite);
+  f.router_documented_fp32.set(r.family->documented_fp32_router, Origin::kFamily, fp32);
+  if (f.top_k.known()) {
+    f.aux_uniform_value.set(r.family->aux_uniform_value_per_k > 0 ? static_cast<double>(f.top_k.value()) : 1.0,
+                            Origin::kFamily, source);
+  }
+
+  Routing routing = r.family->routing;
+  if (f.num_groups.known()) routing.groups = std::max<std::int64_t>(1, f.num_groups.value());
+  if (f.top_groups.known()) routing.top_groups = std::max<std::int64_t>(1, f.top_groups.value());
+  if (routing.groups <= 1) routing.group_score = GroupScore::kNone;
+  if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
+  if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
+  f.routing.set(std::move(routing), Origin::kFamily, source);
+}
+
+std::optional<std::int64_t> config_int(const Resolver& r, std::string_view key) {
+  std::optional<std::int64_t> found;
+  for (const ModelConfig& c : r.material.configs) {
+    const Node* v = (c.text ? *c.text : c.root).find(key);
+    if (v) {
+      if (auto n = node_int(*v)) found = n;
+    }
+  }
+  return found;
+}
+
+void resolve_moe_layers(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (!r.family || !f.num_layers.known()) return;
+  const std::int64_t n = f.num_layers.value();
+  if (n < 0 || n > 100000) return;  // nonsense in the config; RT003 and the tensor comparison speak of it
+  const std::string_view rule = r.family->moe_layer_rule;
+  std::vector<std::int64_t> layers;
+  std::vector<std::int64_t> dense_only;
+  for (const ModelConfig& c : r.material.configs) {
+    const Node* v = (c.text ? *c.text : c.root).find("mlp_only_layers");
+    if (!v || !v->is_list()) continue;
+    dense_only.clear();
+    for (const Node& item : v->items) {
+      if (auto i = node_int(item)) dense_only.push_back(*i);
+    }
+  }
+  const std::int64_t first = config_int(r, "first_k_dense_replace").value_or(rule == "from first_k_dense_replace" ? 3 : 0);
+  const std::int64_t step = std::max<std::int64_t>(1, config_int(r, "decoder_sparse_step").value_or(1));
+  for (std::int64_t i = 0; i < n; ++i) {
+    bool moe = true;
+    if (rule == "from first_k_dense_replace") moe = i >= first;
+    if (rule == "decoder_sparse_step") {
+      moe = (i + 1) % step == 0 && std::find(dense_only.begin(), dense_only.end(), i) == dense_only.end();
+    }
+    if (moe) layers.push_back(i);
+  }
+  f.moe_layers.set(std::move(layers), Origin::kDerived, derived_from("family rule '" + std::string(rule) + "' over num_hidden_layers"));
+}
+
+/// A hub id that is not in the local cache: what the committed table knows of it.
+void apply_hub_model(Resolver& r) {
+  const HubModel* hub = r.material.base_model.empty() ? nullptr : find_hub_model(r.material.base_model);
+  if (!hub) return;
+  r.family = find_family(hub->family);
+  if (!r.family) return;
+  Source source = r.material.base_model_source;
+  source.cite = std::string(hub->cite);
+  r.facts.model_type.set(std::string(r.family->model_types[0]), Origin::kFamily, source);
+  if (!r.family->classes.empty()) r.facts.model_class.set(std::string(r.family->classes[0]), Origin::kFamily, source);
+  for (const FamilyKey& row : r.family->keys) {
+    for (const auto& [key, value] : hub->config) {
+      if (std::find(row.keys.begin(), row.keys.end(), key) == row.keys.end()) continue;
+      Source s = source;
+      s.key = std::string(key);
+      set_by_name(r.facts, row.fact, text_node(value), Origin::kFamily, s, false);
+    }
+  }
+}
+
+constexpr std::string_view kExpertKeys[] = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"};
+
+/// A model_type nobody described: are there experts at all?
+void recognise_unknown(Resolver& r) {
+  FactSheet& f = r.facts;
+  const Recognised found = recognise_moe(r.material.model);
+  Source source;
+  source.role = Role::kModelWeights;
+  if (!r.material.model.files().empty()) source.file = r.material.model.files().front();
+  if (found.layers > 0) {
+    source.tensor = found.router_tensor;
+    f.has_moe.set(true, Origin::kDerived, source);
+    f.family.set("unknown", Origin::kDerived, source);
+    if (found.experts > 0) f.num_experts.set_if_unknown(found.experts, Origin::kDerived, source);
+    if (found.hidden > 0) f.hidden_size.set_if_unknown(found.hidden, Origin::kDerived, source);
+    f.moe_layers.set_if_unknown(found.moe_layers, Origin::kDerived, source);
+    return;
+  }
+  for (const ModelConfig& c : r.material.configs) {
+    const Node& text = c.text ? *c.text : c.root;
+    for (std::string_view key : kExpertKeys) {
+      const Node* v = text.find(key);
+      const auto n = v ? node_int(*v) : std::nullopt;
+      if (!n || *n < 2) continue;
+      f.has_moe.set(true, Origin::kDerived, place(c, *v, key));
+      f.family.set("unknown", Origin::kDerived, place(c, *v, key));
+      f.num_experts.set_if_unknown(*n, Origin::kStated, place(c, *v, key));
+    }
+  }
+  if (f.has_moe.known() || r.material.configs.empty()) return;
+  Source where;
+  where.role = r.material.configs.back().role;
+  where.file = r.material.configs.back().file;
+  f.has_moe.set(false, Origin::kDerived, where);
+}
+
+}  // namespace
+
+void resolve_model(Resolver& r) {
+  FactSheet& f = r.facts;
+  for (const ModelConfig& c : r.material.configs) {
+    const Node* v = (c.text ? *c.text : c.root).find("model_type");
+    if (v && v->is_string()) r.family = find_family_by_model_type(v->text);
+  }
+  if (r.material.configs.empty()) apply_hub_model(r);
+  for (const ModelConfig& c : r.material.configs) apply_config(r, c);
+  apply_overrides(r);
+  if (r.family) {
+    apply_family(r);
+    f.has_moe.set(true, Origin::kFamily, f.family.source());
+  } else {
+    recognise_unknown(r);
+  }
+  resolve_moe_layers(r);
+
+  auto ask_bool = [&](Fact<bool>& fact, std::string_view topic) {
+    const BehaviourAnswer answer = r.ask_about("transformers", topic);
+    if (answer.value) fact.set(*answer.value == "true", Origin::kFrameworkDefault, source_of(answer));
+    else fact.explain_unknown(answer.why);
+  };
+  if (f.family.known()) {
+    ask_bool(f.router_is_linear, "router_is_linear");
+    ask_bool(f.experts_fused, "experts_fused");
+  }
+}
+
+}  // namespace moeaudit

@@ -1,0 +1,37 @@
+// The modules of an adapter_model.safetensors: pairs of LoRA matrices and modules that were saved whole.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "audit/facts/fact_sheet.h"
+#include "audit/families/family.h"
+#include "audit/tensors/tensor_store.h"
+
+namespace moeaudit {
+
+/// One adapted module or parameter. For a stack of experts (PEFT's ParamWrapper, tuners/lora/layer.py) A is [copies * rank,
+/// in] with the expert as the slow index of its rows, B is [out, rank * copies] with the expert as the fast index of its
+/// columns.
+struct AdapterFileModule {
+  std::string path;             // in memory: "model.layers.0.mlp.experts.gate_up_proj"
+  NamedPart part;
+  const TensorView* a = nullptr;
+  const TensorView* b = nullptr;
+  std::int64_t rank = 0;        // 0: saved whole (modules_to_save)
+  std::int64_t in = 0, out = 0;
+  std::int64_t copies = 1;      // experts of a stack
+  std::int64_t parameters = 0;  // of everything the file holds for it
+  bool is_parameter = false;    // a stack: reached through target_parameters
+};
+
+struct AdapterFile {
+  std::vector<AdapterFileModule> modules;  // by layer, then path
+  std::vector<std::string> incomplete;     // modules with an A and no B, or the other way round
+};
+
+/// `family` may be null. `facts` gives the shape that tells the wrappers of one expert module apart, and modules_to_save,
+/// without which a whole embedding or head in the file is taken for a copy that PEFT saves along, not for a trained one.
+AdapterFile read_adapter_file(const TensorStore& adapter, const Family* family, const FactSheet& facts);
+
+}  // namespace moeaudit

@@ -1,0 +1,262 @@
+// Names and shapes in the weight files against the family: routers with their experts, missing and unknown tensors.
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <map>
+#include <set>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "audit/measures/measure.h"
+#include "audit/measures/model_shape.h"
+#include "audit/tensors/recognise.h"
+
+namespace moeaudit {
+namespace {
+
+constexpr std::array<std::string_view, 2> kSupplies = {"weights.routers", "weights.tensor_diff"};
+
+bool ends_with(std::string_view text, std::string_view end) {
+  return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+}
+
+// ---- what quantisers add and replace -------------------------------------------------------------------------------
+
+// They stand in for "weight" (GPTQ, AWQ: qweight; compressed-tensors: weight_packed).
+constexpr std::array<std::string_view, 2> kPackedLeaves = {"qweight", "weight_packed"};
+// They come along with a quantised weight: float8 scales (DeepSeek-V3, compressed-tensors, ModelOpt), bitsandbytes 4-bit and
+// int8 statistics, GPTQ/AWQ zeros and groups; and buffers of old savers, which loading ignores.
+constexpr std::array<std::string_view, 25> kSideTensors = {
+    "weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale", "input_activation_scale", "output_scale", "k_scale", "v_scale",
+    "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format", "qzeros", "scales", "g_idx", "weight_shape", "weight_zero_point",
+    "weight_g_idx", "weight_global_scale", "input_global_scale", "rotary_emb.inv_freq"};
+
+bool is_side_tensor(std::string_view name) {
+  return std::any_of(kSideTensors.begin(), kSideTensors.end(), [&](std::string_view leaf) {
+    return ends_with(name, leaf) && name.size() > leaf.size() && name[name.size() - leaf.size() - 1] == '.';
+  });
+}
+
+/// "X.qweight" -> "X.weight"; other names unchanged.
+std::string unpacked_name(std::string_view name) {
+  for (std::string_view leaf : kPackedLeaves) {
+    if (ends_with(name, leaf) && name.size() > leaf.size() && name[name.size() - leaf.size() - 1] == '.') {
+      return std::string(name.substr(0, name.size() - leaf.size())) + "weight";
+    }
+  }
+  return std::string(name);
+}
+
+/// The tensor, or a quantised one in its place.
+bool is_there(const TensorStore& model, const std::string& name) {
+  if (model.find(name)) return true;
+  if (!ends_with(name, ".weight")) return false;
+  const std::string module = name.substr(0, name.size() - 6);
+  return std::any_of(kPackedLeaves.begin(), kPackedLeaves.end(), [&](std::string_view leaf) { return model.find(module + std::string(leaf)); });
+}
+
+// ---- a tensor's name as a pattern of the family --------------------------------------------------------------------
+
+struct Pattern {
+  std::string text;  // first number of the name -> {L}, second -> {e}
+  int layer = -1;
+  int expert = -1;
+};
+
+Pattern pattern_of(std::string_view name) {
+  Pattern out;
+  for (std::size_t from = 0; from <= name.size();) {
+    const std::size_t dot = std::min(name.find('.', from), name.size());
+    const std::string_view part = name.substr(from, dot - from);
+    int number = -1;
+    const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), number);
+    const bool is_number = error == std::errc() && end == part.data() + part.size() && number >= 0;
+    if (from > 0) out.text += '.';
+    if (is_number && out.layer < 0) {
+      out.layer = number;
+      out.text += "{L}";
+    } else if (is_number && out.expert < 0) {
+      out.expert = number;
+      out.text += "{e}";
+    } else {
+      out.text += part;
+    }
+    from = dot + 1;
+  }
+  return out;
+}
+
+/// Position of a symbol in a family's shape, "E,2*I,H"; -1 if it is not there alone.
+int axis_of(std::string_view shape, std::string_view symbol) {
+  int axis = 0;
+  for (std::size_t from = 0; from <= shape.size(); ++axis) {
+    const std::size_t comma = std::min(shape.find(',', from), shape.size());
+    if (shape.substr(from, comma - from) == symbol) return axis;
+    from = comma + 1;
+  }
+  return -1;
+}
+
+bool is_float(DType d) {
+  return d == DType::kF64 || d == DType::kF32 || d == DType::kBF16 || d == DType::kF16 || d == DType::kF8E4M3 || d == DType::kF8E5M2;
+}
+
+// ---- routers -------------------------------------------------------------------------------------------------------
+
+struct LayerRow {
+  const TensorView* router = nullptr;
+  std::set<int> experts;
+  std::int64_t stacked = 0;
+  std::int64_t expert_hidden = -1;
+};
+
+/// A multi-token-prediction layer behind the last one: transformers does not load it, no trainer trains it.
+std::set<int> prediction_layers(const TensorStore& model, const FactSheet& f) {
+  std::set<int> layers;
+  for (std::size_t i = 0; i < model.size(); ++i) {
+    if (!ends_with(model[i].name, ".eh_proj.weight")) continue;
+    const int layer = pattern_of(model[i].name).layer;
+    if (!f.num_layers.known() || layer >= f.num_layers.value()) layers.insert(layer);
+  }
+  return layers;
+}
+
+void add_expert(const TensorView& t, const FamilyTensor& row, const Pattern& name, LayerRow* layer) {
+  const int experts = axis_of(row.shape, "E"), hidden = axis_of(row.shape, "H");
+  if (name.expert >= 0) layer->experts.insert(name.expert);
+  else if (experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
+  // Packed bytes have another shape than the matrix they stand for; MXFP4 blocks keep their outer dimensions.
+  const bool shaped = is_float(t.dtype) || ends_with(t.name, "_blocks") || ends_with(t.name, "_scales");
+  if (layer->expert_hidden < 0 && shaped && hidden >= 0 && hidden < static_cast<int>(t.shape.size())) layer->expert_hidden = t.shape[hidden];
+}
+
+RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped) {
+  std::unordered_map<std::string_view, const FamilyTensor*> patterns;
+  for (const FamilyTensor& row : family.tensors) {
+    if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(row.name, &row);
+  }
+  std::map<int, LayerRow> layers;
+  for (std::size_t i = 0; i < model.size(); ++i) {
+    const TensorView& t = model[i];
+    const Pattern name = pattern_of(unpacked_name(t.name));
+    const auto found = patterns.find(name.text);
+    if (name.layer < 0 || found == patterns.end() || skipped.count(name.layer)) continue;
+    const FamilyTensor& row = *found->second;
+    if (row.part == Part::kRoutedExpert) add_expert(t, row, name, &layers[name.layer]);
+    else if (row.shape == "E,H") layers[name.layer].router = &t;
+  }
+  RouterTable out;
+  for (const auto& [index, row] : layers) {
+    if (!row.router) continue;  // the missing router is in weights.tensor_diff
+    const TensorView& router = *row.router;
+    const bool plain = is_float(router.dtype) && router.shape.size() == 2;
+    std::string bias(router.name.substr(0, router.name.rfind('.') + 1));
+    bias += family.routing.correction_bias_tensor.substr(family.routing.correction_bias_tensor.rfind('.') + 1);
+    const bool has_bias = family.routing.correction_bias && model.find(bias);
+    out.layer.push_back(index);
+    out.tensor.emplace_back(router.name);
+    out.file.push_back(model.files()[router.file]);
+    out.dtype.push_back(router.dtype);
+    out.experts.push_back(plain ? router.shape[0] : -1);
+    out.hidden.push_back(plain ? router.shape[1] : -1);
+    out.expert_count.push_back(row.stacked > 0 ? row.stacked : static_cast<std::int64_t>(row.experts.size()));
+    out.expert_hidden.push_back(row.expert_hidden);
+    out.fused.push_back(row.stacked > 0);
+    out.bias.push_back(has_bias ? bias : std::string());
+  }
+  return out;
+}
+
+// ---- missing and unexpected ----------------------------------------------------------------------------------------
+
+std::size_t count_found(const TensorStore& model, const std::vector<ExpandedTensor>& expected) {
+  return static_cast<std::size_t>(
+      std::count_if(expected.begin(), expected.end(), [&](const ExpandedTensor& t) { return is_there(model, t.name); }));
+}
+
+TensorDiff compare(const TensorStore& model, const Family& family, const FamilyShape& shape, const std::set<int>& skipped) {
+  std::vector<ExpandedTensor> expected = expand(family, shape, FamilyTensor::Where::kHub);
+  std::vector<ExpandedTensor> fused = expand(family, shape, FamilyTensor::Where::kMemory);
+  if (count_found(model, fused) > count_found(model, expected)) expected.swap(fused);
+
+  std::unordered_map<std::string_view, std::string_view> shard;
+  for (const auto& [name, file] : model.missing_in_index()) shard.emplace(name, file);
+  TensorDiff diff;
+  std::unordered_set<std::string_view> known;
+  for (const ExpandedTensor& t : expected) {
+    known.insert(t.name);
+    const bool excused = t.alternative.empty() ? t.optional : is_there(model, t.alternative);
+    const auto where = shard.find(t.name);
+    if (where == shard.end() && (excused || is_there(model, t.name))) continue;
+    diff.missing.push_back(t.name);
+    diff.missing_shard.emplace_back(where == shard.end() ? std::string_view() : where->second);
+  }
+  for (const auto& [name, file] : model.missing_in_index()) {
+    if (known.count(name)) continue;
+    diff.missing.push_back(name);
+    diff.missing_shard.push_back(file);
+  }
+  for (std::size_t i = 0; i < model.size(); ++i) {
+    const std::string_view name = model[i].name;
+    if (known.count(name) || is_side_tensor(name) || is_known_extra(family, name)) continue;
+    if (const std::string plain = unpacked_name(name); plain != name && known.count(plain)) continue;
+    if (skipped.count(pattern_of(name).layer)) continue;
+    diff.unexpected.emplace_back(name);
+  }
+  return diff;
+}
+
+// ---- the measure ---------------------------------------------------------------------------------------------------
+
+void run(MeasureContext& context) {
+  FactSheet& f = context.facts;
+  const TensorStore& model = context.model;
+  if (model.empty()) {
+    const char* why = "no weights of the model are among the inputs";
+    f.routers.explain_unknown(why);
+    f.tensor_diff.explain_unknown(why);
+    return;
+  }
+  Source source;
+  source.role = Role::kModelWeights;
+  source.file = model.files().front();
+  const Family* family = f.family.known() ? find_family(f.family.value()) : nullptr;
+  std::set<int> skipped;
+  if (family) skipped = prediction_layers(model, f);
+  RouterTable routers = family ? find_routers(model, *family, skipped) : recognise_moe(model).table;
+  const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
+                           (family ? "" : ", recognised by shape");
+  if (routers.layer.empty()) {
+    f.routers.explain_unknown(family ? "the weight files hold no router of family " + f.family.value() : "no experts in the weight files");
+  } else {
+    source.tensor = routers.tensor.front();
+    f.routers.set(std::move(routers), family ? Origin::kMeasured : Origin::kDerived, source);
+    source.tensor.clear();
+  }
+  context.records.push_back({"header_scan", "host", note});
+
+  FamilyShape shape;
+  std::string why = "the family of this model is not known";
+  if (!family || !model_shape(f, &shape, &why)) {
+    if (model.missing_in_index().empty()) {
+      f.tensor_diff.explain_unknown(why);
+      return;
+    }
+    TensorDiff diff;  // without a family the index is the only list of names there is
+    for (const auto& [name, file] : model.missing_in_index()) {
+      diff.missing.push_back(name);
+      diff.missing_shard.push_back(file);
+    }
+    f.tensor_diff.set(std::move(diff), Origin::kMeasured, source);
+    return;
+  }
+  f.tensor_diff.set(compare(model, *family, shape, skipped), Origin::kMeasured, source);
+}
+
+}  // namespace
+
+extern const Measure measure_header_scan;
+const Measure measure_header_scan = {.name = "header_scan", .supplies = kSupplies, .wants = {}, .run = run};
+
+}  // namespace moeaudit

@@ -1,0 +1,91 @@
+#include "audit/measures/module_tree.h"
+
+#include <algorithm>
+#include <string_view>
+#include <unordered_map>
+
+namespace moeaudit {
+namespace {
+
+std::string_view parent_of(std::string_view path) {
+  const std::size_t dot = path.rfind('.');
+  return dot == std::string_view::npos ? std::string_view() : path.substr(0, dot);
+}
+std::string_view leaf_of(std::string_view path) { return path.substr(path.rfind('.') + 1); }  // npos + 1 == 0
+bool ends_with(std::string_view text, std::string_view end) {
+  return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+}
+
+class Builder {
+ public:
+  explicit Builder(ModuleTree& tree) : tree_(tree) {}
+
+  /// Index of the module, created with its parents if needed.
+  int module(std::string_view path) {
+    if (const auto known = index_.find(std::string(path)); known != index_.end()) return known->second;
+    if (const std::string_view parent = parent_of(path); !parent.empty()) module(parent);
+    const int index = static_cast<int>(tree_.modules.size());
+    tree_.modules.push_back({});
+    tree_.modules.back().path = std::string(path);
+    index_.emplace(path, index);
+    return index;
+  }
+
+ private:
+  ModuleTree& tree_;
+  std::unordered_map<std::string, int> index_;
+};
+
+/// MXFP4 blocks are unpacked before training (Mxfp4Config(dequantize=True)); in memory there is the plain stack.
+bool is_packed(std::string_view name) { return ends_with(name, "_blocks") || ends_with(name, "_scales"); }
+
+bool is_present(const ExpandedTensor& t, const TensorStore& store) {
+  if (is_packed(t.name)) return false;
+  if (t.alternative.empty() || is_packed(t.alternative) || store.empty()) return true;
+  return store.find(t.name) != nullptr || store.find(t.alternative) == nullptr;
+}
+
+std::vector<std::int64_t> shape_of(const ExpandedTensor& t, const TensorStore& store) {
+  const bool complete = std::find(t.shape.begin(), t.shape.end(), -1) == t.shape.end();
+  if (complete) return t.shape;
+  const TensorView* view = store.find(t.name);
+  if (view && (view->dtype == DType::kU8 || view->dtype == DType::kI8 || view->dtype == DType::kI32)) return t.shape;  // packed
+  if (!view || view->shape.size() != t.shape.size()) return t.shape;
+  return {view->shape.begin(), view->shape.end()};
+}
+
+void describe(ModelModule& m, const ExpandedTensor& t, const std::vector<std::int64_t>& shape, const MemoryLayout& layout) {
+  m.part = t.part;
+  m.layer = t.layer;
+  m.expert = t.expert;
+  m.kind = ModelModule::Kind::kOther;
+  if (leaf_of(t.name) != "weight" || shape.size() != 2 || t.part == Part::kNorm) return;
+  if (t.part == Part::kRouter && !layout.router_is_linear) return;
+  m.kind = t.part == Part::kEmbedding ? ModelModule::Kind::kEmbedding : ModelModule::Kind::kLinear;
+  const bool embedding = m.kind == ModelModule::Kind::kEmbedding;  // its weight is [vocabulary, hidden]
+  m.in = std::max<std::int64_t>(0, shape[embedding ? 0 : 1]);
+  m.out = std::max<std::int64_t>(0, shape[embedding ? 1 : 0]);
+}
+
+}  // namespace
+
+ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, const MemoryLayout& layout,
+                             const TensorStore& store) {
+  ModuleTree tree;
+  Builder builder(tree);
+  // Hub names are the module names of transformers 4; a family whose experts are one stack there too has no others.
+  const auto where = layout.experts_fused ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
+  for (const ExpandedTensor& t : expand(family, shape, where)) {
+    if (!is_present(t, store)) continue;
+    const std::vector<std::int64_t> dims = shape_of(t, store);
+    const int index = builder.module(parent_of(t.name));
+    if (ModelModule& m = tree.modules[index]; m.kind == ModelModule::Kind::kContainer || leaf_of(t.name) == "weight") {
+      describe(m, t, dims, layout);
+    }
+    // Buffers are not parameters: PEFT does not see them, and neither does the optimizer.
+    if (leaf_of(t.name) != "e_score_correction_bias") tree.parameters.push_back({t.name, index, dims});
+  }
+  return tree;
+}
+
+}  // namespace moeaudit

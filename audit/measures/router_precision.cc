@@ -1,0 +1,315 @@
+// How many tokens change experts when the gate is computed in a lower precision, on this checkpoint's own routers.
+//
+// Every mode sees the same x (router_inputs.h), rounded once to the dtype of the activations, and the router weight as
+// stored (a float64 weight is taken as float32).
+//
+// Modes: "fp32"; "bf16" and "fp16" (inputs of that dtype, exact products, wide sums, one rounding of the logits);
+// "nf4" and "int8" (weight through the quantiser and back, then as the activations' dtype), when the router is known to
+// be quantised; "executed": the dtype that router.dtype_executed resolved, with the weight in the dtype it is loaded in.
+// After the logits every mode follows the family: scores in float32, or in the logits' dtype where the family says so.
+#include "audit/measures/router_precision.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "audit/measures/measure.h"
+#include "audit/measures/router_inputs.h"
+#include "audit/measures/router_replay.h"
+#include "kernels/host/router.h"
+
+namespace moeaudit {
+namespace {
+
+namespace k = kernels;
+using k::Float;
+
+constexpr std::int64_t kMostTokens = 4096;
+
+std::string with_layer(std::string pattern, int layer) {
+  const std::size_t at = pattern.find("{L}");
+  if (at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
+  return pattern;
+}
+
+std::optional<Float> float_of(DType d) {
+  switch (d) {
+    case DType::kF32: return Float::kF32;
+    case DType::kBF16: return Float::kBF16;
+    case DType::kF16: return Float::kF16;
+    default: return std::nullopt;
+  }
+}
+
+const char* mode_name(Float f) { return f == Float::kF32 ? "fp32" : f == Float::kBF16 ? "bf16" : "fp16"; }
+
+/// Dtype of the activations that reach the router. Where nobody says, bfloat16: what fine-tuning runs use.
+Float activation_dtype(const FactSheet& facts) {
+  if (const Precision* p = facts.precision.get()) {
+    if (*p == Precision::kFp32) return Float::kF32;
+    return *p == Precision::kAutocastFp16 || *p == Precision::kPureFp16 ? Float::kF16 : Float::kBF16;
+  }
+  return Float::kBF16;
+}
+
+// ---- one router ----------------------------------------------------------------------------------------------------------
+
+std::string read_router(const MeasureContext& ctx, const Routing& routing, std::size_t row, Router* out) {
+  const RouterTable& table = ctx.facts.routers.value();
+  out->layer = table.layer[row];
+  out->tensor = table.tensor[row];
+  out->experts = table.experts[row];
+  out->hidden = table.hidden[row];
+  if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
+  std::string fault = read_floats(ctx.model, out->tensor, out->experts * out->hidden, &out->w);
+  if (fault.empty() && routing.linear_bias) {
+    fault = read_floats(ctx.model, with_layer(routing.linear_bias_tensor, out->layer), out->experts, &out->linear_bias);
+  }
+  if (fault.empty() && routing.correction_bias) {
+    const std::string name = table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
+    fault = read_floats(ctx.model, name, out->experts, &out->correction_bias);
+  }
+  return fault;
+}
+
+// ---- the measure -----------------------------------------------------------------------------------------------------------
+
+void append_row(PrecisionTable* table, const Router& r, const std::string& mode, std::int64_t tokens, double max_logit,
+                const Tally& tally) {
+  const double n = tokens > 0 ? static_cast<double>(tokens) : 1.0;
+  const auto [low, high] = wilson_interval(tally.flipped, tokens);
+  table->layer.push_back(r.layer);
+  table->tensor.push_back(r.tensor);
+  table->mode.push_back(mode);
+  table->tokens.push_back(tokens);
+  table->flipped.push_back(static_cast<double>(tally.flipped) / n);
+  table->low.push_back(low);
+  table->high.push_back(high);
+  table->near_ties.push_back(static_cast<double>(tally.near_ties) / n);
+  table->weight_error.push_back(tally.weight_error);
+  table->max_abs_logit.push_back(max_logit);
+  table->overflowed.push_back(tally.overflowed);
+}
+
+std::vector<Mode> modes_of(const FactSheet& facts, Float activations) {
+  std::vector<Mode> modes = {{"fp32", Float::kF32, Float::kF64, Trip::kNone},
+                             {"bf16", Float::kBF16, Float::kF64, Trip::kNone},
+                             {"fp16", Float::kF16, Float::kF64, Trip::kNone}};
+  if (facts.router_quantised.known() && facts.router_quantised.value()) {
+    const std::int64_t bits = facts.quant_bits.known() ? facts.quant_bits.value() : 0;
+    if (bits != 8) modes.push_back({"nf4", activations, Float::kF64, Trip::kNf4});
+    if (bits != 4) modes.push_back({"int8", activations, Float::kF64, Trip::kInt8});
+  }
+  return modes;
+}
+
+class RouterPrecision {
+ public:
+  explicit RouterPrecision(MeasureContext& ctx)
+      : ctx_(ctx), routing_(ctx.facts.routing.value()), activations_(activation_dtype(ctx.facts)), inputs_(ctx.hidden_states, activations_),
+        modes_(modes_of(ctx.facts, activations_)) {}
+
+  void run() {
+    const RouterTable& routers = ctx_.facts.routers.value();
+    const std::int64_t budget = affordable_tokens(work());
+    for (std::size_t row = 0; row < routers.layer.size(); ++row) {
+      const std::string fault = run_router(row, budget);
+      if (!fault.empty()) faults_.push_back(fault);
+      if (ctx_.progress) {
+        ctx_.progress("router precision", static_cast<double>(row + 1) / static_cast<double>(routers.layer.size()));
+      }
+    }
+    conclude();
+  }
+
+ private:
+  RouterWork work() const {
+    const RouterTable& t = ctx_.facts.routers.value();
+    RouterWork w;
+    w.routers = static_cast<std::int64_t>(t.layer.size());
+    for (std::size_t i = 0; i < t.layer.size(); ++i) {
+      w.experts = std::max(w.experts, t.experts[i]);
+      w.hidden = std::max(w.hidden, t.hidden[i]);
+    }
+    w.float_modes = 1;
+    w.wide_modes = static_cast<int>(modes_.size());  // the truth and all modes but fp32
+    return w;
+  }
+
+  /// Empty, or why this router was left out.
+  std::string run_router(std::size_t row, std::int64_t budget) {
+    Router r;
+    std::string fault = read_router(ctx_, routing_, row, &r);
+    if (!fault.empty()) return fault;
+    const std::int64_t top_k = ctx_.facts.top_k.value();
+    k::RouteArgs<float> trial = route_args<float>(routing_, r.experts, top_k);
+    const k::Status status = k::route(trial, k::RouteResult<float>{});
+    if (status != k::Status::kOk) return r.tensor + ": " + k::name_of(status);
+
+    std::int64_t tokens = budget;
+    const TensorView* view = nullptr;
+    fault = inputs_.probe() ? prepare_probe(&r, tokens) : prepare_states(r, &view, &tokens);
+    if (!fault.empty()) return fault;
+
+    const RouterReplay replay(r, routing_, top_k, activations_, modes_for(r));
+    const std::int64_t tiles = (tokens + Scratch::kTile - 1) / Scratch::kTile;
+    std::vector<TileTally> tallies(static_cast<std::size_t>(tiles));
+    std::vector<Scratch> scratch;
+    for (int w = 0; w < std::clamp<std::int64_t>(ctx_.threads, 1, tiles); ++w) scratch.emplace_back(r.hidden, r.experts, top_k);
+    parallel_for(ctx_.threads, tiles, [&](std::int64_t tile, int worker) {
+      Scratch& s = scratch[static_cast<std::size_t>(worker)];
+      const std::int64_t first = tile * Scratch::kTile;
+      const std::int64_t n = inputs_.fill(r.norm.data(), view, r.hidden, first, std::min(Scratch::kTile, tokens - first), tokens, s.x.data());
+      if (n > 0) replay.run(n, s, &tallies[static_cast<std::size_t>(tile)]);
+    });
+    return report(r, replay.modes(), tallies, tokens);
+  }
+
+  std::string prepare_probe(Router* r, std::int64_t tokens) {
+    const std::string name = with_layer(routing_.input_norm_tensor, r->layer);
+    const std::string fault = name.empty() ? "the family names none" : read_floats(ctx_.model, name, r->hidden, &r->norm);
+    if (!fault.empty()) {
+      r->norm.assign(static_cast<std::size_t>(r->hidden), 1.0f);
+      ++without_norm_;
+    }
+    inputs_.make_probe(tokens, r->hidden, ctx_.threads);
+    return {};
+  }
+
+  std::string prepare_states(const Router& r, const TensorView** view, std::int64_t* tokens) {
+    *view = inputs_.tensor_of(r.layer);
+    if (*view == nullptr) return "the hidden states have no tensor for layer " + std::to_string(r.layer);
+    const std::int64_t rows = RouterInputs::rows_of(**view, r.hidden);
+    if (rows == 0) {
+      return "the hidden states tensor " + std::string((*view)->name) + " is not a float tensor [tokens, " +
+             std::to_string(r.hidden) + "] as " + r.tensor + " needs it";
+    }
+    *tokens = std::min(*tokens, rows);
+    return {};
+  }
+
+  /// The modes of all routers, and where loading changes this router's weight, the executed one apart.
+  std::vector<Mode> modes_for(const Router& r) const {
+    std::vector<Mode> modes = modes_;
+    const std::optional<Float> loaded = ctx_.facts.load_dtype.known() ? float_of(ctx_.facts.load_dtype.value()) : std::nullopt;
+    if (const std::optional<Float> executed = executed_dtype(); executed && loaded && !survives(r, *loaded)) {
+      modes.push_back({"executed", *executed, *loaded, Trip::kNone});
+    }
+    return modes;
+  }
+
+  std::optional<Float> executed_dtype() const {
+    return ctx_.facts.router_dtype.known() ? float_of(ctx_.facts.router_dtype.value()) : std::nullopt;
+  }
+
+  std::string report(const Router& r, const std::vector<ReadyMode>& modes, const std::vector<TileTally>& tallies,
+                     std::int64_t asked) {
+    TileTally sum;
+    sum.modes.resize(modes.size());
+    for (const TileTally& t : tallies) {
+      sum.tokens += t.tokens;
+      sum.max_abs_logit = std::max(sum.max_abs_logit, t.max_abs_logit);
+      for (std::size_t m = 0; m < t.modes.size(); ++m) sum.modes[m].add(t.modes[m]);
+    }
+    if (sum.tokens == 0) return "no row of the hidden states for " + r.tensor + " is finite in " + k::name_of(activations_);
+    left_out_ += asked - sum.tokens;
+    most_tokens_ = std::max(most_tokens_, sum.tokens);
+    bool has_executed = false;
+    for (std::size_t m = 0; m < modes.size(); ++m) {
+      has_executed = has_executed || modes[m].mode.name == "executed";
+      append_row(&table_, r, modes[m].mode.name, sum.tokens, sum.max_abs_logit, sum.modes[m]);
+    }
+    if (const std::optional<Float> executed = executed_dtype(); executed && !has_executed) {
+      for (std::size_t m = 0; m < modes.size(); ++m) {
+        if (modes[m].mode.name != mode_name(*executed)) continue;
+        append_row(&table_, r, "executed", sum.tokens, sum.max_abs_logit, sum.modes[m]);
+      }
+    }
+    ++measured_;
+    return {};
+  }
+
+  void conclude() {
+    std::string skipped;
+    if (!faults_.empty()) {
+      skipped = std::to_string(faults_.size()) + " router" + (faults_.size() > 1 ? "s" : "") + " left out, the first because " +
+                faults_.front();
+    }
+    std::string note = std::to_string(measured_) + " routers, " + std::to_string(most_tokens_) + " tokens each";
+    table_.probe = inputs_.probe();
+    Source source;
+    if (inputs_.probe()) {
+      table_.input = "probe: seeded unit Gaussian through the norm weight";
+      if (without_norm_ > 0) table_.input += " (norm weight not found for " + std::to_string(without_norm_) + " routers: taken as 1)";
+      source = ctx_.facts.routers.source();
+      source.role = Role::kModelWeights;
+    } else {
+      source.role = Role::kHiddenStates;
+      source.file = ctx_.hidden_states.files().empty() ? std::string() : ctx_.hidden_states.files().front();
+      table_.input = "hidden states " + source.file;
+      if (left_out_ > 0) note += "; " + std::to_string(left_out_) + " rows that are not finite left out";
+    }
+    note += ", x in " + std::string(k::name_of(activations_)) + ", " + table_.input;
+    if (!skipped.empty()) note += "; " + skipped;
+    ctx_.records.push_back({"router_precision", std::string("host ") + k::host_backend(), note});
+    if (measured_ == 0) {
+      ctx_.facts.router_precision.explain_unknown(skipped);
+    } else {
+      ctx_.facts.router_precision.set(std::move(table_), Origin::kMeasured, std::move(source));
+    }
+  }
+
+  MeasureContext& ctx_;
+  Routing routing_;
+  Float activations_;
+  RouterInputs inputs_;
+  std::vector<Mode> modes_;
+  PrecisionTable table_;
+  std::vector<std::string> faults_;
+  std::int64_t measured_ = 0, without_norm_ = 0, left_out_ = 0, most_tokens_ = 0;
+};
+
+void run(MeasureContext& ctx) {
+  const auto skip = [&ctx](const std::string& why) {
+    ctx.facts.router_precision.explain_unknown(why);
+    ctx.records.push_back({"router_precision", "", "skipped: " + why});
+  };
+  if (!ctx.replays) return skip("--static");
+  if (!ctx.facts.routers.known() || ctx.facts.routers.value().layer.empty()) return skip("no router found in the weights");
+  if (!ctx.facts.routing.known()) return skip("the routing conventions of this model are not known");
+  if (!ctx.facts.top_k.known()) return skip("router.top_k is not known");
+  RouterPrecision(ctx).run();
+}
+
+constexpr std::string_view kSupplies[] = {"router.precision"};
+constexpr std::string_view kWants[] = {"weights.routers"};
+
+}  // namespace
+
+std::pair<double, double> wilson_interval(std::int64_t hits, std::int64_t n) {
+  if (n <= 0) return {0.0, 1.0};
+  constexpr double z = 1.959963984540054;  // normal quantile of 0.975
+  const double count = static_cast<double>(n), p = static_cast<double>(hits) / count;
+  const double centre = (p + z * z / (2 * count)) / (1 + z * z / count);
+  const double half = z * std::sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count);
+  return {hits == 0 ? 0.0 : centre - half, hits == n ? 1.0 : centre + half};
+}
+
+std::int64_t affordable_tokens(const RouterWork& work) {
+  constexpr double kCoreSeconds = 5.0, kWideFlops = 40e9, kFloatFlops = 60e9;
+  const double experts = static_cast<double>((work.experts + 7) / 8 * 8), hidden = static_cast<double>(work.hidden);
+  const double gate = 2 * experts * hidden * (work.wide_modes / kWideFlops + work.float_modes / kFloatFlops);
+  const double input = 1e-9 * hidden;
+  const double route = (8e-9 * experts + 1e-7) * (1 + work.wide_modes + work.float_modes);
+  const double token = static_cast<double>(work.routers) * (gate + input + route);
+  const double tokens = token > 0 ? kCoreSeconds / token : static_cast<double>(kMostTokens);
+  if (tokens >= static_cast<double>(kMostTokens)) return kMostTokens;
+  return std::max<std::int64_t>(static_cast<std::int64_t>(tokens) / Scratch::kTile * Scratch::kTile, Scratch::kTile);
+}
+
+extern const Measure measure_router_precision;
+const Measure measure_router_precision = {"router_precision", kSupplies, kWants, run};
+
+}  // namespace moeaudit

@@ -1,0 +1,189 @@
+// Replays one router in several precisions.
+#include "audit/measures/router_replay.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/host/elementary.h"
+#include "kernels/host/quantised_weights.h"
+
+namespace moeaudit {
+
+namespace k = kernels;
+using k::Float;
+
+namespace {
+
+ReadyMode make_ready(const Mode& mode, const Router& r) {
+  ReadyMode ready;
+  ready.mode = mode;
+  std::vector<float> w = r.w, bias = r.linear_bias;
+  const auto round_both = [&](Float dtype) {
+    k::round_values(w.data(), static_cast<std::int64_t>(w.size()), dtype, w.data());
+    k::round_values(bias.data(), static_cast<std::int64_t>(bias.size()), dtype, bias.data());
+  };
+  if (mode.loaded != Float::kF64) round_both(mode.loaded);
+  if (mode.trip == Trip::kNf4) k::nf4_round_trip(w.data(), static_cast<std::int64_t>(w.size()), w.data());
+  if (mode.trip == Trip::kInt8) k::int8_row_round_trip(w.data(), r.experts, r.hidden, w.data());
+  round_both(mode.dtype);
+  ready.same_weights = w == r.w && bias == r.linear_bias;
+  if (mode.dtype == Float::kF32) {
+    ready.packed_float = Aligned<float>(k::packed_gate_size<float>(r.experts, r.hidden));
+    k::pack_gate(w.data(), r.experts, r.hidden, ready.packed_float.data());
+    ready.bias_float = bias;
+  } else {
+    ready.packed_wide = Aligned<double>(k::packed_gate_size<double>(r.experts, r.hidden));
+    k::pack_gate(w.data(), r.experts, r.hidden, ready.packed_wide.data());
+    ready.bias_wide.assign(bias.begin(), bias.end());
+  }
+  return ready;
+}
+
+/// Slope of the score at logit l: how far a small change of the logit moves it.
+double slope(Scoring scoring, double l) {
+  const double s = k::sigmoid_exact_order(l);
+  if (scoring == Scoring::kSqrtSoftplus) {
+    const double score = k::sqrt_softplus_exact_order(l);
+    return score > 0 ? s / (2 * score) : 0;
+  }
+  return s * (1 - s);  // sigmoid; for a softmax with a correction bias this is the largest it can be
+}
+
+}  // namespace
+
+bool survives(const Router& r, Float dtype) {
+  const auto same = [dtype](const std::vector<float>& v) {
+    std::vector<float> rounded(v.size());
+    k::round_values(v.data(), static_cast<std::int64_t>(v.size()), dtype, rounded.data());
+    return rounded == v;
+  };
+  return same(r.w) && same(r.linear_bias);
+}
+
+template <class T>
+k::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::int64_t top_k) {
+  k::RouteArgs<T> a;
+  a.experts = experts;
+  a.top_k = top_k;
+  a.score = routing.scoring == Scoring::kSoftmax   ? k::Score::kSoftmax
+            : routing.scoring == Scoring::kSigmoid ? k::Score::kSigmoid
+                                                   : k::Score::kSqrtSoftplus;
+  a.softmax_after_top_k = routing.softmax_after_top_k;
+  a.group_score = routing.group_score == GroupScore::kMax       ? k::GroupScore::kMax
+                  : routing.group_score == GroupScore::kTop2Sum ? k::GroupScore::kTop2Sum
+                                                                : k::GroupScore::kNone;
+  a.groups = routing.groups;
+  a.top_groups = routing.top_groups;
+  a.group_mask_is_zero = routing.group_mask_is_zero;
+  a.renormalise = routing.renormalise && !routing.softmax_after_top_k;  // a softmax over the chosen sums to one already
+  a.renormalise_eps = static_cast<T>(routing.renormalise_eps);
+  a.scaling = static_cast<T>(routing.scaling);
+  return a;
+}
+
+template k::RouteArgs<float> route_args<float>(const Routing&, std::int64_t, std::int64_t);
+template k::RouteArgs<double> route_args<double>(const Routing&, std::int64_t, std::int64_t);
+
+RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, Float activations,
+                           const std::vector<Mode>& modes)
+    : router_(router), routing_(routing), top_k_(top_k), activations_(activations),
+      truth_w_(k::packed_gate_size<double>(router.experts, router.hidden)),
+      truth_bias_(router.linear_bias.begin(), router.linear_bias.end()),
+      correction_wide_(router.correction_bias.begin(), router.correction_bias.end()) {
+  k::pack_gate(router.w.data(), router.experts, router.hidden, truth_w_.data());
+  for (const Mode& mode : modes) modes_.push_back(make_ready(mode, router));
+}
+
+/// The last chosen and the first not chosen expert are closer than half a unit of the logits' dtype at each of them, so
+/// that rounding alone can bring them level.
+bool RouterReplay::near_tie(Float dtype, const double* logits, const double* choice, std::int32_t last, std::int32_t next) const {
+  if (next < 0) return false;
+  double reach_last = 0.5 * k::spacing(logits[last], dtype), reach_next = 0.5 * k::spacing(logits[next], dtype);
+  if (correction_wide_.empty()) {  // the score grows with the logit: compare logits (a masked expert is not in reach)
+    return choice[next] > -INFINITY && logits[last] - logits[next] <= reach_last + reach_next;
+  }
+  reach_last *= slope(routing_.scoring, logits[last]);
+  reach_next *= slope(routing_.scoring, logits[next]);
+  return choice[last] - choice[next] <= reach_last + reach_next;
+}
+
+/// Logits of one mode into s.narrow (every value of a mode's dtype is a float32).
+void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& s) const {
+  const Router& r = router_;
+  const std::int64_t count = n * r.experts;
+  const Float dtype = ready.mode.dtype;
+  if (dtype == Float::kF32) {
+    const float* bias = ready.bias_float.empty() ? nullptr : ready.bias_float.data();
+    k::gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts, s.narrow.data()});
+    return;
+  }
+  const float* x = s.x.data();
+  bool same_x = true;
+  if (dtype != activations_) {
+    k::round_values(x, n * r.hidden, dtype, s.rounded_x.data());
+    same_x = std::memcmp(x, s.rounded_x.data(), sizeof(float) * static_cast<std::size_t>(n * r.hidden)) == 0;
+    x = s.rounded_x.data();
+  }
+  double* wide = s.truth.data();
+  if (!same_x || !ready.same_weights) {
+    wide = s.wide.data();
+    const double* bias = ready.bias_wide.empty() ? nullptr : ready.bias_wide.data();
+    k::gate_logits(k::GateArgs<float, double>{x, ready.packed_wide.data(), bias, n, r.hidden, r.experts, wide});
+  }
+  k::round_values(wide, count, dtype, s.wide.data());
+  std::copy(s.wide.data(), s.wide.data() + count, s.narrow.data());
+}
+
+void RouterReplay::compare_token(std::int64_t t, Scratch& s, Tally* tally) const {
+  const std::int64_t n = top_k_;
+  const std::int32_t* truth = s.chosen.data() + t * n;
+  const std::int32_t* chosen = s.mode_chosen.data() + t * n;
+  double worst = 0;
+  for (std::int64_t j = 0; j < n; ++j) {
+    const std::int32_t* at = std::find(truth, truth + n, chosen[j]);
+    if (at == truth + n) {
+      ++tally->flipped;
+      return;
+    }
+    worst = std::max(worst, std::fabs(static_cast<double>(s.narrow_weights[t * n + j]) - s.weights[t * n + (at - truth)]));
+  }
+  tally->weight_error = std::max(tally->weight_error, worst);
+}
+
+void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const {
+  const Router& r = router_;
+  mode_logits(ready, n, s);
+  k::RouteArgs<float> args = route_args<float>(routing_, r.experts, top_k_);
+  args.logits = s.narrow.data();
+  args.tokens = n;
+  args.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
+  if (routing_.scores_dtype == DType::kUnknown && ready.mode.dtype != Float::kF32) args.tensor_dtype = ready.mode.dtype;
+  k::route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
+  for (std::int64_t t = 0; t < n; ++t) {
+    const double* truth = s.truth.data() + t * r.experts;
+    for (std::int64_t e = 0; e < r.experts; ++e) {
+      tally->overflowed += !std::isfinite(s.narrow.data()[t * r.experts + e]) && std::isfinite(truth[e]) ? 1 : 0;
+    }
+    const std::int32_t last = s.chosen[static_cast<std::size_t>((t + 1) * top_k_ - 1)];
+    tally->near_ties += near_tie(ready.mode.dtype, truth, s.choice.data() + t * r.experts, last, s.runner_up[t]) ? 1 : 0;
+    compare_token(t, s, tally);
+  }
+}
+
+/// All modes on the n tokens of s.x.
+void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
+  const Router& r = router_;
+  const double* bias = truth_bias_.empty() ? nullptr : truth_bias_.data();
+  k::gate_logits(k::GateArgs<float, double>{s.x.data(), truth_w_.data(), bias, n, r.hidden, r.experts, s.truth.data()});
+  k::RouteArgs<double> args = route_args<double>(routing_, r.experts, top_k_);
+  args.logits = s.truth.data();
+  args.tokens = n;
+  args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
+  k::route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
+  out->tokens = n;
+  for (std::int64_t i = 0; i < n * r.experts; ++i) out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));
+  out->modes.resize(modes_.size());
+  for (std::size_t m = 0; m < modes_.size(); ++m) run_mode(modes_[m], n, s, &out->modes[m]);
+}
+
+}  // namespace moeaudit

@@ -1,0 +1,80 @@
+// AD004: an entry of the adapter configuration matches no module.
+#include "audit/rules/adapter/reach.h"
+#include "audit/rules/rule.h"
+#include "audit/rules/say.h"
+
+namespace moeaudit {
+namespace {
+
+constexpr std::string_view kDoc = R"md(
+## What it checks
+An entry of target_modules, target_parameters or modules_to_save matches nothing in this model, under every PEFT and
+transformers version this run may use.
+
+## Why it matters
+PEFT raises an error only if the whole list matches nothing; a dead entry beside live ones is passed over in silence, and what
+it named stays frozen. Names differ between families (`w1` in Mixtral, `gate_proj` in Qwen) and between versions: transformers
+5 renames `block_sparse_moe` to `mlp` and turns `gate` and the experts into parameters that a module name does not reach.
+A list entry matches whole path components at the end of the path, so `gate` matches `mlp.gate` and not `gate_proj`; a single
+string is a regex over the whole path, so a bare `q_proj` matches nothing (peft tuners/tuners_utils.py).
+
+## How to fix
+Correct the name or delete the entry. `moe-audit facts` lists what each entry reaches.
+
+## Limits
+Entries of exclude_modules are not judged: PEFT warns about those. Expert names that match nothing while no routed expert is
+adapted are AD003's, where the reason stands. An entry that matches under one possible version and not under another is passed.
+)md";
+
+std::string remedy(Facts& f, const AdapterTargets& targets, std::size_t i) {
+  const std::vector<std::string> rest = adapter::without(targets, targets.field[i], {targets.entry[i]});
+  const std::string delete_it = rest.empty() ? "Delete it:\n    " + say::lora_key(f, targets.field[i]) + ": null"
+                                             : say::lora(f, {{targets.field[i], say::list_literal(rest)}});
+  const bool* linear = f.want(f->router_is_linear);
+  if (targets.field[i] == "target_modules" && targets.entry[i] == say::router_leaf(f) && linear && !*linear) {
+    return delete_it + "\nThe router is a parameter here, not a linear module; to train it, " +
+           say::lora(f, {{"modules_to_save", say::list_literal({targets.entry[i]})}});
+  }
+  return delete_it;
+}
+
+Outcome check(Facts& f) {
+  if (adapter::no_adapter(f)) return Outcome::not_applicable(adapter::kNoAdapter);
+  const AdapterTargets* targets = f.require(f->adapter_targets);
+  if (f.missing()) return f.cannot_tell();
+  const AdapterModules* modules = f.want(f->adapter_modules);
+  std::vector<Finding> findings;
+  for (std::size_t i = 0; i < targets->entry.size(); ++i) {
+    if (targets->hits[i] > 0 || targets->field[i] == "exclude_modules") continue;
+    if (modules && adapter::missed_experts(*targets, i, *modules)) continue;
+    const Location where = adapter::place_of(f, *targets, i);
+    Finding finding;
+    finding.severity = Severity::kError;
+    finding.message = "\"" + targets->entry[i] + "\" in " + targets->field[i] + " matches 0 modules of this model: what it names "
+                      "stays frozen.";
+    finding.evidence = {{targets->field[i], targets->entry[i], where}, {"modules matched", "0", where}};
+    if (f.want(f->transformers)) finding.evidence.push_back(say::evidence(f->transformers));
+    if (f.want(f->peft)) finding.evidence.push_back(say::evidence(f->peft));
+    finding.remedy = remedy(f, *targets, i);
+    finding.does_not_show = "Which module was meant.";
+    finding.locations = {where};
+    finding.sources = say::sources({"huggingface/peft src/peft/tuners/tuners_utils.py (check_target_module_exists)"});
+    findings.push_back(std::move(finding));
+  }
+  return Outcome::findings_or_pass(std::move(findings), "each entry that is judged here reaches something");
+}
+
+}  // namespace
+
+extern const Rule rule_target_matches_nothing;
+const Rule rule_target_matches_nothing = {
+    .id = "AD004",
+    .name = "target-matches-nothing",
+    .since = "0.1.0",
+    .severity = Severity::kError,
+    .summary = "An entry of the adapter configuration matches nothing.",
+    .doc = kDoc,
+    .check = check,
+};
+
+}  // namespace moeaudit

@@ -1,0 +1,77 @@
+// exp, log and what routers build from them, in plain IEEE operations: the C library picks its own variant by CPU
+// (with or without FMA), and its bits change with its version; these do not.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace moeaudit::kernels {
+
+/// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double).
+/// x = k ln 2 + r with |r| <= ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor
+/// sum to r^13 leaves r^14/14! < 5e-18. 2^k goes in as two factors so that results below 2^-1022 round once.
+inline double exp_exact_order(double x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
+  const double clamped = x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x);
+  const double shifted = clamped * 1.4426950408889634 + kMagic;
+  const double k = shifted - kMagic;
+  const double r = (clamped - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+  double p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = 1.0 + (r + (r * r) * p);
+  const double first = k < -1000.0 ? -1000.0 : (k > 1000.0 ? 1000.0 : k);
+  const auto two_to = [](double n) {
+    return std::bit_cast<double>((std::bit_cast<std::uint64_t>(n + (kMagic + 1023.0)) & 0xfff) << 52);
+  };
+  return x != x ? x : p * two_to(first) * two_to(k - first);
+}
+
+/// ln x for x > 0, within 2 units in the last place: x = 2^e m with m in [sqrt(1/2), sqrt 2), ln m = 2 atanh((m-1)/(m+1)).
+inline double log_exact_order(double x) {
+  if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+  if (x > std::numeric_limits<double>::max()) return x;
+  int e = 0;
+  double m = std::frexp(x, &e);  // [0.5, 1), exact
+  if (m < 0.70710678118654757) {
+    m *= 2.0;
+    --e;
+  }
+  const double f = m - 1.0;  // exact
+  const double s = f / (m + 1.0);
+  const double z = s * s;  // <= 0.0295; the first left-out term z^12/25 < 2e-20
+  double p = 2.0 / 23.0;
+  for (int n = 21; n >= 3; n -= 2) p = p * z + 2.0 / n;
+  // ln m = f - f^2/2 + s (f^2/2 + z p): the small corrections are added to the exact f last.
+  const double half = 0.5 * f * f;
+  const double high = e * 6.93147180369123816490e-01;  // exact
+  const double low = e * 1.90821492927058770002e-10;
+  return high - ((half - (s * (half + z * p) + low)) - f);
+}
+
+/// ln(1 + y) for y >= 0; the second term gives back what 1 + y lost.
+inline double log1p_exact_order(double y) {
+  if (!(y < std::numeric_limits<double>::infinity())) return y;
+  const double u = 1.0 + y;
+  return log_exact_order(u) + (y - (u - 1.0)) / u;
+}
+
+inline double sigmoid_exact_order(double x) { return 1.0 / (1.0 + exp_exact_order(-x)); }
+
+/// sqrt(softplus(x)); above 20 softplus is x itself, as torch.nn.functional.softplus has it.
+inline double sqrt_softplus_exact_order(double x) {
+  return std::sqrt(x > 20.0 ? x : log1p_exact_order(exp_exact_order(x)));
+}
+
+}  // namespace moeaudit::kernels

@@ -1,0 +1,392 @@
+// Router kernels: one translation unit, compiled once per instruction set by Highway and chosen at run time.
+// Every output is owned by one call and computed in the order that router.h states, so neither the vector width nor the
+// split over threads shows in the result.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/host/router.cc"
+// Vectors of unknown length cannot sit in arrays; such CPUs also run NEON or the portable code.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#include <hwy/foreach_target.h>
+#include <hwy/aligned_allocator.h>
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "kernels/host/elementary.h"
+#include "kernels/host/router.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moeaudit::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Experts whose sums one block keeps in registers, as whole panels of 64 bytes, and the tokens that share their weights.
+template <class Sum>
+inline constexpr std::int64_t kPanel = 64 / sizeof(Sum);
+template <class Sum>
+inline constexpr int kVectors = static_cast<int>(kPanel<Sum> / hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>()));
+inline constexpr int kPanels = HWY_MAX_BYTES >= 64 ? 2 : 1;
+template <class Sum>
+inline constexpr int kBlockTokens = HWY_MAX_BYTES >= 64 ? 12 : (kVectors<Sum> >= 12 ? 1 : 12 / kVectors<Sum>);
+inline constexpr std::int64_t kTileTokens = 96;  // their sums stay in the second-level cache; a multiple of every block
+
+/// sums[t, panels] += x[t, 0..length) * w[panels, 0..length), from zero and in order. Both operands lie packed.
+template <int kT, int kP, class Sum, bool kExactProducts>
+HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length, Sum* HWY_RESTRICT sums,
+                        std::int64_t stride) {
+  const hn::CappedTag<Sum, kPanel<Sum>> d;
+  constexpr int kV = kP * kVectors<Sum>;
+  constexpr std::int64_t kWidth = hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>());
+  const std::int64_t next_panel = length * kPanel<Sum>;
+  hn::Vec<decltype(d)> sum[kT][kV];
+  for (int t = 0; t < kT; ++t) {
+    for (int v = 0; v < kV; ++v) sum[t][v] = hn::Zero(d);
+  }
+  for (std::int64_t i = 0; i < length; ++i) {
+    hn::Vec<decltype(d)> weight[kV];
+    for (int v = 0; v < kV; ++v) {
+      const std::int64_t at = v / kVectors<Sum> * next_panel + i * kPanel<Sum> + v % kVectors<Sum> * kWidth;
+      weight[v] = hn::LoadU(d, w + at);
+    }
+    for (int t = 0; t < kT; ++t) {
+      const auto value = hn::Set(d, x[t * kGateRun + i]);
+      for (int v = 0; v < kV; ++v) {
+        if constexpr (kExactProducts) {
+          sum[t][v] = hn::MulAdd(value, weight[v], sum[t][v]);
+        } else {
+          sum[t][v] = hn::Add(sum[t][v], hn::Mul(value, weight[v]));
+        }
+      }
+    }
+  }
+  for (int t = 0; t < kT; ++t) {
+    for (int v = 0; v < kV; ++v) {
+      Sum* to = sums + t * stride + v * kWidth;
+      hn::StoreU(hn::Add(hn::LoadU(d, to), sum[t][v]), d, to);
+    }
+  }
+}
+
+/// One stretch of hidden for kT tokens against all experts.
+template <int kT, class In, class Sum>
+void add_stretch(const GateArgs<In, Sum>& a, std::int64_t token, std::int64_t first, std::int64_t length, Sum* sums) {
+  constexpr bool kExactProducts = sizeof(Sum) > sizeof(In);
+  HWY_ALIGN Sum x[kT * kGateRun];
+  for (int t = 0; t < kT; ++t) {
+    const In* row = a.x + (token + t) * a.hidden + first;
+    for (std::int64_t i = 0; i < length; ++i) x[t * kGateRun + i] = static_cast<Sum>(row[i]);
+  }
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  const Sum* w = a.packed + first * padded;
+  std::int64_t e = 0;
+  for (; e + kPanels * kPanel<Sum> <= padded; e += kPanels * kPanel<Sum>) {
+    add_run<kT, kPanels, Sum, kExactProducts>(x, w + e * length, length, sums + e, padded);
+  }
+  for (; e < padded; e += kPanel<Sum>) add_run<kT, 1, Sum, kExactProducts>(x, w + e * length, length, sums + e, padded);
+}
+
+template <class In, class Sum>
+void gate(const GateArgs<In, Sum>& a) {
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  if (a.tokens == 0) return;  // Highway allocates no empty buffers
+  const std::int64_t tile = std::min(kTileTokens, a.tokens);
+  const auto buffer = hwy::AllocateAligned<Sum>(tile * padded);
+  for (std::int64_t start = 0; start < a.tokens; start += tile) {
+    const std::int64_t tokens = std::min(tile, a.tokens - start);
+    Sum* sums = buffer.get();
+    std::fill(sums, sums + tokens * padded, Sum(0));
+    for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
+      const std::int64_t length = std::min(kGateRun, a.hidden - first);
+      std::int64_t t = 0;
+      for (; t + kBlockTokens<Sum> <= tokens; t += kBlockTokens<Sum>) {
+        add_stretch<kBlockTokens<Sum>>(a, start + t, first, length, sums + t * padded);
+      }
+      for (; t < tokens; ++t) add_stretch<1>(a, start + t, first, length, sums + t * padded);
+    }
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      Sum* logits = a.logits + (start + t) * a.experts;
+      const Sum* from = sums + t * padded;
+      for (std::int64_t e = 0; e < a.experts; ++e) logits[e] = a.bias == nullptr ? from[e] : from[e] + a.bias[e];
+    }
+  }
+}
+
+void gate_f32(const GateArgs<float, float>& a) { gate(a); }
+void gate_f64(const GateArgs<double, double>& a) { gate(a); }
+void gate_wide(const GateArgs<float, double>& a) { gate(a); }
+
+/// bfloat16: the upper half of a float32; adding half of the last kept place, or a hair less when that place is even,
+/// carries where it should, up to infinity.
+template <class D>
+HWY_INLINE hn::Vec<D> round_bf16(D d, hn::Vec<D> v) {
+  const hn::RebindToUnsigned<D> du;
+  const auto bits = hn::BitCast(du, v);
+  const auto even = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+  const auto kept = hn::And(hn::Add(bits, hn::Add(even, hn::Set(du, 0x7fffu))), hn::Set(du, 0xffff0000u));
+  return hn::IfThenElse(hn::Eq(v, v), hn::BitCast(d, kept), v);
+}
+/// float16: adding and subtracting 1.5 * 2^23 spacings rounds in the adder, as in round_to().
+template <class D>
+HWY_INLINE hn::Vec<D> round_f16(D d, hn::Vec<D> v) {
+  const hn::RebindToUnsigned<D> du;
+  const auto size = hn::Abs(v);
+  auto exponent = hn::And(hn::BitCast(du, v), hn::Set(du, 0x7f800000u));
+  exponent = hn::Max(exponent, hn::Set(du, (127u - 14u) << 23));
+  exponent = hn::Min(exponent, hn::Set(du, (127u + 16u) << 23));
+  const auto shift = hn::BitCast(d, hn::Add(exponent, hn::Set(du, (13u << 23) + 0x00400000u)));
+  const auto sum = hn::Sub(hn::Add(size, shift), shift);
+  const auto infinite = hn::BitCast(d, hn::Set(du, 0x7f800000u));
+  const auto finite = hn::IfThenElse(hn::Ge(sum, hn::Set(d, 65536.0f)), infinite, sum);
+  return hn::IfThenElse(hn::Eq(v, v), hn::CopySign(finite, v), v);
+}
+
+void round_f32(const float* in, std::int64_t count, Float dtype, float* out) {
+  if (dtype == Float::kF32 || dtype == Float::kF64) {
+    if (in != out) std::copy(in, in + count, out);
+    return;
+  }
+  const hn::ScalableTag<float> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  if (dtype == Float::kBF16) {
+    for (; i + width <= count; i += width) hn::StoreU(round_bf16(d, hn::LoadU(d, in + i)), d, out + i);
+  } else if (dtype == Float::kF16) {
+    for (; i + width <= count; i += width) hn::StoreU(round_f16(d, hn::LoadU(d, in + i)), d, out + i);
+  }
+  for (; i < count; ++i) out[i] = static_cast<float>(round_to(static_cast<double>(in[i]), dtype));
+}
+void round_f64(const double* in, std::int64_t count, Float dtype, double* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = round_to(in[i], dtype);
+}
+
+// ---- route -------------------------------------------------------------------------------------------------------------
+
+/// Strictly better: larger, NaN largest of all. Equal values are not better, so the lower index stays in front.
+template <class T>
+HWY_INLINE bool better(T a, T b) {
+  return a > b || (a != a && b == b);
+}
+
+/// The `count` best of values[0, n), best first, by insertion: few values ever enter, and one comparison turns the rest away.
+template <class T>
+HWY_INLINE void best_of(const T* values, std::int64_t n, std::int64_t count, std::int32_t* index) {
+  std::int64_t have = 0;
+  for (std::int64_t e = 0; e < n; ++e) {
+    const T v = values[e];
+    if (have == count && !better(v, values[index[count - 1]])) continue;
+    std::int64_t at = have < count ? have++ : count - 1;
+    for (; at > 0 && better(v, values[index[at - 1]]); --at) index[at] = index[at - 1];
+    index[at] = static_cast<std::int32_t>(e);
+  }
+}
+
+template <class T>
+HWY_INLINE T rounded(T v, Float dtype) {
+  return static_cast<T>(round_to(static_cast<double>(v), dtype));
+}
+template <class T>
+HWY_INLINE void round_tensor(T* values, std::int64_t n, Float dtype) {
+  if (dtype == Float::kF64) return;  // nothing beyond T, and the usual case
+  for (std::int64_t i = 0; i < n; ++i) values[i] = rounded(values[i], dtype);
+}
+
+/// out = softmax(in) over n values. Each result of the arithmetic is a T; the exponential is taken in double and rounded.
+template <class T>
+HWY_INLINE void softmax(const T* in, std::int64_t n, Float dtype, T* out) {
+  T largest = in[0];
+  for (std::int64_t e = 1; e < n; ++e) largest = better(in[e], largest) ? in[e] : largest;
+  for (std::int64_t e = 0; e < n; ++e) out[e] = static_cast<T>(exp_exact_order(static_cast<double>(in[e] - largest)));
+  T sum = 0;
+  for (std::int64_t e = 0; e < n; ++e) sum += out[e];
+  for (std::int64_t e = 0; e < n; ++e) out[e] /= sum;
+  round_tensor(out, n, dtype);
+}
+
+template <class T>
+HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
+  if (a.score == Score::kSoftmax) return softmax(logits, a.experts, a.tensor_dtype, scores);
+  if (a.score == Score::kSigmoid) {
+    for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sigmoid_exact_order(logits[e]));
+  } else {
+    for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sqrt_softplus_exact_order(logits[e]));
+  }
+  round_tensor(scores, a.experts, a.tensor_dtype);
+}
+
+template <class T>
+void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t* index) {
+  const std::int64_t size = a.experts / a.groups;
+  for (std::int64_t g = 0; g < a.groups; ++g) {
+    const T* members = choice + g * size;
+    const bool two = a.group_score == GroupScore::kTop2Sum;
+    best_of(members, size, two ? 2 : 1, index);
+    group_value[g] = two ? rounded(members[index[0]] + members[index[1]], a.tensor_dtype) : members[index[0]];
+  }
+  best_of(group_value, a.groups, a.top_groups, index);
+  const T fill = a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
+  for (std::int64_t g = 0; g < a.groups; ++g) {
+    if (std::find(index, index + a.top_groups, static_cast<std::int32_t>(g)) != index + a.top_groups) continue;
+    std::fill(choice + g * size, choice + (g + 1) * size, fill);
+  }
+}
+
+template <class T>
+void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::int32_t* index, T* gathered, T* weights) {
+  const T* from = a.softmax_after_top_k ? logits : scores;
+  for (std::int64_t j = 0; j < a.top_k; ++j) gathered[j] = from[index[j]];
+  if (a.softmax_after_top_k) {
+    softmax(gathered, a.top_k, a.tensor_dtype, weights);
+  } else {
+    std::copy(gathered, gathered + a.top_k, weights);
+  }
+  if (a.renormalise) {
+    T sum = 0;
+    for (std::int64_t j = 0; j < a.top_k; ++j) sum += weights[j];
+    sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
+    for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] /= sum;
+    round_tensor(weights, a.top_k, a.tensor_dtype);
+  }
+  for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] *= a.scaling;
+  round_tensor(weights, a.top_k, a.tensor_dtype);
+}
+
+template <class T>
+void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
+  const std::int64_t more = std::min(a.top_k + 1, a.experts);
+  const std::int64_t places = std::max({more, a.groups, std::int64_t{2}});
+  std::vector<T> scores(a.experts), choice(a.experts), scratch(std::max(a.groups, a.top_k));
+  std::vector<std::int32_t> index(places);
+  for (std::int64_t t = 0; t < a.tokens; ++t) {
+    const T* logits = a.logits + t * a.experts;
+    const T* base = logits;
+    if (!a.softmax_after_top_k) {
+      scores_of(a, logits, scores.data());
+      base = scores.data();
+    }
+    for (std::int64_t e = 0; e < a.experts; ++e) {
+      choice[e] = a.correction_bias == nullptr ? base[e] : base[e] + a.correction_bias[e];
+    }
+    if (a.group_score != GroupScore::kNone) mask_groups(a, choice.data(), scratch.data(), index.data());
+    best_of(choice.data(), a.experts, more, index.data());
+    std::copy(index.begin(), index.begin() + a.top_k, r.chosen + t * a.top_k);
+    if (r.runner_up != nullptr) r.runner_up[t] = more > a.top_k ? index[a.top_k] : -1;
+    if (r.choice != nullptr) std::copy(choice.begin(), choice.end(), r.choice + t * a.experts);
+    if (r.weights != nullptr) weigh(a, logits, scores.data(), index.data(), scratch.data(), r.weights + t * a.top_k);
+  }
+}
+void route_f32(const RouteArgs<float>& a, const RouteResult<float>& r) { route_all(a, r); }
+void route_f64(const RouteArgs<double>& a, const RouteResult<double>& r) { route_all(a, r); }
+
+const char* backend() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace moeaudit::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include <cctype>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace moeaudit::kernels {
+
+HWY_EXPORT(gate_f32);
+HWY_EXPORT(gate_f64);
+HWY_EXPORT(gate_wide);
+HWY_EXPORT(round_f32);
+HWY_EXPORT(round_f64);
+HWY_EXPORT(route_f32);
+HWY_EXPORT(route_f64);
+HWY_EXPORT(backend);
+
+const char* name_of(Float f) {
+  switch (f) {
+    case Float::kF64: return "float64";
+    case Float::kF32: return "float32";
+    case Float::kBF16: return "bfloat16";
+    case Float::kF16: return "float16";
+  }
+  return "?";
+}
+
+const char* name_of(Status status) {
+  switch (status) {
+    case Status::kOk: return "ok";
+    case Status::kNullPointer: return "a required pointer is null";
+    case Status::kBadShape: return "a size is negative or zero";
+    case Status::kBadTopK: return "top_k is not within 1..experts";
+    case Status::kBadGroups: return "groups do not divide the experts, top_groups is not within 1..groups, or a group is too small";
+    case Status::kBadOption: return "options that exclude each other";
+  }
+  return "?";
+}
+
+namespace {
+
+template <class In, class Sum>
+Status check(const GateArgs<In, Sum>& a) {
+  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1) return Status::kBadShape;
+  if (a.tokens > 0 && (a.x == nullptr || a.packed == nullptr || a.logits == nullptr)) return Status::kNullPointer;
+  return Status::kOk;
+}
+
+template <class T>
+Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
+  if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max()) return Status::kBadShape;
+  if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
+  if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
+  if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone)) return Status::kBadOption;
+  if (a.group_score == GroupScore::kNone) return Status::kOk;
+  if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups) return Status::kBadGroups;
+  if (a.group_score == GroupScore::kTop2Sum && a.experts / a.groups < 2) return Status::kBadGroups;
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status gate_logits(const GateArgs<float, float>& args) {
+  const Status status = check(args);
+  if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(gate_f32)(args);
+  return status;
+}
+Status gate_logits(const GateArgs<double, double>& args) {
+  const Status status = check(args);
+  if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(gate_f64)(args);
+  return status;
+}
+Status gate_logits(const GateArgs<float, double>& args) {
+  const Status status = check(args);
+  if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(gate_wide)(args);
+  return status;
+}
+void round_values(const float* in, std::int64_t count, Float dtype, float* out) {
+  HWY_DYNAMIC_DISPATCH(round_f32)(in, count, dtype, out);
+}
+void round_values(const double* in, std::int64_t count, Float dtype, double* out) {
+  HWY_DYNAMIC_DISPATCH(round_f64)(in, count, dtype, out);
+}
+Status route(const RouteArgs<float>& args, const RouteResult<float>& result) {
+  const Status status = check(args, result);
+  if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(route_f32)(args, result);
+  return status;
+}
+Status route(const RouteArgs<double>& args, const RouteResult<double>& result) {
+  const Status status = check(args, result);
+  if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(route_f64)(args, result);
+  return status;
+}
+
+const char* host_backend() {
+  static std::mutex mutex;
+  static std::map<std::string, std::string> names;  // interned: callers keep the pointer
+  const std::string name = HWY_DYNAMIC_DISPATCH(backend)();
+  const std::scoped_lock lock(mutex);
+  std::string& lower = names[name];
+  if (lower.empty()) {
+    for (const char c : name) lower += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  }
+  return lower.c_str();
+}
+
+}  // namespace moeaudit::kernels
+#endif  // HWY_ONCE

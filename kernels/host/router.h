@@ -1,0 +1,125 @@
+// The router: logits of the gate, and from logits to chosen experts and their weights. Host kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/host/low_precision.h"
+
+namespace moeaudit::kernels {
+
+enum class Status { kOk, kNullPointer, kBadShape, kBadTopK, kBadGroups, kBadOption };
+const char* name_of(Status status);
+
+// ---- the gate --------------------------------------------------------------------------------------------------------
+
+/// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e]
+///
+/// Order of the sum, the same for every vector width, block size and split over threads: i runs in stretches of
+/// kGateRun; each stretch is summed from 0, one product after the other; the stretch sums are added up in order, from 0;
+/// then the bias is added. (Vector lanes hold different experts, so they never meet.)
+///
+///   In, Sum         what it is
+///   float, float    float32 throughout: every product and every sum is rounded to float32. Multiply and add are separate
+///                   on every target, since a fused multiply-add would skip a rounding on those CPUs that have one.
+///   double, double  float64 throughout, for values that float32 does not hold. Multiply and add separate, as above.
+///   float, double   float32 inputs, float64 sums. A product of two float32 numbers has 48 significant bits and an exponent
+///                   within +-298, so float64 holds it exactly: fused or separate, the bits are those of double, double on
+///                   widened inputs. This is the float64 truth for checkpoints of at most 32 bits. Rounded once by
+///                   round_values() it is the low-precision GEMM: exact products, wide sums in a stated order, one
+///                   rounding at the output. (Inputs of such a GEMM must already be values of its dtype.)
+template <class In, class Sum>
+struct GateArgs {
+  const In* x = nullptr;        // [tokens, hidden]
+  const Sum* packed = nullptr;  // weights [experts, hidden] as pack_gate() lays them out
+  const Sum* bias = nullptr;    // [experts], or null
+  std::int64_t tokens = 0;
+  std::int64_t hidden = 0;
+  std::int64_t experts = 0;
+  Sum* logits = nullptr;        // [tokens, experts]
+};
+inline constexpr std::int64_t kGateRun = 128;
+
+Status gate_logits(const GateArgs<float, float>& args);
+Status gate_logits(const GateArgs<double, double>& args);
+Status gate_logits(const GateArgs<float, double>& args);
+
+/// Elements that pack_gate() writes: experts rounded up to whole panels of 64 bytes, times hidden.
+template <class Sum>
+constexpr std::int64_t packed_gate_size(std::int64_t experts, std::int64_t hidden) {
+  constexpr std::int64_t kPanel = 64 / sizeof(Sum);
+  return (experts + kPanel - 1) / kPanel * kPanel * hidden;
+}
+/// packed[(run of hidden)][panel of experts][i in run][expert in panel], rows past the last expert zero. `packed` should be
+/// aligned to 64 bytes for speed. The layout is the same on every CPU.
+template <class In, class Sum>
+void pack_gate(const In* w, std::int64_t experts, std::int64_t hidden, Sum* packed) {
+  constexpr std::int64_t kPanel = 64 / sizeof(Sum);
+  Sum* to = packed;
+  for (std::int64_t first = 0; first < hidden; first += kGateRun) {
+    const std::int64_t length = hidden - first < kGateRun ? hidden - first : kGateRun;
+    for (std::int64_t panel = 0; panel < experts; panel += kPanel, to += length * kPanel) {
+      for (std::int64_t e = 0; e < kPanel; ++e) {
+        const In* row = panel + e < experts ? w + (panel + e) * hidden + first : nullptr;
+        for (std::int64_t i = 0; i < length; ++i) to[i * kPanel + e] = row == nullptr ? Sum(0) : static_cast<Sum>(row[i]);
+      }
+    }
+  }
+}
+
+/// out[i] = in[i] rounded once to `dtype`, to nearest, ties to even. In place is allowed.
+void round_values(const float* in, std::int64_t count, Float dtype, float* out);
+void round_values(const double* in, std::int64_t count, Float dtype, double* out);
+
+// ---- from logits to experts ---------------------------------------------------------------------------------------------
+
+enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
+enum class GroupScore { kNone, kMax, kTop2Sum };
+
+/// For each token:
+///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) | sqrt(softplus(logits[e]))
+///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
+///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its two best, of choice; the
+///               top_groups best keep their experts, the choice of the others becomes -inf (or 0)
+///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger than
+///               everything, as torch.topk has it
+///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
+///               times scaling
+/// With softmax_after_top_k the choice is the logit itself and the weights are the softmax over the chosen ones.
+/// Sums over experts run in index order. T is the type of the arithmetic.
+template <class T>
+struct RouteArgs {
+  const T* logits = nullptr;           // [tokens, experts]
+  const T* correction_bias = nullptr;  // [experts], or null
+  std::int64_t tokens = 0;
+  std::int64_t experts = 0;
+  std::int64_t top_k = 0;
+  Score score = Score::kSoftmax;
+  bool softmax_after_top_k = false;
+  GroupScore group_score = GroupScore::kNone;
+  std::int64_t groups = 1;
+  std::int64_t top_groups = 1;
+  bool group_mask_is_zero = false;
+  bool renormalise = false;
+  T renormalise_eps = 0;
+  T scaling = 1;
+  /// What the results of score, renormalisation and scaling are rounded to: the dtype of the tensors between the
+  /// operations of a framework, each of which computes in float32 and rounds its output. kF64: no rounding beyond T.
+  /// choice is not rounded: a float32 correction bias promotes the sum to float32.
+  Float tensor_dtype = Float::kF64;
+};
+
+template <class T>
+struct RouteResult {
+  std::int32_t* chosen = nullptr;     // [tokens, top_k]
+  T* weights = nullptr;               // [tokens, top_k], or null
+  std::int32_t* runner_up = nullptr;  // [tokens], or null: the expert that top_k + 1 would add; -1 if there is none
+  T* choice = nullptr;                // [tokens, experts], or null: choice after the group mask
+};
+
+Status route(const RouteArgs<float>& args, const RouteResult<float>& result);
+Status route(const RouteArgs<double>& args, const RouteResult<double>& result);
+
+/// The instruction set that the calls above run on, in lower case: "avx3_zen4", "avx2", "sse4", "emu128".
+const char* host_backend();
+
+}  // namespace moeaudit::kernels

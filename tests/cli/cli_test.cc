@@ -1,0 +1,199 @@
+// The command line as a user meets it: exit codes, streams, help, formats. Runs the real binary.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+
+namespace fs = std::filesystem;
+
+namespace {
+
+const std::string kRoot = MOE_AUDIT_SOURCE_DIR;
+
+struct Result {
+  int exit_code;
+  std::string out, err;
+};
+
+std::string slurp(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+class Cli : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    dir_ = fs::temp_directory_path() / ("moe-audit-cli-" + std::to_string(getpid()) + "-" +
+                                        ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    fs::create_directories(dir_);
+  }
+  void TearDown() override { fs::remove_all(dir_); }
+
+  Result run(const std::string& arguments) {
+    const fs::path err = dir_ / "stderr", out = dir_ / "stdout";
+    const std::string command =
+        "cd '" + kRoot + "' && '" MOE_AUDIT_BINARY "' " + arguments + " >'" + out.string() + "' 2>'" + err.string() + "' </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, slurp(out), slurp(err)};
+  }
+  fs::path write(const std::string& name, const std::string& text) {
+    const fs::path path = dir_ / name;
+    fs::create_directories(path.parent_path());
+    std::ofstream(path, std::ios::binary) << text;
+    return path;
+  }
+  fs::path dir_;
+};
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+TEST_F(Cli, VersionAndHelpGoToStdoutAndExitZero) {
+  const Result version = run("--version");
+  EXPECT_EQ(version.exit_code, 0);
+  EXPECT_TRUE(contains(version.out, "moe-audit 0.")) << version.out;
+  EXPECT_EQ(version.err, "");
+  for (const char* word : {"--help", "check --help", "facts --help", "rules --help", "explain --help"}) {
+    const Result help = run(word);
+    EXPECT_EQ(help.exit_code, 0) << word;
+    EXPECT_FALSE(help.out.empty()) << word;
+  }
+}
+
+TEST_F(Cli, HelpOfCheckNamesEveryExitCode) {
+  const std::string help = run("check --help").out;
+  for (const char* part : {"Exit code: 0", "1 findings", "2 an input", "3 internal"}) EXPECT_TRUE(contains(help, part)) << part;
+}
+
+TEST_F(Cli, WrongUsageIsExitTwoOnStderr) {
+  const char* wrong[] = {"", "nonsense", "check", "check --no-such-option x", "check x --fail-on sometimes",
+                         "check x --format pdf", "check x --format json --format text", "check x --format json=",
+                         "check x --select ZZ999", "check x --ignore nothing-like-it", "check x --assume transformers",
+                         "check x --assume transformers=banana", "check x --world-size 0", "check x --world-size -3",
+                         "explain", "explain ZZ999", "check x --threads 0"};
+  for (const char* arguments : wrong) {
+    const Result r = run(arguments);
+    EXPECT_EQ(r.exit_code, 2) << "arguments: " << arguments;
+    EXPECT_EQ(r.out, "") << "arguments: " << arguments;
+    EXPECT_FALSE(r.err.empty()) << "arguments: " << arguments;
+  }
+}
+
+TEST_F(Cli, MissingPathIsExitTwoAndTheReportIsStillWritten) {
+  const Result r = run("check no/such/folder --format json");
+  EXPECT_EQ(r.exit_code, 2);
+  const auto report = nlohmann::json::parse(r.out);
+  EXPECT_EQ(report["outcome"], "could_not_judge");
+  EXPECT_TRUE(contains(report["could_not_judge"], "no/such/folder"));
+}
+
+TEST_F(Cli, DenseModelHasNothingToAudit) {
+  const Result r = run("check fixtures/models/dense-llama");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(r.out, "no Mixture-of-Experts model found")) << r.out;
+}
+
+TEST_F(Cli, BrokenRunFailsAndFailOnNeverDoesNotChangeTheOutcome) {
+  const Result failed = run("check fixtures/runs/mixtral-qlora-broken --format json");
+  EXPECT_EQ(failed.exit_code, 1);
+  const Result never = run("check fixtures/runs/mixtral-qlora-broken --format json --fail-on never");
+  EXPECT_EQ(never.exit_code, 0);
+  auto a = nlohmann::json::parse(failed.out), b = nlohmann::json::parse(never.out);
+  EXPECT_EQ(a["outcome"], "findings");
+  a.erase("exit_code");
+  b.erase("exit_code");
+  EXPECT_EQ(a, b);
+}
+
+TEST_F(Cli, SelectAndIgnoreChooseRules) {
+  const auto only = nlohmann::json::parse(run("check fixtures/runs/mixtral-qlora-broken --select BL001 --format json").out);
+  ASSERT_EQ(only["findings"].size(), 1u);
+  EXPECT_EQ(only["findings"][0]["rule"], "BL001");
+  const auto rest = nlohmann::json::parse(run("check fixtures/runs/mixtral-qlora-broken --ignore BL --format json").out);
+  EXPECT_FALSE(rest["findings"].empty());
+  for (const auto& f : rest["findings"]) EXPECT_NE(f["rule"].get<std::string>().substr(0, 2), "BL");
+}
+
+TEST_F(Cli, FormatsGoToFilesAndStdoutAtOnce) {
+  const fs::path file = dir_ / "report.json";
+  const Result r = run("check fixtures/runs/mixtral-qlora-broken --format text --format json='" + file.string() + "'");
+  EXPECT_EQ(r.exit_code, 1);
+  EXPECT_TRUE(contains(r.out, "FINDINGS"));
+  EXPECT_EQ(nlohmann::json::parse(slurp(file))["outcome"], "findings");
+  const Result unwritable = run("check fixtures/runs/mixtral-qlora-broken --format json='" + (dir_ / "no/dir/x.json").string() + "'");
+  EXPECT_EQ(unwritable.exit_code, 2);
+  EXPECT_TRUE(contains(unwritable.err, "cannot be written"));
+}
+
+TEST_F(Cli, ColourOnlyWhenAsked) {
+  EXPECT_FALSE(contains(run("check fixtures/runs/mixtral-qlora-broken").out, "\033["));
+  EXPECT_TRUE(contains(run("check fixtures/runs/mixtral-qlora-broken --color always").out, "\033["));
+}
+
+TEST_F(Cli, SameBytesForAnyThreadCount) {
+  const std::string one = run("check fixtures/runs/mixtral-qlora-broken --format json --threads 1").out;
+  EXPECT_EQ(one, run("check fixtures/runs/mixtral-qlora-broken --format json --threads 3").out);
+  EXPECT_EQ(one, run("check fixtures/runs/mixtral-qlora-broken --format json --threads 3").out);
+}
+
+TEST_F(Cli, AllAuditsEveryCheckpointAndListsRuns) {
+  const auto report = nlohmann::json::parse(run("check fixtures/runs/mixtral-qlora-broken --all --format json --static").out);
+  ASSERT_TRUE(report.contains("runs"));
+  EXPECT_EQ(report["runs"].size(), 2u);
+}
+
+TEST_F(Cli, CorruptConfigIsExitTwoWithLineAndColumn) {
+  fs::copy(kRoot + "/fixtures/models/mixtral-tf4", dir_ / "model", fs::copy_options::recursive);
+  write("model/config.json", "{\n  \"model_type\": \"mixtral\",\n  \"num_local_experts\": 8,,\n}\n");
+  const Result r = run("check '" + (dir_ / "model").string() + "'");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(r.out, "config.json:3:")) << r.out;
+}
+
+TEST_F(Cli, CorruptWeightsAreAFindingAndTheRestIsAudited) {
+  fs::copy(kRoot + "/fixtures/models/mixtral-tf4", dir_ / "model", fs::copy_options::recursive);
+  fs::resize_file(dir_ / "model/model.safetensors", fs::file_size(dir_ / "model/model.safetensors") / 2);
+  const auto report = nlohmann::json::parse(run("check '" + (dir_ / "model").string() + "' --format json").out);
+  EXPECT_EQ(report["exit_code"], 1);
+  bool found = false;
+  for (const auto& f : report["findings"]) found |= f["rule"] == "CK000" && f["severity"] == "error";
+  EXPECT_TRUE(found);
+  EXPECT_FALSE(report["checks"]["ran"].empty());
+}
+
+TEST_F(Cli, StrictTurnsCannotTellIntoExitTwo) {
+  EXPECT_EQ(run("check fixtures/models/mixtral-tf4").exit_code, 0);
+  EXPECT_EQ(run("check fixtures/models/mixtral-tf4 --strict").exit_code, 2);
+}
+
+TEST_F(Cli, FactsShowOriginsAndWhatWasShadowed) {
+  const Result r = run("facts fixtures/runs/mixtral-qlora-broken");
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_TRUE(contains(r.out, "balance.aux_coefficient = 0.02")) << r.out;
+  EXPECT_TRUE(contains(r.out, "instead of 0.001")) << r.out;
+  const auto json = nlohmann::json::parse(run("facts fixtures/runs/mixtral-qlora-broken --format json").out);
+  EXPECT_EQ(json["runs"][0]["facts"]["balance.aux_coefficient"]["origin"], "stated");
+}
+
+TEST_F(Cli, RulesAndExplain) {
+  const auto rules = nlohmann::json::parse(run("rules --format json").out);
+  EXPECT_GE(rules.size(), 25u);
+  for (const auto& rule : rules) {
+    const std::string id = rule["id"];
+    const Result by_id = run("explain " + id), by_name = run("explain " + rule["name"].get<std::string>());
+    EXPECT_EQ(by_id.exit_code, 0) << id;
+    EXPECT_EQ(by_id.out, by_name.out) << id;
+    EXPECT_TRUE(contains(by_id.out, "## How to fix")) << id;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,288 @@
+// reference/ and the host kernels against what the real routers of transformers answered (fixtures/golden/router, made by
+// fixtures/make/router_golden.py), and the weight round trips against bitsandbytes.
+#define BOOST_TEST_MODULE router_golden
+#include <ATen/ATen.h>
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "audit/text/text.h"
+#include "kernels/host/bounds.h"
+#include "kernels/host/quantised_weights.h"
+#include "kernels/host/router.h"
+#include "reference/router.h"
+#include "tests/support/compare.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+namespace bounds = moeaudit::kernels::bounds;
+using k::Float;
+using moeaudit::Node;
+using moeaudit::test::compare;
+using moeaudit::test::CompareOptions;
+using moeaudit::test::Comparison;
+using moeaudit::test::Values;
+
+Node load(const std::string& file) {
+  std::string text, error;
+  BOOST_REQUIRE_MESSAGE(moeaudit::read_file(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router/" + file, &text, &error), error);
+  Node root;
+  moeaudit::TextError where;
+  BOOST_REQUIRE_MESSAGE(moeaudit::parse_json(text, &root, nullptr, &where), where.what);
+  return root;
+}
+const Node& at(const Node& node, const std::string& key) {
+  const Node* found = node.find(key);
+  BOOST_REQUIRE_MESSAGE(found != nullptr, "no " << key);
+  return *found;
+}
+std::int64_t integer(const Node& node, const std::string& key) { return at(node, key).as_int().value(); }
+std::vector<double> list(const Node* node) {
+  std::vector<double> out;
+  if (node != nullptr && node->is_list()) {
+    for (const Node& item : node->items) out.push_back(item.as_double().value());
+  }
+  return out;
+}
+Float float_of(const Node& name) {
+  if (name.text == "float32") return Float::kF32;
+  BOOST_REQUIRE_EQUAL(name.text, "bfloat16");
+  return Float::kBF16;
+}
+std::vector<float> narrowed(const std::vector<double>& v) { return {v.begin(), v.end()}; }
+at::Tensor tensor(const std::vector<double>& v, std::vector<std::int64_t> shape) {
+  return v.empty() ? at::Tensor() : at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
+}
+std::vector<double> values(const at::Tensor& t) {
+  const at::Tensor c = t.to(at::kDouble).contiguous();
+  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
+}
+
+/// One family as one version of transformers has it.
+struct Golden {
+  std::string name;
+  std::int64_t tokens, hidden, experts, top_k;
+  std::vector<double> x, w, bias, correction;
+  ref::RouteOptions options;
+  bool fp32_gate = false;           // x.float() @ W.float()
+  bool scores_in_logits_dtype = false;
+};
+
+Golden golden_of(const Node& c, bool before_5_6) {
+  Golden g;
+  g.name = at(c, "family").text;
+  g.tokens = integer(c, "tokens"), g.hidden = integer(c, "hidden"), g.experts = integer(c, "experts"), g.top_k = integer(c, "top_k");
+  g.x = list(c.find("x")), g.w = list(c.find("w")), g.bias = list(c.find("bias")), g.correction = list(c.find("correction_bias"));
+  const Node& config = at(c, "config");
+  g.options.top_k = g.top_k;
+  const Node* norm = config.find("norm_topk_prob");
+  g.options.renormalise = g.name == "mixtral" || (norm != nullptr && norm->as_bool().value());
+  if (g.name == "deepseek_v3") {
+    g.options.score = ref::Score::kSigmoid;
+    g.options.group_score = ref::GroupScore::kTop2Sum;
+    g.options.groups = integer(config, "n_group");
+    g.options.top_groups = integer(config, "topk_group");
+    g.options.group_mask_is_zero = before_5_6;
+    g.options.renormalise_eps = 1e-20;
+    g.options.scaling = at(config, "routed_scaling_factor").as_double().value();
+    g.fp32_gate = true;
+  }
+  if (g.name == "gpt_oss") g.options.softmax_after_top_k = g.scores_in_logits_dtype = true;
+  return g;
+}
+
+/// Logits as the executed dtype order gives them, float64 holding values of that dtype. F32 sums for a float32 gate.
+std::vector<double> executed_logits(const Golden& g, Float gate) {
+  std::vector<double> logits(static_cast<std::size_t>(g.tokens * g.experts));
+  const std::vector<float> x = narrowed(g.x), w = narrowed(g.w);
+  if (gate == Float::kF32) {
+    std::vector<float> packed(static_cast<std::size_t>(k::packed_gate_size<float>(g.experts, g.hidden))), out(logits.size());
+    const std::vector<float> bias = narrowed(g.bias);
+    k::pack_gate(w.data(), g.experts, g.hidden, packed.data());
+    BOOST_REQUIRE(k::gate_logits(k::GateArgs<float, float>{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), g.tokens,
+                                                           g.hidden, g.experts, out.data()}) == k::Status::kOk);
+    std::copy(out.begin(), out.end(), logits.begin());
+    return logits;
+  }
+  std::vector<double> packed(static_cast<std::size_t>(k::packed_gate_size<double>(g.experts, g.hidden)));
+  k::pack_gate(w.data(), g.experts, g.hidden, packed.data());
+  BOOST_REQUIRE(k::gate_logits(k::GateArgs<float, double>{x.data(), packed.data(), g.bias.empty() ? nullptr : g.bias.data(), g.tokens,
+                                                          g.hidden, g.experts, logits.data()}) == k::Status::kOk);
+  k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), gate, logits.data());
+  return logits;
+}
+
+double absolute_sum(const Golden& g, std::size_t i) {
+  const std::size_t t = i / g.experts, e = i % g.experts;
+  double sum = g.bias.empty() ? 0.0 : std::fabs(g.bias[e]);
+  for (std::int64_t j = 0; j < g.hidden; ++j) sum += std::fabs(g.x[t * g.hidden + j] * g.w[e * g.hidden + j]);
+  return sum;
+}
+/// Error of a library's logit whose sum runs in float32 in an order we do not know (at most hidden + 1 roundings on any
+/// path, products included) and is then rounded to `gate`. A bias may be added after that rounding, and rounded again.
+double library_logit_error(const Golden& g, std::size_t i, double logit, Float gate) {
+  const double before = bounds::gamma(static_cast<double>(g.hidden) + 2, k::unit_roundoff(Float::kF32)) * absolute_sum(g, i);
+  if (gate == Float::kF32) return before;
+  const double once = bounds::rounded(logit, before, gate);
+  if (g.bias.empty()) return once;
+  const double bias = std::fabs(g.bias[i % g.experts]);
+  return bounds::rounded(std::fabs(logit) + bias, before, gate) + bounds::rounded(logit, before, gate);
+}
+
+/// The experts differ only where their choice values are within `reach` of each other.
+bool same_choice(const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b, const double* choice, double reach) {
+  std::vector<double> left, right;
+  for (const std::int64_t e : a) left.push_back(choice[e]);
+  for (const std::int64_t e : b) right.push_back(choice[e]);
+  std::sort(left.begin(), left.end());
+  std::sort(right.begin(), right.end());
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    if (!(left[i] == right[i] || std::fabs(left[i] - right[i]) <= reach)) return false;
+  }
+  return true;
+}
+
+struct Tallies {
+  int same_sets = 0, tokens = 0;
+};
+
+/// The library's weights of one token by expert.
+std::map<std::int64_t, double> by_expert(const std::vector<std::int64_t>& experts, const std::vector<double>& weights, std::size_t from) {
+  std::map<std::int64_t, double> m;
+  for (std::size_t j = 0; j < experts.size(); ++j) m[experts[j]] = weights[from + j];
+  return m;
+}
+
+/// One dtype of one family: logits, sets, weights.
+void check_run(const Golden& g, const Node& run, const std::string& what, Tallies* tallies) {
+  const Float run_dtype = float_of(at(run, "dtype"));
+  const Float gate = g.fp32_gate ? Float::kF32 : run_dtype;
+  const std::vector<double> got_weights = list(run.find("weights")), indices = list(run.find("indices"));
+  const std::vector<std::int64_t> shape = {g.tokens, g.experts};
+  const at::Tensor exact = ref::gate_logits(tensor(g.x, {g.tokens, g.hidden}), tensor(g.w, {g.experts, g.hidden}), tensor(g.bias, {g.experts}));
+  const std::vector<double> ours = executed_logits(g, gate);
+
+  const std::vector<double> theirs = list(run.find("logits"));
+  std::vector<double> exact_values = values(exact);
+  if (!theirs.empty()) {
+    CompareOptions o;
+    o.format = gate;
+    o.bound = [&](std::size_t i, double e) { return library_logit_error(g, i, e, gate); };
+    const Comparison c = compare(Values<double>{shape, exact_values}, Values<double>{shape, theirs}, o);
+    BOOST_CHECK_MESSAGE(c.ok(), what << " logits: " << c.report());
+    // "Executed" must be what they computed: the same bfloat16 number for nearly all (the float32 sum in between can fall
+    // on the other side of halfway), in float32 within both bounds.
+    std::size_t equal = 0;
+    for (std::size_t i = 0; i < ours.size(); ++i) equal += ours[i] == theirs[i] ? 1 : 0;
+    if (gate == Float::kBF16) BOOST_CHECK_GE(static_cast<double>(equal), 0.98 * static_cast<double>(ours.size()));
+  }
+
+  // Route from their own logits where they are given: then only the route stage is compared. Else from ours.
+  const std::vector<double>& from = theirs.empty() ? ours : theirs;
+  const std::vector<float> logits = narrowed(from), correction = narrowed(g.correction);
+  k::RouteArgs<float> a;
+  a.logits = logits.data();
+  a.correction_bias = correction.empty() ? nullptr : correction.data();
+  a.tokens = g.tokens, a.experts = g.experts, a.top_k = g.top_k;
+  a.score = static_cast<k::Score>(g.options.score);
+  a.softmax_after_top_k = g.options.softmax_after_top_k;
+  a.group_score = static_cast<k::GroupScore>(g.options.group_score);
+  a.groups = g.options.groups, a.top_groups = g.options.top_groups, a.group_mask_is_zero = g.options.group_mask_is_zero;
+  a.renormalise = g.options.renormalise, a.renormalise_eps = static_cast<float>(g.options.renormalise_eps);
+  a.scaling = static_cast<float>(g.options.scaling);
+  if (g.scores_in_logits_dtype && gate == Float::kBF16) a.tensor_dtype = Float::kBF16;
+  std::vector<std::int32_t> chosen(static_cast<std::size_t>(g.tokens * g.top_k));
+  std::vector<float> weights(chosen.size());
+  BOOST_REQUIRE(k::route(a, {chosen.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
+  const ref::Routed truth = ref::route(tensor(from, shape), g.options, tensor(g.correction, {g.experts}));
+  const std::vector<double> choice = values(truth.choice), true_weights = values(truth.weights), true_chosen = values(truth.chosen);
+
+  const Float stored = float_of(at(run, "weights_dtype"));
+  for (std::int64_t t = 0; t < g.tokens; ++t) {
+    std::vector<std::int64_t> lib, kernel, reference;
+    for (std::int64_t j = 0; j < g.top_k; ++j) {
+      lib.push_back(static_cast<std::int64_t>(indices[t * g.top_k + j]));
+      kernel.push_back(chosen[t * g.top_k + j]);
+      reference.push_back(static_cast<std::int64_t>(true_chosen[t * g.top_k + j]));
+    }
+    // Ties of bfloat16 logits go to the lowest index here, to any index in torch.topk. Otherwise float32 scores of equal
+    // logits are good to a few roundings: 2^-20 is more than softmax_relative() gives for 64 experts and a range of 16.
+    const double reach = bounds::softmax_relative(g.experts, 0, 16, Float::kF32) + (theirs.empty() ? 1e-5 : 0);
+    const std::string token = what + " token " + std::to_string(t);
+    BOOST_CHECK_MESSAGE(same_choice(lib, kernel, choice.data() + t * g.experts, reach), token << ": kernel");
+    BOOST_CHECK_MESSAGE(same_choice(lib, reference, choice.data() + t * g.experts, reach), token << ": reference");
+    ++tallies->tokens;
+    std::vector<std::int64_t> a_sorted = lib, b_sorted = kernel;
+    std::sort(a_sorted.begin(), a_sorted.end());
+    std::sort(b_sorted.begin(), b_sorted.end());
+    if (a_sorted != b_sorted) continue;
+    ++tallies->same_sets;
+    const auto want = by_expert(lib, got_weights, static_cast<std::size_t>(t * g.top_k));
+    for (std::int64_t j = 0; j < g.top_k; ++j) {
+      const double theirs_w = want.at(kernel[j]), w = weights[t * g.top_k + j];
+      // Two float32 evaluations in different orders, each within the bound; then theirs is stored in `stored`. Where the
+      // scores live in bfloat16, one more rounding of the softmax there. Without their logits, a float32 gate apart.
+      double relative = bounds::softmax_relative(g.experts, 0, 16, Float::kF32);
+      relative = bounds::scaled_relative(bounds::renormalised_relative(relative, g.top_k, Float::kF32), Float::kF32);
+      double bound = 2 * relative * w + (stored == Float::kBF16 ? 0.5 * k::spacing(w * (1 + relative), stored) : 0.0);
+      if (a.tensor_dtype == Float::kBF16) bound += k::spacing(w, Float::kBF16);
+      if (theirs.empty()) {
+        const double logit_error = gate == Float::kBF16 ? k::spacing(8.0, gate) : 1e-5;
+        bound += std::expm1(2 * logit_error) * w;
+      }
+      BOOST_CHECK_MESSAGE(std::fabs(w - theirs_w) <= bound, token << " expert " << kernel[j] << ": " << w << " against " << theirs_w);
+    }
+  }
+}
+
+void check_version(const std::string& file, bool before_5_6) {
+  const Node root = load(file);
+  int families = 0;
+  for (const Node& c : at(root, "cases").items) {
+    const Golden g = golden_of(c, before_5_6);
+    for (const Node& run : at(c, "runs").items) {
+      Tallies tallies;
+      check_run(g, run, file + " " + g.name + " " + at(run, "dtype").text, &tallies);
+      // Sets differ on ties only; ties of bfloat16 logits at the edge are a few per cent (audit/measures/router_precision.cc).
+      BOOST_CHECK_GE(tallies.same_sets, tallies.tokens - 2);
+      BOOST_CHECK_EQUAL(tallies.tokens, 16);
+    }
+    ++families;
+  }
+  BOOST_CHECK_EQUAL(families, 6);
+}
+
+BOOST_AUTO_TEST_CASE(transformers_4_57_6) { check_version("transformers-4.57.6.json", true); }
+BOOST_AUTO_TEST_CASE(transformers_5_23_0) { check_version("transformers-5.23.0.json", false); }
+
+BOOST_AUTO_TEST_CASE(bitsandbytes_0_50_2) {
+  const Node root = load("bitsandbytes-0.50.2.json");
+  const std::int64_t rows = integer(root, "rows"), columns = integer(root, "columns");
+  const std::vector<float> w = narrowed(list(root.find("w")));
+  std::vector<float> nf4(w.size()), int8(w.size());
+  k::nf4_round_trip(w.data(), rows * columns, nf4.data());
+  k::int8_row_round_trip(w.data(), rows, columns, int8.data());
+  const std::vector<float> want_nf4 = narrowed(list(root.find("nf4"))), want_int8 = narrowed(list(root.find("int8")));
+  const Comparison a = compare(Values<float>{{rows, columns}, want_nf4}, Values<float>{{rows, columns}, nf4});
+  BOOST_CHECK_MESSAGE(a.ok(), a.report());
+  // bitsandbytes quantises float16 inputs: the scale is that of the rounded row, and a value within 2^-11 of halfway between
+  // two steps may fall the other way.
+  CompareOptions o;
+  o.bound = [&](std::size_t i, double e) {
+    float largest = 0;
+    for (std::int64_t j = 0; j < columns; ++j) largest = std::max(largest, std::fabs(w[i / columns * columns + j]));
+    const double step = largest / 127.0, u = k::unit_roundoff(Float::kF16);
+    const double place = std::fabs(w[i]) / step, beside = std::fabs(place - std::floor(place) - 0.5);
+    return 2 * u * std::fabs(e) + (beside <= 2 * u * place + 1e-6 ? step * (1 + u) : 0.0);
+  };
+  const Comparison b = compare(Values<float>{{rows, columns}, want_int8}, Values<float>{{rows, columns}, int8}, o);
+  BOOST_CHECK_MESSAGE(b.ok(), b.report());
+}
+
+}  // namespace

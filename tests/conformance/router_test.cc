@@ -1,0 +1,526 @@
+// The router: kernels/host against reference/, and reference/ against a second derivation and the laws of routing.
+#define BOOST_TEST_MODULE router
+#include <ATen/ATen.h>
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "kernels/host/bounds.h"
+#include "kernels/host/gaussian.h"
+#include "kernels/host/router.h"
+#include "reference/router.h"
+#include "tests/support/compare.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+namespace bounds = moeaudit::kernels::bounds;
+using k::Float;
+using moeaudit::test::compare;
+using moeaudit::test::CompareOptions;
+using moeaudit::test::Comparison;
+using moeaudit::test::Values;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+at::Tensor tensor(const std::vector<double>& v, std::vector<std::int64_t> shape) {
+  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
+}
+std::vector<double> values(const at::Tensor& t) {
+  const at::Tensor c = t.to(at::kDouble).contiguous();
+  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
+}
+std::vector<std::int64_t> ids(const at::Tensor& t) {
+  const at::Tensor c = t.contiguous();
+  return {c.data_ptr<std::int64_t>(), c.data_ptr<std::int64_t>() + c.numel()};
+}
+std::vector<float> gaussians(std::int64_t n, std::uint64_t stream, float scale = 1) {
+  std::vector<float> v(static_cast<std::size_t>(n));
+  k::unit_gaussians(11, stream, 0, n, v.data());
+  for (float& x : v) x *= scale;
+  return v;
+}
+std::vector<double> widened(const std::vector<float>& v) { return {v.begin(), v.end()}; }
+
+void require_ok(const Comparison& c, const std::string& what) { BOOST_CHECK_MESSAGE(c.ok(), what << ": " << c.report()); }
+
+// ---- the gate ---------------------------------------------------------------------------------------------------------------
+
+template <class In, class Sum>
+std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias, std::int64_t tokens,
+                      std::int64_t hidden, std::int64_t experts) {
+  std::vector<Sum> packed(static_cast<std::size_t>(k::packed_gate_size<Sum>(experts, hidden)));
+  k::pack_gate(w.data(), experts, hidden, packed.data());
+  std::vector<Sum> logits(static_cast<std::size_t>(tokens * experts));
+  const k::GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden, experts, logits.data()};
+  BOOST_REQUIRE(k::gate_logits(a) == k::Status::kOk);
+  return logits;
+}
+
+/// sum_i |x_i w_i| + |bias| of each logit, as the bounds want it; its own rounding error is covered by 1 + 2^-40.
+std::vector<double> absolute_sums(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias,
+                                  std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
+  std::vector<double> sums;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t e = 0; e < experts; ++e) {
+      double sum = bias.empty() ? 0.0 : std::fabs(static_cast<double>(bias[e]));
+      for (std::int64_t i = 0; i < hidden; ++i) sum += std::fabs(static_cast<double>(x[t * hidden + i]) * w[e * hidden + i]);
+      sums.push_back(sum * (1 + 0x1p-40));
+    }
+  }
+  return sums;
+}
+
+void check_gate(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias, std::int64_t tokens,
+                std::int64_t hidden, std::int64_t experts, const std::string& what) {
+  const std::vector<double> xd = widened(x), wd = widened(w), bd = widened(bias);
+  const at::Tensor b = bias.empty() ? at::Tensor() : tensor(bd, {experts});
+  const std::vector<double> truth = values(ref::gate_logits(tensor(xd, {tokens, hidden}), tensor(wd, {experts, hidden}), b));
+  const std::vector<double> absolute = absolute_sums(x, w, bias, tokens, hidden, experts);
+  const std::vector<std::int64_t> shape = {tokens, experts};
+  const auto options = [&](Float sum, bool exact) {
+    CompareOptions o;
+    o.bound = [&absolute, hidden, sum, exact](std::size_t i, double) {
+      return bounds::gate(hidden, absolute[i], sum, exact) + bounds::gate_in_index_order(hidden, absolute[i]);
+    };
+    o.same_non_finite_is_equal = true;
+    return o;
+  };
+  const auto f64 = gate<double, double>(xd, wd, bd, tokens, hidden, experts);
+  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, f64}, options(Float::kF64, false)), what + " float64");
+  const auto wide = gate<float, double>(x, w, bd, tokens, hidden, experts);
+  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, wide}, options(Float::kF64, true)), what + " wide");
+  const auto f32 = gate<float, float>(x, w, bias, tokens, hidden, experts);
+  require_ok(compare(Values<double>{shape, truth}, Values<float>{shape, f32}, options(Float::kF32, false)), what + " float32");
+}
+
+BOOST_AUTO_TEST_CASE(gate_agrees_with_the_reference) {
+  struct Shape {
+    std::int64_t tokens, hidden, experts;
+  };
+  for (const Shape s : {Shape{1, 1, 1}, {1, 3, 1}, {2, 127, 8}, {13, 128, 8}, {7, 129, 60}, {5, 2048, 64}, {3, 1000, 144},
+                        {2, 512, 160}, {2, 700, 384}}) {
+    const std::string what = std::to_string(s.tokens) + "x" + std::to_string(s.hidden) + "x" + std::to_string(s.experts);
+    const auto x = gaussians(s.tokens * s.hidden, 1), w = gaussians(s.experts * s.hidden, 2, 0.05f);
+    check_gate(x, w, {}, s.tokens, s.hidden, s.experts, what);
+    check_gate(x, w, gaussians(s.experts, 3), s.tokens, s.hidden, s.experts, what + " bias");
+  }
+}
+
+BOOST_AUTO_TEST_CASE(gate_at_the_edges_of_the_format) {
+  const std::int64_t d = 300, E = 9, T = 4;
+  // Products around the smallest float32 numbers, where every rounding is absolute.
+  check_gate(gaussians(T * d, 4, 0x1p-70f), gaussians(E * d, 5, 0x1p-72f), {}, T, d, E, "underflow");
+  check_gate(gaussians(T * d, 4, 1e-40f), gaussians(E * d, 5), {}, T, d, E, "subnormal x");
+  check_gate(gaussians(T * d, 4, 1e18f), gaussians(E * d, 5, 1e18f), {}, T, d, E, "large");
+  check_gate(std::vector<float>(T * d, 0.0f), gaussians(E * d, 5), {}, T, d, E, "zero");
+  // Cancellation: pairs that add to nothing leave only rounding.
+  std::vector<float> x = gaussians(T * d, 6), w = gaussians(E * d, 7);
+  for (std::int64_t i = 0; i < T * d; i += 2) x[i + 1] = -x[i];
+  for (std::int64_t i = 0; i < E * d; i += 2) w[i + 1] = w[i];
+  check_gate(x, w, {}, T, d, E, "cancellation");
+  std::vector<float> special = gaussians(T * d, 8);
+  special[5] = static_cast<float>(kInf);
+  special[d + 7] = static_cast<float>(kNan);
+  check_gate(special, gaussians(E * d, 9), {}, T, d, E, "infinity and NaN");
+}
+
+// Low precision: exact products and wide sums of values of the dtype, one rounding.
+BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
+  const std::int64_t d = 1024, E = 40, T = 20;
+  for (const Float f : {Float::kBF16, Float::kF16}) {
+    std::vector<float> x = gaussians(T * d, 10), w = gaussians(E * d, 11, 0.03f);
+    k::round_values(x.data(), T * d, f, x.data());
+    k::round_values(w.data(), E * d, f, w.data());
+    const std::vector<double> truth = values(ref::gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d})));
+    std::vector<double> low = gate<float, double>(x, w, {}, T, d, E);
+    k::round_values(low.data(), T * E, f, low.data());
+    const std::vector<double> absolute = absolute_sums(x, w, {}, T, d, E);
+    CompareOptions o;
+    o.format = f;
+    o.bound = [&](std::size_t i, double expected) {
+      const double before = bounds::gate(d, absolute[i], Float::kF64, true) + bounds::gate_in_index_order(d, absolute[i]);
+      return bounds::rounded(expected, before, f);
+    };
+    const Comparison c = compare(Values<double>{{T, E}, truth}, Values<double>{{T, E}, low}, o);
+    require_ok(c, name_of(f));
+    // A gate that rounds inside the sum would be off by many places; one rounding is half a place.
+    BOOST_CHECK_LE(c.max_ulp.value, 0.5 + 1e-6);
+    BOOST_CHECK_GT(c.max_ulp.value, 0.25);  // and it does round
+  }
+}
+
+// ---- route ----------------------------------------------------------------------------------------------------------------
+
+struct Case {
+  std::string name;
+  std::int64_t experts, top_k;
+  ref::RouteOptions options;  // top_k is filled in
+  bool correction = false;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  const auto add = [&all](const std::string& name, std::int64_t experts, std::int64_t top_k, auto change, bool correction = false) {
+    Case c{name, experts, top_k, {}, correction};
+    c.options.top_k = top_k;
+    change(c.options);
+    all.push_back(c);
+  };
+  const auto nothing = [](ref::RouteOptions&) {};
+  const auto renormalised = [](ref::RouteOptions& o) { o.renormalise = true; };
+  const auto after = [](ref::RouteOptions& o) { o.softmax_after_top_k = true; };
+  const auto grouped = [](ref::GroupScore s, std::int64_t groups, std::int64_t top, ref::Score score, bool zero) {
+    return [=](ref::RouteOptions& o) {
+      o.group_score = s, o.groups = groups, o.top_groups = top, o.score = score, o.group_mask_is_zero = zero;
+      o.renormalise = true, o.renormalise_eps = 1e-20, o.scaling = 2.5;
+    };
+  };
+  add("one expert", 1, 1, renormalised);
+  add("k = E", 8, 8, renormalised);
+  add("mixtral", 8, 2, renormalised);
+  add("no renormalisation", 60, 4, nothing);
+  add("E = 144", 144, 8, renormalised);
+  add("E = 160", 160, 6, renormalised);
+  add("E = 384, k = 32", 384, 32, renormalised);
+  add("gpt_oss", 128, 4, after);
+  add("sqrtsoftplus", 256, 6, [](ref::RouteOptions& o) { o.score = ref::Score::kSqrtSoftplus, o.renormalise = true, o.scaling = 1.5; }, true);
+  add("sigmoid, bias", 64, 8, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
+  add("deepseek_v2", 160, 6, grouped(ref::GroupScore::kMax, 8, 3, ref::Score::kSoftmax, true));
+  add("deepseek_v3", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, false), true);
+  add("deepseek_v3 before 5.6", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, true), true);
+  add("k beyond what the groups leave", 16, 6, grouped(ref::GroupScore::kTop2Sum, 4, 1, ref::Score::kSigmoid, false), true);
+  add("all groups kept", 16, 4, grouped(ref::GroupScore::kMax, 4, 4, ref::Score::kSigmoid, false));
+  return all;
+}
+
+template <class T>
+k::RouteArgs<T> args_of(const Case& c, const std::vector<T>& logits, const std::vector<T>& bias) {
+  k::RouteArgs<T> a;
+  a.logits = logits.data();
+  a.correction_bias = c.correction ? bias.data() : nullptr;
+  a.tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
+  a.experts = c.experts;
+  a.top_k = c.top_k;
+  a.score = static_cast<k::Score>(c.options.score);
+  a.softmax_after_top_k = c.options.softmax_after_top_k;
+  a.group_score = static_cast<k::GroupScore>(c.options.group_score);
+  a.groups = c.options.groups;
+  a.top_groups = c.options.top_groups;
+  a.group_mask_is_zero = c.options.group_mask_is_zero;
+  a.renormalise = c.options.renormalise;
+  a.renormalise_eps = static_cast<T>(c.options.renormalise_eps);
+  a.scaling = static_cast<T>(c.options.scaling);
+  return a;
+}
+static_assert(static_cast<int>(k::Score::kSqrtSoftplus) == static_cast<int>(ref::Score::kSqrtSoftplus));
+static_assert(static_cast<int>(k::GroupScore::kTop2Sum) == static_cast<int>(ref::GroupScore::kTop2Sum));
+
+/// Logits [tokens, experts] of several kinds, one token each and more of the ordinary one.
+std::vector<float> edge_logits(std::int64_t experts) {
+  std::vector<float> v = gaussians(24 * experts, 20, 2.0f);
+  const auto row = [&v, experts](auto f) {
+    for (std::int64_t e = 0; e < experts; ++e) v.push_back(static_cast<float>(f(e)));
+  };
+  row([](std::int64_t) { return 0.0; });                                     // all equal
+  row([](std::int64_t e) { return e % 2 ? 1.0 : 0.0; });                     // ties
+  row([](std::int64_t e) { return e % 2 ? 0.0 : -0.0; });                    // zeros of both signs
+  row([](std::int64_t e) { return 1e-44 * static_cast<double>(e % 5); });    // subnormals
+  row([](std::int64_t e) { return -100.0 - static_cast<double>(e); });       // probabilities that underflow in float32
+  row([](std::int64_t e) { return e == 0 ? 700.0 : -700.0; });               // a sure thing
+  row([](std::int64_t e) { return static_cast<double>(e) * 1e-6; });         // barely apart
+  return v;
+}
+
+/// Relative error that the score may have between two evaluations in formats a and b, from equal logits.
+double score_relative(const Case& c, double range, Float f) {
+  const std::int64_t terms = c.options.softmax_after_top_k ? c.top_k : c.experts;
+  switch (c.options.score) {
+    case ref::Score::kSoftmax: return bounds::softmax_relative(terms, 0.0, range, f);
+    case ref::Score::kSigmoid: return bounds::sigmoid_relative(0.0, f);
+    case ref::Score::kSqrtSoftplus: return bounds::sqrt_softplus_relative(0.0, f);
+  }
+  return kNan;
+}
+
+double range_of(const std::vector<float>& logits, std::int64_t token, std::int64_t experts) {
+  const auto [low, high] = std::minmax_element(logits.begin() + token * experts, logits.begin() + (token + 1) * experts);
+  return static_cast<double>(*high) - static_cast<double>(*low);
+}
+
+/// Bound on |weight computed in f - weight of the reference|, both from the same logits. `scores` is the sum of the chosen
+/// scores, exact but for float64.
+double weight_bound(const Case& c, double weight, double scores, double range, Float f) {
+  const auto one = [&](Float format) {
+    double r = score_relative(c, range, format);
+    if (c.options.renormalise) r = bounds::renormalised_relative(r, c.top_k, format);
+    return bounds::scaled_relative(r, format);
+  };
+  const double underflow = c.options.renormalise
+                               ? bounds::renormalised_underflow(scores + c.options.renormalise_eps, c.top_k, f)
+                               : bounds::softmax_underflow(f);
+  return (one(f) + one(Float::kF64)) * weight + std::fabs(c.options.scaling) * underflow + 0.5 * bounds::smallest(f);
+}
+
+/// Sum of the chosen scores of each token, before renormalisation.
+std::vector<double> chosen_scores(const Case& c, const at::Tensor& logits, const at::Tensor& chosen) {
+  if (c.options.softmax_after_top_k) return std::vector<double>(static_cast<std::size_t>(logits.size(0)), 1.0);
+  return values(ref::scores(logits, c.options.score).gather(-1, chosen).sum(-1));
+}
+
+template <class T>
+void check_route(const Case& c, Float f) {
+  const std::vector<float> logits32 = edge_logits(c.experts);
+  const std::vector<float> bias32 = gaussians(c.experts, 21, 0.05f);
+  const std::vector<T> logits(logits32.begin(), logits32.end()), bias(bias32.begin(), bias32.end());
+  const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
+  const at::Tensor wide_logits = tensor(widened(logits32), {tokens, c.experts});
+  const ref::Routed truth = ref::route(wide_logits, c.options, c.correction ? tensor(widened(bias32), {c.experts}) : at::Tensor());
+  const std::vector<double> sums = chosen_scores(c, wide_logits, truth.chosen);
+  const std::vector<double> choice = values(truth.choice), weights = values(truth.weights);
+  const std::vector<std::int64_t> chosen = ids(truth.chosen);
+  std::vector<std::int32_t> got(static_cast<std::size_t>(tokens * c.top_k));
+  std::vector<T> got_weights(got.size());
+  BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr}) == k::Status::kOk);
+
+  int compared = 0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const double range = range_of(logits32, t, c.experts);
+    bool same = true;
+    for (std::int64_t j = 0; j < c.top_k; ++j) {
+      const std::int64_t want = chosen[t * c.top_k + j], have = got[t * c.top_k + j];
+      if (want == have) continue;
+      same = false;
+      BOOST_CHECK_MESSAGE(f != Float::kF64, c.name << " token " << t << ": float64 must choose alike");
+      // The two must be closer than the errors of both choices: of the scores, and of adding the bias. Where a whole group
+      // was chosen instead of another, experts of very different choice may change places; no case here does.
+      const double a = choice[t * c.experts + want], b = choice[t * c.experts + have];
+      const double each = score_relative(c, range, f) + score_relative(c, range, Float::kF64) + 2 * k::unit_roundoff(f);
+      const double bias_size = c.correction ? std::fabs(bias32[want]) + std::fabs(bias32[have]) : 0.0;
+      BOOST_CHECK_MESSAGE(a == b || std::fabs(a - b) <= each * (std::fabs(a) + std::fabs(b) + bias_size) + 2 * bounds::smallest(f),
+                          c.name << " token " << t << ": chose " << have << " (" << b << ") instead of " << want << " (" << a << ")");
+    }
+    if (!same) continue;
+    const std::vector<std::int64_t> shape = {c.top_k};
+    CompareOptions o;
+    o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), sums[t], range, f); };
+    require_ok(compare(Values<double>{shape, {weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}},
+                       Values<T>{shape, {got_weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}}, o),
+               c.name + " token " + std::to_string(t));
+    ++compared;
+  }
+  BOOST_CHECK_GE(compared, 20);
+}
+
+BOOST_AUTO_TEST_CASE(route_in_float64_agrees_with_the_reference) {
+  for (const Case& c : cases()) check_route<double>(c, Float::kF64);
+}
+BOOST_AUTO_TEST_CASE(route_in_float32_agrees_within_bounds) {
+  for (const Case& c : cases()) check_route<float>(c, Float::kF32);
+}
+
+BOOST_AUTO_TEST_CASE(infinite_and_nan_logits_choose_alike) {
+  for (const Case& c : cases()) {
+    if (c.experts < 8) continue;
+    std::vector<double> logits = widened(gaussians(3 * c.experts, 22));
+    logits[2] = kInf;
+    logits[c.experts + 1] = -kInf;
+    logits[c.experts + 5] = -kInf;
+    logits[2 * c.experts + 3] = kNan;
+    const std::vector<double> bias = widened(gaussians(c.experts, 21, 0.05f));
+    const ref::Routed truth =
+        ref::route(tensor(logits, {3, c.experts}), c.options, c.correction ? tensor(bias, {c.experts}) : at::Tensor());
+    std::vector<std::int32_t> got(static_cast<std::size_t>(3 * c.top_k));
+    std::vector<double> weights(got.size());
+    BOOST_REQUIRE(k::route(args_of<double>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
+    const std::vector<std::int64_t> want = ids(truth.chosen);
+    BOOST_CHECK_MESSAGE(std::equal(want.begin(), want.end(), got.begin(), got.end()), c.name);
+    const std::vector<double> expected = values(truth.weights);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      BOOST_CHECK_MESSAGE(std::isfinite(weights[i]) == std::isfinite(expected[i]), c.name << " " << i);
+      BOOST_CHECK_MESSAGE(std::isnan(weights[i]) == std::isnan(expected[i]), c.name << " " << i);
+    }
+  }
+}
+
+// ---- the reference itself ------------------------------------------------------------------------------------------------------
+
+/// Second derivation, one token, plain loops: selection by counting how many experts beat each one.
+struct Plain {
+  std::vector<std::int64_t> chosen;
+  std::vector<double> weights;
+};
+Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const std::vector<double>& bias) {
+  const std::size_t n = logits.size();
+  std::vector<long double> score(n);
+  const double top = *std::max_element(logits.begin(), logits.end());
+  long double total = 0;
+  for (std::size_t e = 0; e < n; ++e) total += std::exp(static_cast<long double>(logits[e]) - top);
+  for (std::size_t e = 0; e < n; ++e) {
+    const long double l = logits[e];
+    if (o.softmax_after_top_k) score[e] = l;
+    else if (o.score == ref::Score::kSoftmax) score[e] = std::exp(l - top) / total;
+    else if (o.score == ref::Score::kSigmoid) score[e] = 1 / (1 + std::exp(-l));
+    else score[e] = std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
+  }
+  std::vector<double> choice(n);
+  for (std::size_t e = 0; e < n; ++e) choice[e] = static_cast<double>(score[e]) + (bias.empty() ? 0.0 : bias[e]);
+  const auto rank = [](const std::vector<double>& v, std::size_t i) {
+    std::size_t beaten_by = 0;
+    for (std::size_t j = 0; j < v.size(); ++j) beaten_by += v[j] > v[i] || (v[j] == v[i] && j < i) ? 1 : 0;
+    return beaten_by;
+  };
+  if (o.group_score != ref::GroupScore::kNone) {
+    const std::size_t size = n / static_cast<std::size_t>(o.groups);
+    std::vector<double> group;
+    for (std::size_t g = 0; g < n; g += size) {
+      std::vector<double> members(choice.begin() + g, choice.begin() + g + size);
+      std::sort(members.rbegin(), members.rend());
+      group.push_back(members[0] + (o.group_score == ref::GroupScore::kTop2Sum ? members[1] : 0.0));
+    }
+    for (std::size_t e = 0; e < n; ++e) {
+      if (rank(group, e / size) >= static_cast<std::size_t>(o.top_groups)) choice[e] = o.group_mask_is_zero ? 0.0 : -kInf;
+    }
+  }
+  Plain p;
+  p.chosen.resize(static_cast<std::size_t>(o.top_k));
+  for (std::size_t e = 0; e < n; ++e) {
+    const std::size_t r = rank(choice, e);
+    if (r < p.chosen.size()) p.chosen[r] = static_cast<std::int64_t>(e);
+  }
+  long double sum = 0;
+  std::vector<long double> weight;
+  for (const std::int64_t e : p.chosen) {
+    weight.push_back(o.softmax_after_top_k ? std::exp(score[e] - score[p.chosen[0]]) : score[e]);
+    sum += weight.back();
+  }
+  for (const long double w : weight) {
+    long double v = w;
+    if (o.softmax_after_top_k) v /= sum;
+    if (o.renormalise) v /= sum + static_cast<long double>(o.renormalise_eps);
+    p.weights.push_back(static_cast<double>(v * o.scaling));
+  }
+  return p;
+}
+
+BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
+  for (const Case& c : cases()) {
+    const std::vector<float> logits = edge_logits(c.experts);
+    const std::vector<double> bias = c.correction ? widened(gaussians(c.experts, 21, 0.05f)) : std::vector<double>();
+    const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
+    const at::Tensor l = tensor(widened(logits), {tokens, c.experts});
+    const ref::Routed r = ref::route(l, c.options, c.correction ? tensor(bias, {c.experts}) : at::Tensor());
+    const std::vector<double> sums = chosen_scores(c, l, r.chosen);
+    const std::vector<std::int64_t> chosen = ids(r.chosen);
+    const std::vector<double> weights = values(r.weights);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const Plain p = plain_route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts}, c.options, bias);
+      BOOST_CHECK_MESSAGE(std::equal(p.chosen.begin(), p.chosen.end(), chosen.begin() + t * c.top_k), c.name << " token " << t);
+      CompareOptions o;
+      const double range = range_of(logits, t, c.experts);
+      o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), sums[t], range, Float::kF64); };
+      const auto k_values = static_cast<std::size_t>(c.top_k);
+      require_ok(compare(Values<double>{{c.top_k}, p.weights}, Values<double>{{c.top_k}, {weights.data() + t * c.top_k, k_values}}, o),
+                 c.name + " plain, token " + std::to_string(t));
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(reference_gate_agrees_with_plain_loops) {
+  const std::int64_t T = 3, d = 50, E = 7;
+  const auto x = gaussians(T * d, 30), w = gaussians(E * d, 31), bias = gaussians(E, 32);
+  const auto got = values(ref::gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}), tensor(widened(bias), {E})));
+  const auto absolute = absolute_sums(x, w, bias, T, d, E);
+  for (std::int64_t t = 0; t < T; ++t) {
+    for (std::int64_t e = 0; e < E; ++e) {
+      long double sum = bias[e];
+      for (std::int64_t i = d; i-- > 0;) sum += static_cast<long double>(x[t * d + i]) * w[e * d + i];
+      BOOST_CHECK_LE(std::fabs(static_cast<double>(sum) - got[t * E + e]), 2 * bounds::gate_in_index_order(d, absolute[t * E + e]));
+    }
+  }
+}
+
+// Relabelling the experts (by whole groups, and inside groups) relabels the choice and leaves the weights.
+BOOST_AUTO_TEST_CASE(permuting_experts_permutes_the_choice) {
+  for (const Case& c : cases()) {
+    const std::int64_t n = c.experts, T = 24;  // the ordinary tokens: no ties, which a permutation may break otherwise
+    const std::vector<float> all = edge_logits(n);
+    const at::Tensor logits = tensor(widened({all.begin(), all.begin() + T * n}), {T, n});
+    const at::Tensor bias = tensor(widened(gaussians(n, 21, 0.05f)), {n});
+    const std::int64_t size = n / c.options.groups;
+    std::vector<std::int64_t> order;  // new place -> old place: groups reversed, members rotated
+    for (std::int64_t g = c.options.groups; g-- > 0;) {
+      for (std::int64_t i = 0; i < size; ++i) order.push_back(g * size + (i + size / 2) % size);
+    }
+    const at::Tensor index = at::from_blob(order.data(), {n}, at::kLong).clone();
+    const ref::Routed a = ref::route(logits, c.options, c.correction ? bias : at::Tensor());
+    const ref::Routed b =
+        ref::route(logits.index_select(1, index), c.options, c.correction ? bias.index_select(0, index) : at::Tensor());
+    const bool masked_ties = c.options.group_mask_is_zero || c.name == "k beyond what the groups leave";
+    if (masked_ties) continue;  // masked experts tie, and ties go by index
+    const std::vector<std::int64_t> before = ids(a.chosen), after = ids(index.index_select(0, b.chosen.reshape({-1})));
+    BOOST_CHECK_MESSAGE(before == after, c.name);
+    // The sums over experts run in another order now.
+    CompareOptions o;
+    const std::vector<double> wa = values(a.weights), wb = values(b.weights);
+    const double range = 2 * 2 * 6.34;  // the largest the generator gives, both signs, times 2
+    const std::vector<double> sums = chosen_scores(c, logits, a.chosen);
+    o.bound = [&](std::size_t i, double w) {
+      return weight_bound(c, std::fabs(w), sums[i / static_cast<std::size_t>(c.top_k)], range, Float::kF64);
+    };
+    require_ok(compare(Values<double>{{T, c.top_k}, wa}, Values<double>{{T, c.top_k}, wb}, o), c.name + " permuted");
+  }
+}
+
+// Adding a number to all logits of a token changes no softmax. A power of two keeps the logits exact here.
+BOOST_AUTO_TEST_CASE(softmax_does_not_see_a_shift) {
+  for (const Case& c : cases()) {
+    if (c.options.score != ref::Score::kSoftmax) continue;
+    std::vector<double> logits = widened(gaussians(10 * c.experts, 40));
+    for (double& l : logits) l = std::ldexp(std::nearbyint(std::ldexp(l, 20)), -20);
+    const at::Tensor l = tensor(logits, {10, c.experts});
+    const ref::Routed a = ref::route(l, c.options), b = ref::route(l + 64.0, c.options);
+    BOOST_CHECK(at::equal(a.chosen, b.chosen));
+    BOOST_CHECK_MESSAGE(at::equal(a.weights, b.weights), c.name);  // l - max l is exact, so the same bits
+  }
+}
+
+BOOST_AUTO_TEST_CASE(weights_have_the_sum_they_promise) {
+  for (const Case& c : cases()) {
+    const std::vector<float> all = edge_logits(c.experts);
+    const ref::Routed r = ref::route(tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), c.options);
+    const std::vector<double> sums = values(r.weights.sum(-1));
+    for (const double s : sums) {
+      if (c.options.renormalise || c.options.softmax_after_top_k) {
+        BOOST_CHECK_LE(std::fabs(s - c.options.scaling), c.options.scaling * bounds::gamma(2.0 * static_cast<double>(c.top_k) + 4, 0x1p-53));
+      } else if (c.options.score == ref::Score::kSoftmax) {
+        BOOST_CHECK(s > 0 && s <= 1 + bounds::gamma(static_cast<double>(c.experts) + 8, 0x1p-53));
+      }
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(reference_refuses_what_does_not_fit) {
+  const at::Tensor logits = at::zeros({2, 6}, at::kDouble);
+  const auto with = [](auto change) {
+    ref::RouteOptions o;
+    change(o);
+    return o;
+  };
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.top_k = 7; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.top_k = 0; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kMax, o.groups = 4; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kTop2Sum, o.groups = 6; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.softmax_after_top_k = true, o.score = ref::Score::kSigmoid; })), c10::Error);
+  BOOST_CHECK_THROW(ref::gate_logits(logits, at::zeros({3, 5}, at::kDouble)), c10::Error);
+}
+
+}  // namespace

@@ -1,0 +1,85 @@
+// exp, log and friends against the C library in long double (64 bits of significand, 11 more than double).
+#include "kernels/host/elementary.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/host/low_precision.h"
+
+namespace moeaudit::kernels {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+/// Error in units in the last place of the exact value. The long double value is itself good to 2^-11 of such a unit.
+double places(double got, long double exact) {
+  return std::fabs(static_cast<double>((static_cast<long double>(got) - exact) / spacing(static_cast<double>(exact), Float::kF64)));
+}
+
+TEST(Elementary, ExpWithinOnePlace) {
+  double worst = 0;
+  for (int i = -74500; i <= 70970; ++i) {
+    const double x = i * 0.01 + 1e-5 * (i % 17);
+    worst = std::max(worst, places(exp_exact_order(x), std::exp(static_cast<long double>(x))));
+  }
+  for (int i = 0; i < 200000; ++i) {
+    const double x = -1.0 + i * 1e-5;
+    worst = std::max(worst, places(exp_exact_order(x), std::exp(static_cast<long double>(x))));
+  }
+  EXPECT_LE(worst, 1.0);
+}
+
+TEST(Elementary, ExpAtItsLimits) {
+  EXPECT_EQ(exp_exact_order(0.0), 1.0);
+  EXPECT_EQ(exp_exact_order(-kInf), 0.0);
+  EXPECT_EQ(exp_exact_order(kInf), kInf);
+  EXPECT_EQ(exp_exact_order(710.0), kInf);
+  EXPECT_EQ(exp_exact_order(-746.0), 0.0);
+  EXPECT_GT(exp_exact_order(-745.0), 0.0);  // a subnormal
+  EXPECT_TRUE(std::isnan(exp_exact_order(std::nan(""))));
+}
+
+TEST(Elementary, LogWithinTwoPlaces) {
+  double worst = 0;
+  for (int i = 1; i < 400000; ++i) {
+    for (const double x : {i * 1e-5, 1.0 + (i - 200000) * 1e-9, std::ldexp(1.0 + i * 1e-6, i % 2000 - 1000)}) {
+      if (x != 1.0) worst = std::max(worst, places(log_exact_order(x), std::log(static_cast<long double>(x))));
+    }
+  }
+  EXPECT_LE(worst, 2.0);
+  EXPECT_EQ(log_exact_order(1.0), 0.0);
+  EXPECT_EQ(log_exact_order(0.0), -kInf);
+  EXPECT_EQ(log_exact_order(kInf), kInf);
+  EXPECT_TRUE(std::isnan(log_exact_order(-1.0)));
+  EXPECT_TRUE(std::isnan(log_exact_order(std::nan(""))));
+}
+
+TEST(Elementary, Log1pKeepsSmallNumbers) {
+  for (int e = -1070; e < 60; ++e) {
+    const double y = std::ldexp(1.2345, e);
+    // bounds.h counts 6 roundings, that is 6 half places, between y and the result.
+    EXPECT_LE(places(log1p_exact_order(y), std::log1p(static_cast<long double>(y))), 3.0) << y;
+  }
+  EXPECT_EQ(log1p_exact_order(0.0), 0.0);
+  EXPECT_EQ(log1p_exact_order(kInf), kInf);
+}
+
+TEST(Elementary, SigmoidAndSqrtSoftplus) {
+  EXPECT_EQ(sigmoid_exact_order(0.0), 0.5);
+  EXPECT_EQ(sigmoid_exact_order(kInf), 1.0);
+  EXPECT_EQ(sigmoid_exact_order(-kInf), 0.0);
+  EXPECT_EQ(sigmoid_exact_order(-800.0), 0.0);
+  EXPECT_EQ(sqrt_softplus_exact_order(25.0), 5.0);  // above 20 softplus is the identity
+  EXPECT_EQ(sqrt_softplus_exact_order(-kInf), 0.0);
+  EXPECT_EQ(sqrt_softplus_exact_order(kInf), kInf);
+  for (double x = -700; x < 20; x += 0.37) {
+    const long double l = x;
+    EXPECT_LE(places(sigmoid_exact_order(x), 1 / (1 + std::exp(-l))), 2.0) << x;  // gamma_4 is 2 places at most
+    EXPECT_LE(places(sqrt_softplus_exact_order(x), std::sqrt(std::log1p(std::exp(l)))), 2.5) << x;
+  }
+}
+
+}  // namespace
+}  // namespace moeaudit::kernels

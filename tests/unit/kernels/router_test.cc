@@ -1,0 +1,304 @@
+// Router kernels: the written order of the sums bit for bit, on every instruction set; hand-worked routing.
+#include "kernels/host/router.h"
+
+#include <gtest/gtest.h>
+#include <hwy/targets.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels/host/gaussian.h"
+
+namespace moeaudit::kernels {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+std::vector<float> gaussians(std::int64_t count, std::uint64_t stream, float scale = 1) {
+  std::vector<float> v(static_cast<std::size_t>(count));
+  unit_gaussians(42, stream, 0, count, v.data());
+  for (float& x : v) x *= scale;
+  return v;
+}
+
+/// The order that router.h writes down, as plain loops.
+template <class In, class Sum>
+std::vector<Sum> gate_by_the_book(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias,
+                                  std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
+  std::vector<Sum> out;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t e = 0; e < experts; ++e) {
+      Sum total = 0;
+      for (std::int64_t first = 0; first < hidden; first += 128) {
+        Sum stretch = 0;
+        for (std::int64_t i = first; i < std::min<std::int64_t>(hidden, first + 128); ++i) {
+          const Sum product = static_cast<Sum>(x[t * hidden + i]) * static_cast<Sum>(w[e * hidden + i]);
+          stretch = stretch + product;
+        }
+        total = total + stretch;
+      }
+      out.push_back(bias.empty() ? total : total + bias[e]);
+    }
+  }
+  return out;
+}
+
+template <class In, class Sum>
+std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias, std::int64_t tokens,
+                      std::int64_t hidden, std::int64_t experts) {
+  std::vector<Sum> packed(static_cast<std::size_t>(packed_gate_size<Sum>(experts, hidden)));
+  pack_gate(w.data(), experts, hidden, packed.data());
+  std::vector<Sum> out(static_cast<std::size_t>(tokens * experts), Sum(-1));
+  GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden, experts, out.data()};
+  EXPECT_EQ(gate_logits(a), Status::kOk);
+  return out;
+}
+
+/// Runs f once for every instruction set of this CPU.
+template <class F>
+void on_every_target(F&& f) {
+  int seen = 0;
+  for (std::int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
+    hwy::SetSupportedTargetsForTest(left & ~(left - 1));
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    SCOPED_TRACE(host_backend());
+    f();
+    ++seen;
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  EXPECT_GE(seen, 2) << "only one instruction set could be tried";
+}
+
+struct GateShape {
+  std::int64_t tokens, hidden, experts;
+};
+const GateShape kShapes[] = {{1, 1, 1},   {1, 7, 3},    {13, 128, 8},  {12, 129, 16}, {97, 300, 17},
+                             {5, 255, 40}, {100, 64, 144}, {25, 256, 160}, {3, 4096, 8}};
+
+TEST(Gate, WrittenOrderOnEveryTarget) {
+  for (const GateShape& s : kShapes) {
+    SCOPED_TRACE(testing::Message() << s.tokens << " x " << s.hidden << " x " << s.experts);
+    const auto x = gaussians(s.tokens * s.hidden, 1), w = gaussians(s.experts * s.hidden, 2, 0.1f);
+    const auto bias = gaussians(s.experts, 3);
+    const std::vector<double> xd(x.begin(), x.end()), wd(w.begin(), w.end()), bias_d(bias.begin(), bias.end());
+    // Doubles that float32 does not hold, so that a fused multiply-add would show.
+    std::vector<double> fine = xd;
+    for (double& v : fine) v *= 1.0 / 3.0;
+    const auto f32 = gate_by_the_book<float, float>(x, w, bias, s.tokens, s.hidden, s.experts);
+    const auto wide = gate_by_the_book<float, double>(x, w, bias_d, s.tokens, s.hidden, s.experts);
+    const auto f64 = gate_by_the_book<double, double>(fine, wd, bias_d, s.tokens, s.hidden, s.experts);
+    on_every_target([&] {
+      EXPECT_EQ((gate<float, float>(x, w, bias, s.tokens, s.hidden, s.experts)), f32);
+      EXPECT_EQ((gate<float, double>(x, w, bias_d, s.tokens, s.hidden, s.experts)), wide);
+      EXPECT_EQ((gate<double, double>(fine, wd, bias_d, s.tokens, s.hidden, s.experts)), f64);
+    });
+  }
+}
+
+TEST(Gate, WideEqualsDoubleOnWidenedInputs) {
+  const auto x = gaussians(20 * 512, 4), w = gaussians(9 * 512, 5);
+  const std::vector<double> xd(x.begin(), x.end()), wd(w.begin(), w.end());
+  EXPECT_EQ((gate<float, double>(x, w, {}, 20, 512, 9)), (gate<double, double>(xd, wd, {}, 20, 512, 9)));
+}
+
+TEST(Gate, TokensDoNotMeet) {
+  const auto x = gaussians(31 * 200, 6), w = gaussians(24 * 200, 7);
+  const auto all = gate<float, float>(x, w, {}, 31, 200, 24);
+  for (std::int64_t t = 0; t < 31; ++t) {
+    const std::vector<float> one(x.begin() + t * 200, x.begin() + (t + 1) * 200);
+    const auto alone = gate<float, float>(one, w, {}, 1, 200, 24);
+    EXPECT_EQ(std::memcmp(alone.data(), all.data() + t * 24, 24 * sizeof(float)), 0) << t;
+  }
+}
+
+TEST(Gate, InfinitiesAndNan) {
+  std::vector<float> x = {std::numeric_limits<float>::infinity(), 1, 1}, w = {1, 0, 0, 0, 1, 1, -1, 0, 0};
+  const auto l = gate<float, float>(x, w, {}, 1, 3, 3);
+  EXPECT_EQ(l[0], std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::isnan(l[1]));  // inf * 0
+  EXPECT_EQ(l[2], -std::numeric_limits<float>::infinity());
+}
+
+TEST(Gate, RefusesBadArguments) {
+  float one = 1;
+  EXPECT_EQ(gate_logits(GateArgs<float, float>{nullptr, &one, nullptr, 1, 1, 1, &one}), Status::kNullPointer);
+  EXPECT_EQ(gate_logits(GateArgs<float, float>{&one, &one, nullptr, 1, 0, 1, &one}), Status::kBadShape);
+  EXPECT_EQ(gate_logits(GateArgs<float, float>{&one, &one, nullptr, -1, 1, 1, &one}), Status::kBadShape);
+  EXPECT_EQ(gate_logits(GateArgs<float, float>{nullptr, nullptr, nullptr, 0, 1, 1, nullptr}), Status::kOk);
+}
+
+// ---- route -----------------------------------------------------------------------------------------------------------------
+
+struct Routed {
+  std::vector<std::int32_t> chosen;
+  std::vector<double> weights, choice;
+  std::int32_t runner_up = -2;
+};
+Routed route_one(RouteArgs<double> a, const std::vector<double>& logits) {
+  Routed r;
+  a.logits = logits.data();
+  a.tokens = 1;
+  a.experts = static_cast<std::int64_t>(logits.size());
+  r.chosen.resize(static_cast<std::size_t>(a.top_k));
+  r.weights.resize(static_cast<std::size_t>(a.top_k));
+  r.choice.resize(logits.size());
+  EXPECT_EQ(route(a, {r.chosen.data(), r.weights.data(), &r.runner_up, r.choice.data()}), Status::kOk);
+  return r;
+}
+using Ids = std::vector<std::int32_t>;
+
+TEST(Route, SoftmaxByHand) {
+  RouteArgs<double> a;
+  a.top_k = 2;
+  const double third = std::log(3.0);  // softmax of {0, ln 3, 0, 0} = {1, 3, 1, 1} / 6
+  Routed r = route_one(a, {0, third, 0, 0});
+  EXPECT_EQ(r.chosen, (Ids{1, 0}));  // ties to the lowest index
+  EXPECT_EQ(r.runner_up, 2);
+  EXPECT_NEAR(r.weights[0], 0.5, 1e-15);
+  EXPECT_NEAR(r.weights[1], 1.0 / 6, 1e-15);
+  a.renormalise = true;
+  a.scaling = 2;
+  r = route_one(a, {0, third, 0, 0});
+  EXPECT_NEAR(r.weights[0], 1.5, 1e-15);
+  EXPECT_NEAR(r.weights[1], 0.5, 1e-15);
+}
+
+TEST(Route, SoftmaxAfterTopK) {
+  RouteArgs<double> a;
+  a.top_k = 2;
+  a.softmax_after_top_k = true;
+  const Routed r = route_one(a, {-5, 1, 1 + std::log(4.0), 0});
+  EXPECT_EQ(r.chosen, (Ids{2, 1}));
+  EXPECT_NEAR(r.weights[0], 0.8, 1e-15);
+  EXPECT_NEAR(r.weights[1], 0.2, 1e-15);
+}
+
+TEST(Route, CorrectionBiasChoosesButDoesNotWeigh) {
+  RouteArgs<double> a;
+  a.top_k = 1;
+  a.score = Score::kSigmoid;
+  const std::vector<double> bias = {0, 0.3, 0};
+  a.correction_bias = bias.data();
+  const Routed r = route_one(a, {std::log(3.0), 0, -1});  // scores 0.75, 0.5, 0.27: with the bias 0.75, 0.8, 0.27
+  EXPECT_EQ(r.chosen, (Ids{1}));
+  EXPECT_EQ(r.weights[0], 0.5);
+  EXPECT_EQ(r.runner_up, 0);
+}
+
+TEST(Route, GroupsByMaxAndByTwoBest) {
+  RouteArgs<double> a;
+  a.top_k = 2;
+  a.score = Score::kSigmoid;
+  a.groups = 2;
+  a.top_groups = 1;
+  const std::vector<double> logits = {3, -9, -9, 1, 1, 1};  // group 0 has the best expert, group 1 the better pair
+  a.group_score = GroupScore::kMax;
+  Routed r = route_one(a, logits);
+  EXPECT_EQ(r.chosen, (Ids{0, 1}));
+  EXPECT_EQ(r.choice[3], -kInf);
+  a.group_score = GroupScore::kTop2Sum;
+  r = route_one(a, logits);
+  EXPECT_EQ(r.chosen, (Ids{3, 4}));
+  EXPECT_EQ(r.choice[0], -kInf);
+  EXPECT_EQ(r.runner_up, 5);
+}
+
+TEST(Route, MaskOfZeroBeatsNegativeChoices) {
+  RouteArgs<double> a;
+  a.top_k = 2;
+  a.score = Score::kSigmoid;
+  a.group_score = GroupScore::kMax;
+  a.groups = 2;
+  a.top_groups = 1;
+  const std::vector<double> bias = {-0.4, -0.9, -2, -2};
+  a.correction_bias = bias.data();
+  EXPECT_EQ(route_one(a, {0, 0, 0, 0}).chosen, (Ids{0, 1}));
+  a.group_mask_is_zero = true;  // choices 0.1, -0.4, and 0 for the two that are masked
+  EXPECT_EQ(route_one(a, {0, 0, 0, 0}).chosen, (Ids{0, 2}));
+}
+
+TEST(Route, NanIsLargestAndTiesGoToTheLowestIndex) {
+  RouteArgs<double> a;
+  a.top_k = 3;
+  a.softmax_after_top_k = true;
+  EXPECT_EQ(route_one(a, {1, kNan, kInf, kNan}).chosen, (Ids{1, 3, 2}));
+  EXPECT_EQ(route_one(a, {-kInf, -kInf, -kInf, -kInf}).chosen, (Ids{0, 1, 2}));
+  EXPECT_EQ(route_one(a, {0.0, -0.0, 0.0, -1}).chosen, (Ids{0, 1, 2}));
+}
+
+TEST(Route, AllExpertsLeaveNoRunnerUp) {
+  RouteArgs<double> a;
+  a.top_k = 3;
+  EXPECT_EQ(route_one(a, {1, 2, 3}).runner_up, -1);
+}
+
+TEST(Route, TensorDtypeRoundsBetweenOperations) {
+  RouteArgs<double> a;
+  a.top_k = 3;
+  a.renormalise = true;
+  a.tensor_dtype = Float::kBF16;
+  // softmax {1/3, 1/3, 1/3} in bfloat16 is 0.333984375; three of them 1.001953125, in bfloat16 1; the quotient 0.333984375.
+  const Routed r = route_one(a, {2, 2, 2});
+  for (const double w : r.weights) EXPECT_EQ(w, 0.333984375);
+}
+
+TEST(Route, SameBitsOnEveryTarget) {
+  const std::int64_t tokens = 40, experts = 160;
+  const auto logits = gaussians(tokens * experts, 8, 2.0f), bias = gaussians(experts, 9, 0.1f);
+  for (const Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSqrtSoftplus}) {
+    std::vector<std::vector<float>> weights;
+    std::vector<Ids> chosen;
+    on_every_target([&] {
+      RouteArgs<float> a;
+      a.logits = logits.data();
+      a.correction_bias = bias.data();
+      a.tokens = tokens;
+      a.experts = experts;
+      a.top_k = 8;
+      a.score = score;
+      a.group_score = GroupScore::kTop2Sum;
+      a.groups = 8;
+      a.top_groups = 4;
+      a.renormalise = true;
+      a.scaling = 2.5f;
+      weights.emplace_back(static_cast<std::size_t>(tokens * 8));
+      chosen.emplace_back(static_cast<std::size_t>(tokens * 8));
+      ASSERT_EQ(route(a, RouteResult<float>{chosen.back().data(), weights.back().data(), nullptr, nullptr}), Status::kOk);
+    });
+    for (std::size_t i = 1; i < weights.size(); ++i) {
+      EXPECT_EQ(weights[i], weights[0]);
+      EXPECT_EQ(chosen[i], chosen[0]);
+    }
+  }
+}
+
+TEST(Route, RefusesBadOptions) {
+  const double logits[4] = {};
+  std::int32_t chosen[8];
+  RouteArgs<double> a;
+  a.logits = logits;
+  a.tokens = 1;
+  a.experts = 4;
+  const auto status = [&](auto change) {
+    RouteArgs<double> b = a;
+    b.top_k = 1;
+    change(b);
+    return route(b, RouteResult<double>{chosen, nullptr, nullptr, nullptr});
+  };
+  EXPECT_EQ(status([](auto&) {}), Status::kOk);
+  EXPECT_EQ(status([](auto& b) { b.top_k = 0; }), Status::kBadTopK);
+  EXPECT_EQ(status([](auto& b) { b.top_k = 5; }), Status::kBadTopK);
+  EXPECT_EQ(status([](auto& b) { b.logits = nullptr; }), Status::kNullPointer);
+  EXPECT_EQ(status([](auto& b) { b.experts = 0; }), Status::kBadShape);
+  EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 3; }), Status::kBadGroups);
+  EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 2, b.top_groups = 3; }), Status::kBadGroups);
+  EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kTop2Sum, b.groups = 4; }), Status::kBadGroups);
+  EXPECT_EQ(status([](auto& b) { b.softmax_after_top_k = true, b.score = Score::kSigmoid; }), Status::kBadOption);
+}
+
+}  // namespace
+}  // namespace moeaudit::kernels

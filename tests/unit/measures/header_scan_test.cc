@@ -1,0 +1,199 @@
+// Routers, missing and unexpected tensors of the fixtures (counted by fixtures/make/measures_golden.py) and of files that a
+// test spoilt on purpose.
+#include "tests/unit/measures/fixture_model.h"
+
+#include <algorithm>
+#include <set>
+
+namespace moeaudit {
+extern const Measure measure_header_scan;
+namespace {
+
+using namespace test;
+
+const nlohmann::json& golden() {
+  static const nlohmann::json json = read_json(fixture("measures/golden.json"));
+  return json;
+}
+
+Bench scan(const nlohmann::json& facts, TensorStore store) {
+  Bench bench;
+  bench.facts = testing::facts_from_json(facts);
+  bench.model = std::move(store);
+  bench.run(measure_header_scan);
+  return bench;
+}
+
+TEST(HeaderScan, RoutersOfEveryFixture) {
+  std::size_t models = 0, by_shape = 0;
+  for (const auto& [name, expected] : golden()["models"].items()) {
+    SCOPED_TRACE(name);
+    const Bench bench = scan(model_facts(fixture(name)), open_weights(fixture(name)));
+    const auto& rows = expected["routers"];
+    if (rows.empty()) {
+      EXPECT_FALSE(bench.facts.routers.known());
+      EXPECT_EQ(bench.facts.routers.why_unknown(), "no experts in the weight files");
+      continue;
+    }
+    ASSERT_TRUE(bench.facts.routers.known()) << bench.facts.routers.why_unknown();
+    const RouterTable& t = bench.facts.routers.value();
+    ASSERT_EQ(t.layer.size(), rows.size());
+    const bool known = bench.facts.family.known();
+    EXPECT_EQ(bench.facts.routers.origin(), known ? Origin::kMeasured : Origin::kDerived);
+    by_shape += !known;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      EXPECT_EQ(t.layer[i], rows[i]["layer"]);
+      EXPECT_EQ(t.tensor[i], rows[i]["tensor"]);
+      EXPECT_EQ(t.dtype[i], DType::kBF16);
+      EXPECT_EQ(t.experts[i], rows[i]["experts"]);
+      EXPECT_EQ(t.hidden[i], rows[i]["hidden"]);
+      EXPECT_EQ(t.expert_count[i], rows[i]["expert_count"]);
+      EXPECT_EQ(t.expert_hidden[i], 64);  // hidden_size of every fixture
+      EXPECT_EQ(t.fused[i] != 0, rows[i]["fused"]);
+      EXPECT_EQ(t.bias[i], rows[i]["bias"]);
+    }
+    ++models;
+  }
+  EXPECT_EQ(models, 16u);
+  EXPECT_EQ(by_shape, 1u);  // nested-text-config, a family nobody described
+}
+
+TEST(HeaderScan, HealthyFixturesMissNothingAndHaveNothingUnknown) {
+  std::size_t compared = 0;
+  for (const auto& [name, expected] : golden()["models"].items()) {
+    const Bench bench = scan(model_facts(fixture(name)), open_weights(fixture(name)));
+    if (!bench.facts.family.known()) continue;
+    ASSERT_TRUE(bench.facts.tensor_diff.known()) << name << ": " << bench.facts.tensor_diff.why_unknown();
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{}) << name;
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{}) << name;
+    ++compared;
+  }
+  EXPECT_EQ(compared, 15u);
+}
+
+/// The fixture's weights with some changes, in one file.
+TensorStore spoilt(const TempTree& tree, const std::string& name, const std::vector<std::string>& without,
+                   const std::function<void(WeightFile&)>& more = {}) {
+  const TensorStore whole = open_weights(fixture(name));
+  WeightFile file;
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    const std::string tensor(whole[i].name);
+    if (std::find(without.begin(), without.end(), tensor) == without.end()) file.copy(whole[i], tensor);
+  }
+  if (more) more(file);
+  return open_weights(tree.write("model.safetensors", file.text()));
+}
+
+TEST(HeaderScan, MissingTensorsAreNamed) {
+  const TempTree tree;
+  const std::vector<std::string> gone = {"model.layers.1.block_sparse_moe.gate.weight", "model.layers.2.block_sparse_moe.experts.5.w2.weight"};
+  const Bench bench = scan(model_facts(fixture("models/mixtral-tf4")), spoilt(tree, "models/mixtral-tf4", gone));
+  EXPECT_EQ(bench.facts.tensor_diff.value().missing, gone);
+  EXPECT_EQ(bench.facts.tensor_diff.value().missing_shard, (std::vector<std::string>{"", ""}));
+  EXPECT_EQ(bench.facts.routers.value().layer, (std::vector<int>{0, 2, 3}));
+  EXPECT_EQ(bench.facts.routers.value().expert_count, (std::vector<std::int64_t>{8, 8, 8}));  // w1 and w3 of expert 5 are there
+}
+
+TEST(HeaderScan, ExpertsThatTheConfigDoesNotHave) {
+  nlohmann::json facts = model_facts(fixture("models/mixtral-tf4"));
+  facts["router.num_experts"] = 4;
+  const Bench bench = scan(facts, open_weights(fixture("models/mixtral-tf4")));
+  EXPECT_EQ(bench.facts.routers.value().expert_count, (std::vector<std::int64_t>{8, 8, 8, 8}));
+  EXPECT_EQ(bench.facts.tensor_diff.value().unexpected.size(), 4u * 4u * 3u);  // layers x experts 4 to 7 x w1 w2 w3
+  EXPECT_TRUE(bench.facts.tensor_diff.value().missing.empty());
+}
+
+TEST(HeaderScan, ExtrasThatCanBeExplainedAreNotUnexpected) {
+  const TempTree tree;
+  const Bench bench = scan(model_facts(fixture("models/deepseek_v3-tf4")), spoilt(tree, "models/deepseek_v3-tf4", {"lm_head.weight"}, [](WeightFile& f) {
+    // one multi-token-prediction layer behind the four of the model, with a router and an expert of its own
+    f.add_zeros("model.layers.4.eh_proj.weight", {64, 128});
+    f.add_zeros("model.layers.4.mlp.gate.weight", {16, 64});
+    f.add_zeros("model.layers.4.mlp.experts.0.up_proj.weight", {16, 64});
+    // scales of float8, bitsandbytes statistics, old buffers
+    f.add_zeros("model.layers.1.mlp.experts.0.up_proj.weight_scale_inv", {1, 1});
+    f.add_zeros("model.layers.1.self_attn.o_proj.weight.absmax", {4}, "U8");
+    f.add_zeros("model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__nf4", {80}, "U8");
+    f.add_zeros("model.layers.1.self_attn.rotary_emb.inv_freq", {8});
+    // and what nothing explains
+    f.add_zeros("model.layers.1.mlp.gate.weight_old", {16, 64});
+    f.add_zeros("score.weight", {2, 64});
+  }));
+  EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, (std::vector<std::string>{"model.layers.1.mlp.gate.weight_old", "score.weight"}));
+  EXPECT_TRUE(bench.facts.tensor_diff.value().missing.empty());  // lm_head may be tied
+  EXPECT_EQ(bench.facts.routers.value().layer, (std::vector<int>{1, 2, 3}));
+}
+
+TEST(HeaderScan, PackedWeightsStandInForTheirMatrices) {
+  const TempTree tree;
+  const std::string expert = "model.layers.0.mlp.experts.0.up_proj.";
+  const Bench bench = scan(model_facts(fixture("models/olmoe-tf4")), spoilt(tree, "models/olmoe-tf4", {expert + "weight", "model.layers.2.mlp.gate.weight"}, [&](WeightFile& f) {
+    f.add_zeros(expert + "qweight", {8, 4}, "U8");
+    f.add_zeros(expert + "qzeros", {1}, "U8");
+    f.add_zeros(expert + "scales", {1});
+    f.add_zeros("model.layers.2.mlp.gate.weight", {256, 1}, "U8");  // bitsandbytes keeps the name and packs two values a byte
+  }));
+  EXPECT_TRUE(bench.facts.tensor_diff.value().missing.empty());
+  EXPECT_TRUE(bench.facts.tensor_diff.value().unexpected.empty());
+  EXPECT_EQ(bench.facts.routers.value().experts, (std::vector<std::int64_t>{8, 8, -1, 8}));
+  EXPECT_EQ(bench.facts.routers.value().hidden, (std::vector<std::int64_t>{64, 64, -1, 64}));
+}
+
+TEST(HeaderScan, Mxfp4BlocksCountAsExperts) {
+  const TempTree tree;
+  std::vector<std::string> stacks;
+  for (int l = 0; l < 4; ++l) {
+    for (const char* p : {"gate_up_proj", "down_proj"}) stacks.push_back("model.layers." + std::to_string(l) + ".mlp.experts." + p);
+  }
+  const Bench bench = scan(model_facts(fixture("models/gpt_oss-tf4")), spoilt(tree, "models/gpt_oss-tf4", stacks, [&](WeightFile& f) {
+    for (const std::string& s : stacks) {
+      const bool down = s.find("down") != std::string::npos;
+      f.add_zeros(s + "_blocks", {8, 64, down ? 1 : 2, 16}, "U8");  // 32 values a block, two a byte
+      f.add_zeros(s + "_scales", {8, 64, down ? 1 : 2}, "U8");
+    }
+  }));
+  EXPECT_TRUE(bench.facts.tensor_diff.value().missing.empty());
+  EXPECT_TRUE(bench.facts.tensor_diff.value().unexpected.empty());
+  const RouterTable& t = bench.facts.routers.value();
+  EXPECT_EQ(t.expert_count, (std::vector<std::int64_t>{8, 8, 8, 8}));
+  EXPECT_EQ(t.expert_hidden, (std::vector<std::int64_t>{64, 64, 64, 64}));
+  EXPECT_EQ(t.fused, (std::vector<char>{1, 1, 1, 1}));
+}
+
+TEST(HeaderScan, TensorsOfAMissingShardAreNamedWithIt) {
+  const TempTree tree;
+  const std::string name = "models/mixtral-tf4-sharded", shard = "model-00003-of-00004.safetensors";
+  tree.copy(fixture(name), "model");
+  std::filesystem::remove(tree.path("model/" + shard));
+  std::vector<WeightProblem> problems;
+  const Bench bench = scan(model_facts(fixture(name)), TensorStore::open(tree.path("model"), "model", &problems));
+  EXPECT_FALSE(problems.empty());
+  std::set<std::string> expected;
+  const nlohmann::json index = read_json(fixture(name) + "/model.safetensors.index.json");
+  for (const auto& [tensor, file] : index["weight_map"].items()) {
+    if (file == shard) expected.insert(tensor);
+  }
+  const TensorDiff& diff = bench.facts.tensor_diff.value();
+  EXPECT_EQ(std::set<std::string>(diff.missing.begin(), diff.missing.end()), expected);
+  EXPECT_EQ(diff.missing.size(), expected.size());
+  EXPECT_TRUE(std::all_of(diff.missing_shard.begin(), diff.missing_shard.end(), [&](const std::string& s) { return s == shard; }));
+  // Without a family the index still says what is missing.
+  const Bench unknown = scan(nlohmann::json::object(), TensorStore::open(tree.path("model"), "model", &problems));
+  EXPECT_EQ(std::set<std::string>(unknown.facts.tensor_diff.value().missing.begin(), unknown.facts.tensor_diff.value().missing.end()), expected);
+}
+
+TEST(HeaderScan, SaysWhyItCannotTell) {
+  EXPECT_EQ(scan({}, TensorStore()).facts.routers.why_unknown(), "no weights of the model are among the inputs");
+  nlohmann::json facts = model_facts(fixture("models/mixtral-tf4"));
+  facts["router.num_experts"] = 1'000'000'000'000;
+  const Bench absurd = scan(facts, open_weights(fixture("models/mixtral-tf4")));
+  EXPECT_NE(absurd.facts.tensor_diff.why_unknown().find("1000000000000 experts in 4 layers"), std::string::npos);
+  facts.erase("model.num_layers");
+  facts.erase("router.num_experts");
+  const Bench bare = scan(facts, open_weights(fixture("models/mixtral-tf4")));
+  EXPECT_EQ(bare.facts.tensor_diff.why_unknown(), "model.num_layers is not known");
+  EXPECT_EQ(bare.facts.routers.value().layer.size(), 4u);
+}
+
+}  // namespace
+}  // namespace moeaudit
