@@ -50,7 +50,11 @@ if(MOE_AUDIT_HAVE_CUDA AND cuda_sources)
   target_include_directories(moe_audit_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   # CMake 3.25 knows no CUDA C++20.
   set_target_properties(moe_audit_cuda PROPERTIES CUDA_STANDARD_REQUIRED OFF CUDA_ARCHITECTURES "${MOE_AUDIT_CUDA_ARCHITECTURES}")
-  target_compile_options(moe_audit_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
+  # No contraction here either (kernels/host/elementary.h is compiled for both sides), and std::bit_cast in device code.
+  target_compile_options(moe_audit_cuda PRIVATE
+                         $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
+  target_include_directories(moe_audit_cuda PUBLIC ${CMAKE_SOURCE_DIR})
+  target_link_libraries(moe_audit_cuda PUBLIC moe_audit_kernels)
 endif()
 
 if(MOE_AUDIT_BENCH)

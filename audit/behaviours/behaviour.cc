@@ -22,15 +22,18 @@ std::span<const BehaviourRow> rows_of(std::string_view package, std::string_view
   const BehaviourRow* end = kBehaviours + kNumBehaviours;
   const auto key = [](const BehaviourRow& r) { return std::tie(r.package, r.topic); };
   const auto wanted = std::tie(package, topic);
-  const BehaviourRow* first = std::partition_point(kBehaviours, end, [&](const BehaviourRow& r) { return key(r) < wanted; });
-  const BehaviourRow* last = std::partition_point(first, end, [&](const BehaviourRow& r) { return !(wanted < key(r)); });
+  const BehaviourRow* first =
+      std::partition_point(kBehaviours, end, [&](const BehaviourRow& r) { return key(r) < wanted; });
+  const BehaviourRow* last =
+      std::partition_point(first, end, [&](const BehaviourRow& r) { return !(wanted < key(r)); });
   return {first, last};
 }
 
 Match match(const BehaviourRow& row, const BehaviourQuery& query, std::string_view* unknown_key) {
   Match result = Match::kYes;
   for (const BehaviourCondition& condition : row.when) {
-    const auto said = std::find_if(query.subject.begin(), query.subject.end(), [&](const auto& s) { return s.first == condition.key; });
+    const auto said = std::find_if(query.subject.begin(), query.subject.end(),
+                                   [&](const auto& s) { return s.first == condition.key; });
     if (said == query.subject.end()) {
       *unknown_key = condition.key;
       result = Match::kMaybe;
@@ -87,26 +90,26 @@ std::string values_text(std::string_view package, const std::vector<const Behavi
 
 std::string gap_text(std::string_view package, std::string_view topic, const std::string& gap) {
   const std::string subject = std::string(package) + (gap.empty() ? "" : " " + gap);
-  return "nothing is recorded about " + std::string(topic) + " in " + subject + (gap.empty() ? " for all releases it may be" : "");
+  return "nothing is recorded about " + std::string(topic) + " in " + subject +
+         (gap.empty() ? " for all releases it may be" : "");
 }
 
-/// What a run may have, in released versions. A release candidate holds the code of its release; a development build lies
-/// somewhere between the release before and its own, so it may do as either.
+/// What a run may have, in released versions. A release candidate holds the code of its release; a development build
+/// lies somewhere between the release before and its own, so it may do as either.
 VersionSet released(const VersionSet* versions) {
   if (!versions) return {};
-  VersionSet set = *versions;
-  if (!set.exact || set.exact->phase >= 3) return set;
-  Version release = *set.exact;
-  release.phase = 3;
-  release.phase_number = 0;
-  if (set.exact->phase >= 0) {
-    set.exact = release;
+  if (!versions->exact || versions->exact->phase >= 3) return *versions;
+  Version release;
+  release.release = versions->exact->release;
+  release.text = versions->exact->text;
+  VersionSet set;
+  set.text = versions->text;
+  if (versions->exact->phase >= 0) {
+    set.exact = std::move(release);
     return set;
   }
-  Version above = release;
-  above.phase = 4;  // just above the release itself: the window holds both
-  set.window = {*set.exact, above};
-  set.exact.reset();
+  release.phase = 4;  // just above the release itself: the window holds the build and the release
+  set.window = {*versions->exact, std::move(release)};
   return set;
 }
 
@@ -137,13 +140,17 @@ BehaviourAnswer ask(const BehaviourQuery& query, const VersionSet* versions) {
     const Match m = match(row, query, &key);
     if (m == Match::kNo || !set.intersects(window)) continue;
     met.push_back(&row);
-    if (m == Match::kMaybe) unknown_key = key;
-    else certain.push_back(window), answer.rows.push_back(&row);
+    if (m == Match::kMaybe)
+      unknown_key = key;
+    else
+      certain.push_back(window), answer.rows.push_back(&row);
   }
-  const bool agree = std::all_of(met.begin(), met.end(), [&](const BehaviourRow* r) { return r->value == met[0]->value; });
+  const bool agree =
+      std::all_of(met.begin(), met.end(), [&](const BehaviourRow* r) { return r->value == met[0]->value; });
   if (!agree) {
     answer.rows.clear();
-    answer.why = "depends on " + (unknown_key.empty() ? "the version" : std::string(unknown_key) + ", which is not known") + ": " +
+    answer.why = "depends on " +
+                 (unknown_key.empty() ? "the version" : std::string(unknown_key) + ", which is not known") + ": " +
                  values_text(query.package, met);
     return answer;
   }
@@ -154,7 +161,8 @@ BehaviourAnswer ask(const BehaviourQuery& query, const VersionSet* versions) {
     return answer;
   }
   answer.value = std::string(met[0]->value);
-  answer.measured = std::all_of(answer.rows.begin(), answer.rows.end(), [](const BehaviourRow* r) { return r->measured; });
+  answer.measured =
+      std::all_of(answer.rows.begin(), answer.rows.end(), [](const BehaviourRow* r) { return r->measured; });
   std::vector<std::string_view> cites;
   for (const BehaviourRow* row : answer.rows) {
     if (std::find(cites.begin(), cites.end(), row->cite) != cites.end()) continue;

@@ -53,9 +53,9 @@ bool read_mark(std::string_view& text, std::initializer_list<std::string_view> w
   std::string_view rest = text;
   if (!rest.empty() && std::string_view(".-_").find(rest[0]) != std::string_view::npos) rest.remove_prefix(1);
   for (const std::string_view word : words) {
-    const bool same = rest.size() >= word.size() && std::equal(word.begin(), word.end(), rest.begin(), [](char a, char b) {
-      return a == std::tolower(static_cast<unsigned char>(b));
-    });
+    const bool same = rest.size() >= word.size() &&
+                      std::equal(word.begin(), word.end(), rest.begin(),
+                                 [](char a, char b) { return a == std::tolower(static_cast<unsigned char>(b)); });
     if (!same) continue;
     rest.remove_prefix(word.size());
     std::string_view digits = rest;
@@ -71,17 +71,22 @@ bool read_mark(std::string_view& text, std::initializer_list<std::string_view> w
 /// What stands behind the release: (a|b|rc)N, .postN, .devN, each at most once and in this order.
 void read_phases(std::string_view& text, Version* v) {
   int number = 0;
-  const std::initializer_list<std::string_view> kWords[] = {{"alpha", "a"}, {"beta", "b"}, {"preview", "pre", "rc", "c"}};
+  const std::initializer_list<std::string_view> kWords[] = {
+      {"alpha", "a"}, {"beta", "b"}, {"preview", "pre", "rc", "c"}};
   for (int phase = 0; phase < 3 && v->phase == 3; ++phase) {
     if (read_mark(text, kWords[phase], &number)) v->phase = phase, v->phase_number = number;
   }
   if (read_mark(text, {"post", "rev", "r"}, &number)) {
-    if (v->phase == 3) v->phase = 4, v->phase_number = number;
-    else v->post = number;
+    if (v->phase == 3)
+      v->phase = 4, v->phase_number = number;
+    else
+      v->post = number;
   }
   if (read_mark(text, {"dev"}, &number)) {
-    if (v->phase == 3) v->phase = -1, v->phase_number = number;
-    else v->dev = number;
+    if (v->phase == 3)
+      v->phase = -1, v->phase_number = number;
+    else
+      v->dev = number;
   }
 }
 

@@ -1,4 +1,5 @@
-// Look-ups over the table of families, expansion of their tensor patterns, and naming of parts by tensor or module name.
+// Look-ups over the table of families, expansion of their tensor patterns, and naming of parts by tensor or module
+// name.
 #include "audit/families/family.h"
 
 #include <algorithm>
@@ -12,9 +13,8 @@ namespace {
 using Names = std::vector<std::string_view>;
 
 bool equal_ignoring_case(std::string_view a, std::string_view b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](unsigned char x, unsigned char y) {
-    return std::tolower(x) == std::tolower(y);
-  });
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](unsigned char x, unsigned char y) { return std::tolower(x) == std::tolower(y); });
 }
 
 template <class Range>
@@ -75,9 +75,12 @@ std::string replaced(std::string_view pattern, std::int64_t layer, std::int64_t 
   std::string out;
   out.reserve(pattern.size() + 8);
   for (std::size_t i = 0; i < pattern.size();) {
-    if (pattern.substr(i, 3) == "{L}") out += std::to_string(layer), i += 3;
-    else if (pattern.substr(i, 3) == "{e}") out += std::to_string(expert), i += 3;
-    else out += pattern[i++];
+    if (pattern.substr(i, 3) == "{L}")
+      out += std::to_string(layer), i += 3;
+    else if (pattern.substr(i, 3) == "{e}")
+      out += std::to_string(expert), i += 3;
+    else
+      out += pattern[i++];
   }
   return out;
 }
@@ -96,22 +99,27 @@ std::vector<std::int64_t> layers_of(const FamilyTensor& tensor, const FamilyShap
 // ---- classify ------------------------------------------------------------------------------------------------------
 
 // Wrappers that PEFT, FSDP, DDP and torch.compile put into a path without changing what it names.
-constexpr std::array<std::string_view, 6> kWrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
-                                                       "base_layer", "original_module", "parametrizations"};
-constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight", "bias", "weight_scale_inv", "weight_scale", "input_scale",
-                                                             "original", "original0", "original1", "default"};
+constexpr std::array<std::string_view, 6> kWrappers = {
+    "_orig_mod",  "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+    "base_layer", "original_module",      "parametrizations"};
+constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bias",        "weight_scale_inv",
+                                                             "weight_scale", "input_scale", "original",
+                                                             "original0",    "original1",   "default"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
-constexpr std::array<std::string_view, 7> kOtherTowers = {"visual", "vision_tower", "vision_model", "vision_encoder",
-                                                          "audio_tower", "audio_model", "multi_modal_projector"};
+constexpr std::array<std::string_view, 7> kOtherTowers = {
+    "visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "audio_model", "multi_modal_projector"};
 constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
-constexpr std::array<std::string_view, 6> kAttentions = {"self_attn", "attn", "attention", "self_attention", "linear_attn", "cross_attn"};
-constexpr std::array<std::string_view, 11> kAttentionLeaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj",
-                                                               "kv_a_proj_with_mqa", "kv_b_proj", "Wqkv", "sinks"};
-constexpr std::array<std::string_view, 5> kEmbeddings = {"embed_tokens", "wte", "wpe", "word_embeddings", "tok_embeddings"};
+constexpr std::array<std::string_view, 6> kAttentions = {"self_attn",      "attn",        "attention",
+                                                         "self_attention", "linear_attn", "cross_attn"};
+constexpr std::array<std::string_view, 11> kAttentionLeaves = {
+    "q_proj",    "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+    "kv_b_proj", "Wqkv",   "sinks"};
+constexpr std::array<std::string_view, 5> kEmbeddings = {"embed_tokens", "wte", "wpe", "word_embeddings",
+                                                         "tok_embeddings"};
 constexpr std::array<std::string_view, 2> kHeads = {"lm_head", "embed_out"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
-constexpr std::array<std::string_view, 11> kMlpLeaves = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3",
-                                                         "fc1", "fc2", "c_fc", "c_proj"};
+constexpr std::array<std::string_view, 11> kMlpLeaves = {
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj"};
 constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
@@ -148,8 +156,9 @@ Path parse(std::string_view name) {
     }
   }
   if (path.layer < 0) {
-    while (begin + 1 < parts.size() && (parts[begin] == "module" || parts[begin] == "base_model" || parts[begin] == "model" ||
-                                        parts[begin] == "language_model" || parts[begin] == "transformer")) {
+    while (begin + 1 < parts.size() &&
+           (parts[begin] == "module" || parts[begin] == "base_model" || parts[begin] == "model" ||
+            parts[begin] == "language_model" || parts[begin] == "transformer")) {
       ++begin;
     }
   }
@@ -198,7 +207,9 @@ std::optional<Part> part_by_family(const Family& family, const Path& path) {
 Part part_by_common_names(const Path& path) {
   const Names& tail = path.tail;
   if (path.other_tower || tail.empty()) return Part::kOther;
-  auto any = [&](const auto& words) { return std::any_of(tail.begin(), tail.end(), [&](auto p) { return contains(words, p); }); };
+  auto any = [&](const auto& words) {
+    return std::any_of(tail.begin(), tail.end(), [&](auto p) { return contains(words, p); });
+  };
   auto any_prefix = [&](std::string_view prefix) {
     return std::any_of(tail.begin(), tail.end(), [&](auto p) { return starts_with(p, prefix); });
   };
@@ -280,7 +291,8 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
 }
 
 bool is_known_extra(const Family& family, std::string_view name) {
-  return std::any_of(family.extras.begin(), family.extras.end(), [&](auto pattern) { return matches_glob(pattern, name); });
+  return std::any_of(family.extras.begin(), family.extras.end(),
+                     [&](auto pattern) { return matches_glob(pattern, name); });
 }
 
 NamedPart classify(const Family* family, std::string_view name) {
@@ -292,7 +304,8 @@ NamedPart classify(const Family* family, std::string_view name) {
   out.part = by_family ? *by_family : part_by_common_names(path);
   if (out.part != Part::kRoutedExpert) return out;
   out.expert = expert_index(path.tail);
-  const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") || contains(kStackLeaves, path.tail.back());
+  const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") ||
+                     contains(kStackLeaves, path.tail.back());
   out.fused = stack && out.expert < 0;
   return out;
 }

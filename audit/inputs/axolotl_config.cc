@@ -1,5 +1,6 @@
-// Axolotl's YAML (PyYAML dialect). Keys and meanings: axolotl-ai-cloud/axolotl @067b021c src/axolotl/utils/schemas/*.py,
-// utils/config/__init__.py (resolve_dtype, normalize_config), core/builders/{base,causal,rl}.py, loaders/{model,adapter}.py.
+// Axolotl's YAML (PyYAML dialect). Keys and meanings: axolotl-ai-cloud/axolotl @067b021c
+// src/axolotl/utils/schemas/*.py, utils/config/__init__.py (resolve_dtype, normalize_config),
+// core/builders/{base,causal,rl}.py, loaders/{model,adapter}.py.
 #include <algorithm>
 
 #include "audit/behaviours/behaviour.h"
@@ -68,11 +69,12 @@ constexpr Row kRows[] = {
 
 Match recognises(const Node& root) {
   if (!root.find("base_model")) return Match::kNo;
-  constexpr std::string_view kOwn[] = {"micro_batch_size", "sequence_len", "adapter",          "lora_r",       "load_in_4bit",
-                                       "datasets",         "num_epochs",   "model_config",     "sample_packing", "rl",
-                                       "val_set_size",     "batch_size",   "unfrozen_parameters"};
+  constexpr std::string_view kOwn[] = {"micro_batch_size",   "sequence_len", "adapter",      "lora_r",
+                                       "load_in_4bit",       "datasets",     "num_epochs",   "model_config",
+                                       "sample_packing",     "rl",           "val_set_size", "batch_size",
+                                       "unfrozen_parameters"};
   return std::any_of(std::begin(kOwn), std::end(kOwn), [&](std::string_view k) { return root.find(k); }) ? Match::kSure
-                                                                                                          : Match::kNo;
+                                                                                                         : Match::kNo;
 }
 
 /// core/builders/rl.py and causal.py: the trl class behind each of Axolotl's own trainers. "" is transformers' loop.
@@ -80,8 +82,9 @@ std::string_view trainer_of(const Node& root, std::string_view* key) {
   struct Choice {
     std::string_view rl, trainer;
   };
-  constexpr Choice kChoices[] = {{"dpo", "DPOTrainer"},   {"ipo", "DPOTrainer"},   {"kto", "KTOTrainer"},  {"orpo", "ORPOTrainer"},
-                                 {"simpo", "CPOTrainer"}, {"grpo", "GRPOTrainer"}, {"gdpo", "GRPOTrainer"}};
+  constexpr Choice kChoices[] = {{"dpo", "DPOTrainer"},   {"ipo", "DPOTrainer"},   {"kto", "KTOTrainer"},
+                                 {"orpo", "ORPOTrainer"}, {"simpo", "CPOTrainer"}, {"grpo", "GRPOTrainer"},
+                                 {"gdpo", "GRPOTrainer"}};
   const Node* custom = root.find("trainer_cls");
   if (custom && custom->is_string() && !custom->text.empty()) {
     *key = "trainer_cls";
@@ -140,9 +143,12 @@ void read_precision(const ConfigFile& file, Material* material) {
   } else if (bf16 && bf16->as_bool()) {  // bf16: false
     flag("bf16", "bf16", false);
     if (fp16 && fp16->as_bool()) flag("fp16", "fp16", false);
-    if (is_true(root.find("float16"))) dtype("float16", "float16");
-    else if (is_true(root.find("load_in_8bit"))) dtype("load_in_8bit", "float16");
-    else dtype("bf16", "float32");
+    if (is_true(root.find("float16")))
+      dtype("float16", "float16");
+    else if (is_true(root.find("load_in_8bit")))
+      dtype("load_in_8bit", "float16");
+    else
+      dtype("bf16", "float32");
   }
 }
 
@@ -167,51 +173,98 @@ constexpr std::string_view kKeyList = "axolotl";  // audit/behaviours/axolotl_ke
 bool has_foreign_plugin(const Node& root) {
   const Node* plugins = root.find("plugins");
   if (!plugins || !plugins->is_list()) return false;
-  return std::any_of(plugins->items.begin(), plugins->items.end(), [](const Node& p) {
-    return !p.is_string() || !p.text.starts_with("axolotl.integrations.");
-  });
+  return std::any_of(plugins->items.begin(), plugins->items.end(),
+                     [](const Node& p) { return !p.is_string() || !p.text.starts_with("axolotl.integrations."); });
 }
 
-std::string yaml_line(std::string_view key, const Node& value) {
-  if (value.is_map() || value.is_list()) return {};
-  const std::string text = value.is_null() ? "null" : value.kind != Node::Kind::kBool ? value.text : value.boolean ? "true" : "false";
-  return "  " + std::string(key) + ": " + text;
+/// The value in YAML's flow style, on one line.
+std::string flow_style(const Node& n) {
+  constexpr std::string_view kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-+";
+  std::string out;
+  switch (n.kind) {
+    case Node::Kind::kNull: return "null";
+    case Node::Kind::kBool: return n.boolean ? "true" : "false";
+    case Node::Kind::kNumber: return n.text;
+    case Node::Kind::kString:
+      if (!n.text.empty() && n.text.find_first_not_of(kPlain) == std::string::npos) return n.text;
+      for (char c : n.text) out += c == '\'' ? "''" : std::string(1, c);
+      return "'" + out + "'";
+    case Node::Kind::kList:
+    case Node::Kind::kMap: break;
+  }
+  for (std::size_t i = 0; i < n.items.size(); ++i) {
+    out += (i ? ", " : "") + (n.is_map() ? n.keys[i] + ": " : std::string()) + flow_style(n.items[i]);
+  }
+  return n.is_map() ? "{" + out + "}" : "[" + out + "]";
 }
 
-/// The block that does what a misplaced model key was meant to do; "" where the key is none of the model config's.
+/// The block that does what a misplaced model key was meant to do, with what the file's own block already has (PyYAML
+/// takes the last of two); "" where the key is none of the model config's.
 std::string model_config_block(const Node& root, std::string_view key) {
   const Node* value = root.find(key);
   const bool balance = foreign_moe_key(key) == ForeignKey::kBalanceLoss;
-  const std::string line = value ? yaml_line(balance ? "router_aux_loss_coef" : key, *value) : std::string();
-  if (line.empty() || !(balance || is_model_config_key(key))) return {};
+  if (!value || !(balance || is_model_config_key(key))) return {};
   std::string block = "model_config:";
   const Node* present = root.find("model_config");
   for (std::size_t i = 0; present && present->is_map() && i < present->keys.size(); ++i) {
-    const std::string kept = yaml_line(present->keys[i], present->items[i]);
-    if (kept.empty()) return "model_config:   # add this line to the block you have\n" + line;
-    block += "\n" + kept;
+    block += "\n  " + present->keys[i] + ": " + flow_style(present->items[i]);
   }
-  return block + "\n" + line;
+  return block + "\n  " + (balance ? "router_aux_loss_coef" : std::string(key)) + ": " + flow_style(*value);
+}
+
+/// "router_aux_loss_coef and 12 more": keys that look like MoE keys first.
+std::string examples_of(std::vector<std::string> keys) {
+  std::stable_partition(keys.begin(), keys.end(), [](const std::string& k) { return is_moe_key(k); });
+  std::string out = keys.empty() ? std::string() : keys[0];
+  if (keys.size() > 1) out += " and " + std::to_string(keys.size() - 1) + " more";
+  return out;
 }
 
 /// Validation dumps the schema's fields over the config, so a key that no field has is gone without a word.
 void sort_out_ignored(const ConfigFile& file, std::size_t first_unread, Material* material) {
   const VersionSet* versions = version_of(*material, "axolotl");
-  if (!has_key_list("axolotl", kKeyList, versions) || has_foreign_plugin(*file.root)) return;
+  const bool listed = has_key_list("axolotl", kKeyList, versions);
+  const bool foreign = has_foreign_plugin(*file.root);
   auto& unread = material->unread_keys;
   std::vector<UnreadKey> kept(unread.begin(), unread.begin() + static_cast<std::ptrdiff_t>(first_unread));
+  std::vector<std::string> undecided;
   for (std::size_t i = first_unread; i < unread.size(); ++i) {
     const UnreadKey& key = unread[i];
-    if (key.key.find('.') != std::string::npos || !key_unknown("axolotl", kKeyList, key.key, versions)) {
+    const bool nested = key.key.find('.') != std::string::npos;
+    if (nested || (listed && !key_unknown("axolotl", kKeyList, key.key, versions))) {
       kept.push_back(key);
-      continue;
+    } else if (!listed || foreign) {
+      kept.push_back(key);
+      undecided.push_back(key.key);
+    } else {
+      IgnoredKey ignored{file.path, key.line, key.key, with_version(*material, "axolotl"), is_moe_key(key.key), "", ""};
+      ignored.why =
+          "Axolotl's schema has no top-level key of this name, and its validation drops such keys without a word";
+      ignored.instead = model_config_block(*file.root, key.key);
+      material->ignored_keys.push_back(std::move(ignored));
     }
-    IgnoredKey ignored{file.path, key.line, key.key, with_version(*material, "axolotl"), is_moe_key(key.key), "", ""};
-    ignored.why = "Axolotl's schema has no top-level key of this name, and its validation drops such keys without a word";
-    ignored.instead = model_config_block(*file.root, key.key);
-    material->ignored_keys.push_back(std::move(ignored));
   }
   unread = std::move(kept);
+  if (undecided.empty()) return;
+  material->keys_not_compared =
+      (!listed ? "which keys Axolotl knows depends on its release, and there is no list for " +
+                     (versions ? to_text(*versions) : "an unknown one")
+               : "a plugin from outside Axolotl may bring keys of its own") +
+      std::string(" (undecided: ") + examples_of(std::move(undecided)) + ")";
+}
+
+/// load_adapter() returns the bare model where `adapter` is not set: a full fine-tune, whatever lora_r says.
+void report_lora_without_adapter(const ConfigFile& file, Material* material) {
+  const std::vector<UnreadKey> keys = take_back_adapter_settings(file, material);
+  if (keys.empty()) return;
+  std::string all;
+  for (const UnreadKey& k : keys) all += (all.empty() ? "" : ", ") + k.key;
+  const Node* first = file.root->find(keys[0].key);
+  const std::string line = first ? "\n" + keys[0].key + ": " + flow_style(*first) : std::string();
+  material->ignored_keys.push_back({file.path, keys[0].line, keys[0].key, with_version(*material, "axolotl"), false,
+                                    "adapter: lora" + line,
+                                    "Axolotl builds an adapter only where `adapter:` says which: without it " + all +
+                                        " do nothing and every weight is trained"});
 }
 
 void read(const ConfigFile& file, Material* material) {
@@ -223,13 +276,17 @@ void read(const ConfigFile& file, Material* material) {
   sort_out_ignored(file, first_unread, material);
   state_base_model(file, "base_model", material);
   const Node* adapter = root.find("adapter");
-  if (adapter && adapter->is_string() && !adapter->text.empty()) state_adapter(file, "adapter", material);
+  if (adapter && adapter->is_string() && !adapter->text.empty())
+    state_adapter(file, "adapter", material);
+  else
+    report_lora_without_adapter(file, material);
   std::string_view key;
   const std::string_view trainer = trainer_of(root, &key);
   state_framework(file, "axolotl", trainer, key, material);
 }
 
-/// load_model_config() sets every override with setattr: a name that the class does not have is stored, and nobody reads it.
+/// load_model_config() sets every override with setattr: a name that the class does not have is stored, and nobody
+/// reads it.
 void check_overrides(const ConfigFile& file, Material* material) {
   const Family* family = family_of(*material);
   if (!family) return;
@@ -240,9 +297,10 @@ void check_overrides(const ConfigFile& file, Material* material) {
     const ForeignKey kind = foreign_moe_key(key);
     if (kind == ForeignKey::kNo || family_reads(*family, key)) continue;
     IgnoredKey ignored{file.path, s.source.line, s.source.key, with_version(*material, "axolotl"), true, "", ""};
-    ignored.why = "no config class of " + std::string(family->name) + " has this key: Axolotl sets it, and the model never reads it";
+    ignored.why = "no config class of " + std::string(family->name) +
+                  " has this key: Axolotl sets it, and the model never reads it";
     if (kind == ForeignKey::kBalanceLoss && family_reads(*family, "router_aux_loss_coef")) {
-      ignored.instead = "model_config:\n" + yaml_line("router_aux_loss_coef", s.value);
+      ignored.instead = "model_config:\n  router_aux_loss_coef: " + flow_style(s.value);
     }
     material->ignored_keys.push_back(std::move(ignored));
   }

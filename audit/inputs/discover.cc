@@ -14,8 +14,10 @@
 namespace moeaudit {
 
 const char* const kAcceptedInputs =
-    "give a model folder (config.json, *.safetensors), an adapter folder (adapter_config.json), a checkpoint or run folder "
-    "(checkpoint-N, trainer_state.json, training_args.bin), a training config (.yml, .yaml, .json), a requirements or lock "
+    "give a model folder (config.json, *.safetensors), an adapter folder (adapter_config.json), a checkpoint or run "
+    "folder "
+    "(checkpoint-N, trainer_state.json, training_args.bin), a training config (.yml, .yaml, .json), a requirements or "
+    "lock "
     "file, or a .safetensors file";
 
 namespace {
@@ -55,7 +57,8 @@ std::string recognised_below(const std::string& path) {
   int n = 0;
   std::error_code ec;
   std::vector<std::string> names;
-  for (std::filesystem::directory_iterator it(path, ec), end; !ec && it != end && names.size() < 200; it.increment(ec)) {
+  for (std::filesystem::directory_iterator it(path, ec), end; !ec && it != end && names.size() < 200;
+       it.increment(ec)) {
     if (it->is_directory(ec)) names.push_back(it->path().filename().string());
   }
   std::sort(names.begin(), names.end());
@@ -98,7 +101,8 @@ class Discovery {
   void take_options() {
     for (const std::string& p : options_.configs) take_config(p);
     for (const std::string& p : options_.envs) {
-      if (is_file(p, "--env takes a file: the output of pip freeze, a requirements or a lock file")) plan_.given_version_files.push_back(p);
+      if (is_file(p, "--env takes a file: the output of pip freeze, a requirements or a lock file"))
+        plan_.given_version_files.push_back(p);
     }
     for (const std::string& p : options_.logs) take_log(without_slash(p));
     for (const std::string& p : options_.bases) take_model(without_slash(p), true);
@@ -118,7 +122,8 @@ class Discovery {
   }
 
   void take_model(const std::string& path, bool base) {
-    const std::string remedy = std::string(base ? "--base" : "--model") + " takes a folder with config.json and *.safetensors, or a hub id ORG/NAME";
+    const std::string remedy = std::string(base ? "--base" : "--model") +
+                               " takes a folder with config.json and *.safetensors, or a hub id ORG/NAME";
     std::string why;
     if (path_kind(path, &why) == PathKind::kMissing && why.empty() && looks_like_hub_id(path)) {
       return build_.claim(&plan_.base_id, path, Rank::kOption, "base model");
@@ -153,7 +158,8 @@ class Discovery {
     const Folder folder = look_into(path);
     build_.keep_problems(folder);
     if (!folder.has_adapter()) {
-      return build_.problem(path, "holds neither adapter_config.json nor adapter_model.safetensors" + unread_weights_of(folder), remedy);
+      return build_.problem(
+          path, "holds neither adapter_config.json nor adapter_model.safetensors" + unread_weights_of(folder), remedy);
     }
     take_trained_folder(folder, Rank::kOption);
   }
@@ -197,7 +203,8 @@ class Discovery {
     std::error_code ec;
     const std::uintmax_t size = std::filesystem::file_size(path, ec);
     if (!ec && size == 0) {
-      return build_.problem(path, "is empty (0 bytes)", "restore the file: a full disk or an interrupted copy leaves such files");
+      return build_.problem(path, "is empty (0 bytes)",
+                            "restore the file: a full disk or an interrupted copy leaves such files");
     }
     if (has_ending(name, ".json") || has_ending(name, ".yml") || has_ending(name, ".yaml")) return take_tree(path);
     std::string text, error;
@@ -205,8 +212,11 @@ class Discovery {
     if (small && read_file(path, &text, &error) && recognise_versions(path, text) != VersionFile::kNone) {
       return plan_.given_version_files.push_back(path);
     }
-    const bool pickle = has_ending(name, ".bin") || has_ending(name, ".pt") || has_ending(name, ".pth") || has_ending(name, ".ckpt");
-    build_.problem(path, pickle ? "looks like pickled tensors, which moe-audit neither reads nor executes" : "is of no kind that moe-audit knows",
+    const bool pickle =
+        has_ending(name, ".bin") || has_ending(name, ".pt") || has_ending(name, ".pth") || has_ending(name, ".ckpt");
+    build_.problem(path,
+                   pickle ? "looks like pickled tensors, which moe-audit neither reads nor executes"
+                          : "is of no kind that moe-audit knows",
                    kAcceptedInputs);
   }
 
@@ -243,7 +253,10 @@ class Discovery {
       found.config = path;
       return plain_models_.push_back(std::move(found));
     }
-    build_.problem(path, "is a " + std::string(has_ending(path, ".json") ? "JSON" : "YAML") + " file of no kind that moe-audit knows", kAcceptedInputs);
+    build_.problem(
+        path,
+        "is a " + std::string(has_ending(path, ".json") ? "JSON" : "YAML") + " file of no kind that moe-audit knows",
+        kAcceptedInputs);
   }
 
   void take_folder(const std::string& path) {
@@ -254,18 +267,24 @@ class Discovery {
       if (!run_folder_) {
         run_folder_ = std::make_unique<Folder>(std::move(folder));
       } else {
-        build_.problem(path, "is a second run folder beside " + run_folder_->path + ": one invocation audits one run", "audit them one after the other");
+        build_.problem(path, "is a second run folder beside " + run_folder_->path + ": one invocation audits one run",
+                       "audit them one after the other");
       }
       return;
     }
     const bool trained = folder.trained() || folder.has_adapter() || checkpoint_number(own_name(path));
-    if (trained) take_trained_folder(folder, Rank::kFound);
-    else if (folder.has_model()) plain_models_.push_back(folder);
+    if (trained)
+      take_trained_folder(folder, Rank::kFound);
+    else if (folder.has_model())
+      plain_models_.push_back(folder);
     const bool config = build_.choose_config(folder);
     if (trained || config || !folder.has_model()) build_.add_version_files(folder);
     const bool empty = folder.has_model() + folder.has_adapter() + folder.trained() == 0;
     if (empty && !config && folder.version_files.empty()) {
-      build_.problem(path, "nothing in this folder is of a kind that moe-audit knows" + unread_weights_of(folder) + recognised_below(path), kAcceptedInputs);
+      build_.problem(path,
+                     "nothing in this folder is of a kind that moe-audit knows" + unread_weights_of(folder) +
+                         recognised_below(path),
+                     kAcceptedInputs);
     }
   }
 
@@ -282,7 +301,8 @@ class Discovery {
     PlanBuilder build(plan);
     const bool base_named = !options_.bases.empty();
     if (plain_models_.size() > 1 && !base_named) {
-      build.problem(plain_models_[1].path, "is a second model beside " + plain_models_[0].path + ", and neither holds trainer files",
+      build.problem(plain_models_[1].path,
+                    "is a second model beside " + plain_models_[0].path + ", and neither holds trainer files",
                     "say which is which: --base BASE_MODEL --model TRAINED_MODEL");
     }
     const std::size_t n = base_named ? plain_models_.size() : std::min<std::size_t>(plain_models_.size(), 1);
@@ -296,7 +316,9 @@ class Discovery {
     for (auto it = parent.checkpoints.rbegin(); it != parent.checkpoints.rend(); ++it) {
       Folder folder = look_into(it->second);
       if (!folder.trained() && !folder.has_adapter() && !folder.has_model()) {
-        build_.problem(it->second, "holds nothing that moe-audit knows (an interrupted save?)" + unread_weights_of(folder) + "; it is passed over",
+        build_.problem(it->second,
+                       "holds nothing that moe-audit knows (an interrupted save?)" + unread_weights_of(folder) +
+                           "; it is passed over",
                        "look at the disk and at the last lines of the training log", false);
         continue;
       }
@@ -319,8 +341,9 @@ class Discovery {
       place_models(&plan);
       plan.name = folder.path;
       const std::size_t count = parent.checkpoints.size();
-      plan.inputs.push_back({folder.path, "checkpoint",
-                             options_.all_checkpoints || count == 1 ? "" : "latest of " + std::to_string(count) + " checkpoints"});
+      plan.inputs.push_back(
+          {folder.path, "checkpoint",
+           options_.all_checkpoints || count == 1 ? "" : "latest of " + std::to_string(count) + " checkpoints"});
       finish(&plan);
       plans.push_back(std::move(plan));
     }
@@ -329,13 +352,15 @@ class Discovery {
 
   void finish(RunPlan* plan) {
     if (plan->name.empty() && !options_.paths.empty()) plan->name = without_slash(options_.paths.front());
-    for (const auto* list : {&options_.adapters, &options_.models, &options_.bases, &options_.configs, &options_.logs, &options_.envs}) {
+    for (const auto* list :
+         {&options_.adapters, &options_.models, &options_.bases, &options_.configs, &options_.logs, &options_.envs}) {
       if (plan->name.empty() && !list->empty()) plan->name = without_slash(list->front());
     }
     const bool weights = !plan->base_weights.empty() || !plan->run_weights.empty() || !plan->adapter_weights.empty();
     if (weights || not_read_.empty()) return;
-    PlanBuilder(plan).problem(not_read_.front(), "weights in this format are not read (moe-audit reads .safetensors, and executes no pickle)",
-                              "save the model with save_pretrained(..., safe_serialization=True)", false);
+    PlanBuilder(plan).problem(
+        not_read_.front(), "weights in this format are not read (moe-audit reads .safetensors, and executes no pickle)",
+        "save the model with save_pretrained(..., safe_serialization=True)", false);
   }
 
   const RunOptions& options_;

@@ -15,12 +15,24 @@ constexpr std::size_t kMaxEntries = 100'000;
 
 // Files of tokenizers, generation and results that lie in every checkpoint and are no training config.
 constexpr std::string_view kNotConfigs[] = {
-    "tokenizer.json",       "tokenizer_config.json",       "special_tokens_map.json",      "added_tokens.json",
-    "vocab.json",           "generation_config.json",      "preprocessor_config.json",     "processor_config.json",
-    "chat_template.json",   "model.safetensors.index.json", "pytorch_model.bin.index.json", "all_results.json",
-    "train_results.json",   "eval_results.json",           "merges.json",                  "quantize_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "merges.json",
+    "quantize_config.json",
 };
-constexpr std::string_view kTrainerOwn[] = {"training_args.bin", "optimizer.bin", "optimizer.pt",  "scheduler.pt",
+constexpr std::string_view kTrainerOwn[] = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt",
                                             "scaler.pt",         "scheduler.bin", "scaler.bin"};
 
 bool one_of(std::string_view name, std::span<const std::string_view> names) {
@@ -63,7 +75,8 @@ class Looking {
 
  private:
   void problem(const std::string& file, std::string what, bool fatal) {
-    folder_.problems.push_back({file, 0, 0, std::move(what), "give the file itself, or a folder that can be read", fatal});
+    folder_.problems.push_back(
+        {file, 0, 0, std::move(what), "give the file itself, or a folder that can be read", fatal});
   }
 
   std::string* slot_of(std::string_view name) {
@@ -101,7 +114,8 @@ class Looking {
       folder_.version_files.push_back(path);
     } else if (is_unread_weights(name)) {
       folder_.other_weights.push_back(path);
-    } else if ((has_ending(name, ".yml") || has_ending(name, ".yaml") || has_ending(name, ".json")) && !one_of(name, kNotConfigs)) {
+    } else if ((has_ending(name, ".yml") || has_ending(name, ".yaml") || has_ending(name, ".json")) &&
+               !one_of(name, kNotConfigs)) {
       std::error_code ec;
       if (fs::file_size(path, ec) <= kMaxConfigBytes && !ec) folder_.maybe_configs.push_back(path);
     }
@@ -113,10 +127,11 @@ class Looking {
     } else if (others_.size() == 1) {
       folder_.weights = others_.front();
     } else if (others_.size() > 1) {
-      folder_.problems.push_back({folder_.path, 0, 0,
-                                  std::to_string(others_.size()) + " .safetensors files and no model.safetensors.index.json: "
-                                  "which of them make up the model is not written anywhere; none was read",
-                                  "restore model.safetensors.index.json (the hub has it), or give one file by its path", false});
+      folder_.problems.push_back(
+          {folder_.path, 0, 0,
+           std::to_string(others_.size()) + " .safetensors files and no model.safetensors.index.json: "
+                                            "which of them make up the model is not written anywhere; none was read",
+           "restore model.safetensors.index.json (the hub has it), or give one file by its path", false});
     }
   }
 
@@ -135,7 +150,8 @@ PathKind path_kind(const std::string& path, std::string* problem) {
     return PathKind::kMissing;
   }
   if (ec) {
-    *problem = ec == std::errc::too_many_symbolic_link_levels ? "is a loop of symbolic links" : "cannot be read: " + ec.message();
+    *problem = ec == std::errc::too_many_symbolic_link_levels ? "is a loop of symbolic links"
+                                                              : "cannot be read: " + ec.message();
     return PathKind::kOther;
   }
   if (status.type() == fs::file_type::regular) return PathKind::kFile;
@@ -145,7 +161,7 @@ PathKind path_kind(const std::string& path, std::string* problem) {
 }
 
 std::string join_path(std::string_view folder, std::string_view name) {
-  const fs::path raw = fs::path(name).is_absolute() ? fs::path(name)
+  const fs::path raw = fs::path(name).is_absolute()      ? fs::path(name)
                        : folder.empty() || folder == "." ? fs::path(name)
                                                          : fs::path(folder) / name;
   const fs::path folded = raw.lexically_normal();

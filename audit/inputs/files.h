@@ -30,8 +30,8 @@ struct Folder {
   std::string path;
   std::string config, weights, adapter_config, adapter_weights, trainer_state, training_args, model_card;
   std::vector<std::string> version_files;
-  std::vector<std::string> maybe_configs;   // .yml, .yaml, .json of at most 1 MiB that are none of the above
-  std::vector<std::string> other_weights;   // formats that are not read
+  std::vector<std::string> maybe_configs;  // .yml, .yaml, .json of at most 1 MiB that are none of the above
+  std::vector<std::string> other_weights;  // formats that are not read
   std::vector<std::pair<std::int64_t, std::string>> checkpoints;  // checkpoint-N folders, by N
   std::vector<InputProblem> problems;
 

@@ -49,14 +49,22 @@ void check_model_config(const ModelConfig& config, Material* material) {
     const std::string& key = text.keys[i];
     const ForeignKey kind = foreign_moe_key(key);
     const double value = text.items[i].as_double().value_or(0.0);
-    if (kind == ForeignKey::kNo || value == 0.0 || family_reads(*family, key)) continue;
+    if (family_reads(*family, key)) continue;
+    const std::string path = config.text_path.empty() ? key : config.text_path + "." + key;
+    if (kind == ForeignKey::kNo || value == 0.0) {
+      if (is_moe_key(key) && says_something(text.items[i])) {
+        material->unread_keys.push_back({config.file, text.key_lines[i], path});
+      }
+      continue;
+    }
     IgnoredKey ignored;
     ignored.file = config.file;
     ignored.line = text.key_lines[i];
-    ignored.key = config.text_path.empty() ? key : config.text_path + "." + key;
+    ignored.key = path;
     ignored.framework = with_version(*material, "transformers");
     ignored.about_moe = true;
-    ignored.why = "no config class of " + std::string(family->name) + " has this key: transformers keeps it, and the model never reads it";
+    ignored.why = "no config class of " + std::string(family->name) +
+                  " has this key: transformers keeps it, and the model never reads it";
     if (kind == ForeignKey::kBalanceLoss && family_reads(*family, "router_aux_loss_coef")) {
       ignored.instead = "\"router_aux_loss_coef\": " + text.items[i].text;
     }
@@ -73,8 +81,10 @@ void read_model_config(const std::string& path, Role role, bool states_version, 
   config.role = role;
   const Node& root = config.root;
   if (!root.is_map() || !(root.find("model_type") || root.find("architectures"))) {
-    material->problems.push_back({path, root.line, root.column, "neither \"model_type\" nor \"architectures\": this is no config.json of a transformers model",
-                                  "give the folder that save_pretrained() wrote, or the config.json of the model on the hub"});
+    material->problems.push_back(
+        {path, root.line, root.column,
+         "neither \"model_type\" nor \"architectures\": this is no config.json of a transformers model",
+         "give the folder that save_pretrained() wrote, or the config.json of the model on the hub"});
     return;
   }
   const ConfigFile file{path, role, &root};

@@ -1,5 +1,5 @@
-// TrainingArguments as YAML or JSON: what transformers' HfArgumentParser reads (parse_yaml_file, parse_json_file), and the
-// rows that every framework built on TrainingArguments shares.
+// TrainingArguments as YAML or JSON: what transformers' HfArgumentParser reads (parse_yaml_file, parse_json_file), and
+// the rows that every framework built on TrainingArguments shares.
 #include "audit/inputs/reader.h"
 
 namespace moeaudit {
@@ -27,8 +27,19 @@ constexpr Row kRows[] = {
 
 // Keys by which people write TrainingArguments; two of them make a file one of its kind.
 constexpr std::string_view kTellTale[] = {
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs", "lr_scheduler_type",
-    "output_dir", "logging_steps", "save_steps", "max_steps", "bf16", "fp16", "warmup_ratio", "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "max_steps",
+    "bf16",
+    "fp16",
+    "warmup_ratio",
+    "gradient_checkpointing",
 };
 
 Match recognises(const Node& root) { return count_training_arguments(root) >= 2 ? Match::kGeneric : Match::kNo; }

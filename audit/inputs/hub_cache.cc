@@ -1,5 +1,6 @@
-// A hub id -> the folder of its snapshot in the local Hugging Face cache. Layout: models--ORG--NAME/refs/REVISION holds a
-// commit, snapshots/COMMIT/ the files (huggingface_hub, "Understand caching"; constants.py for the environment variables).
+// A hub id -> the folder of its snapshot in the local Hugging Face cache. Layout: models--ORG--NAME/refs/REVISION holds
+// a commit, snapshots/COMMIT/ the files (huggingface_hub, "Understand caching"; constants.py for the environment
+// variables).
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
@@ -35,9 +36,8 @@ fs::path cache_folder() {
 }
 
 bool is_commit(std::string_view text) {
-  return !text.empty() && text.size() <= 64 && std::all_of(text.begin(), text.end(), [](char c) {
-    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
-  });
+  return !text.empty() && text.size() <= 64 &&
+         std::all_of(text.begin(), text.end(), [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); });
 }
 
 std::string trimmed(std::string text) {
@@ -47,7 +47,8 @@ std::string trimmed(std::string text) {
 
 bool is_name(std::string_view part) {
   if (part.empty() || part.size() > 96 || part.front() == '.' || part.front() == '-') return false;
-  return std::all_of(part.begin(), part.end(), [](unsigned char c) { return std::isalnum(c) || c == '-' || c == '_' || c == '.'; });
+  return std::all_of(part.begin(), part.end(),
+                     [](unsigned char c) { return std::isalnum(c) || c == '-' || c == '_' || c == '.'; });
 }
 
 bool has_config(const fs::path& folder) {
@@ -67,13 +68,15 @@ std::string find_in_hub_cache(std::string_view id, std::string_view revision, st
   const fs::path cache = cache_folder();
   if (cache.empty() || !looks_like_hub_id(id)) return {};
   const std::size_t slash = id.find('/');
-  const fs::path model = cache / ("models--" + std::string(id.substr(0, slash)) + "--" + std::string(id.substr(slash + 1)));
+  const fs::path model =
+      cache / ("models--" + std::string(id.substr(0, slash)) + "--" + std::string(id.substr(slash + 1)));
   const std::string wanted = revision.empty() ? "main" : std::string(revision);
   if (wanted.find("..") != std::string::npos || wanted.front() == '/') return {};
 
   std::string commit, error;
   std::error_code ec;
-  if (fs::is_regular_file(model / "refs" / wanted, ec) && read_file((model / "refs" / wanted).string(), &commit, &error, 4096)) {
+  if (fs::is_regular_file(model / "refs" / wanted, ec) &&
+      read_file((model / "refs" / wanted).string(), &commit, &error, 4096)) {
     commit = trimmed(commit);
   } else if (is_commit(wanted)) {
     commit = wanted;
@@ -85,7 +88,8 @@ std::string find_in_hub_cache(std::string_view id, std::string_view revision, st
   if (!revision.empty()) return {};
   // No refs/main (a download of a pinned commit): unambiguous only if there is a single snapshot.
   std::vector<fs::path> snapshots;
-  for (fs::directory_iterator it(model / "snapshots", ec), end; !ec && it != end && snapshots.size() < 3; it.increment(ec)) {
+  for (fs::directory_iterator it(model / "snapshots", ec), end; !ec && it != end && snapshots.size() < 3;
+       it.increment(ec)) {
     if (has_config(it->path())) snapshots.push_back(it->path());
   }
   if (snapshots.size() != 1) return {};

@@ -1,5 +1,6 @@
-// LLaMA-Factory's YAML (hiyouga/LLaMA-Factory @ff6d4d12 src/llamafactory/hparams/{model,finetuning,data}_args.py). Unknown
-// keys are refused there (unless ALLOW_EXTRA_ARGS=1), so none is silently ignored; moe_aux_loss_coef is, for some models.
+// LLaMA-Factory's YAML (hiyouga/LLaMA-Factory @ff6d4d12 src/llamafactory/hparams/{model,finetuning,data}_args.py).
+// Unknown keys are refused there (unless ALLOW_EXTRA_ARGS=1), so none is silently ignored; moe_aux_loss_coef is, for
+// some models.
 #include <algorithm>
 #include <vector>
 
@@ -9,7 +10,8 @@
 namespace moeaudit {
 namespace {
 
-/// "all": the leaf names of every class with "Linear" in its name but the head (model_utils/misc.py find_all_linear_modules).
+/// "all": the leaf names of every class with "Linear" in its name but the head (model_utils/misc.py
+/// find_all_linear_modules).
 std::optional<Node> all_linear(const Node& n) {
   if (!n.is_string() || n.text != "all") return std::nullopt;
   return bool_node(true, n);
@@ -37,13 +39,15 @@ constexpr Row kOwnRows[] = {
 };
 
 constexpr std::string_view kMegatronKeys[] = {"tensor_model_parallel_size", "pipeline_model_parallel_size",
-                                              "expert_model_parallel_size", "moe_token_dispatcher_type", "moe_grouped_gemm"};
+                                              "expert_model_parallel_size", "moe_token_dispatcher_type",
+                                              "moe_grouped_gemm"};
 
 Match recognises(const Node& root) {
   if (root.find("base_model") || !root.find("model_name_or_path")) return Match::kNo;
-  constexpr std::string_view kOwn[] = {"finetuning_type", "stage", "cutoff_len", "lora_target", "lora_rank", "template"};
+  constexpr std::string_view kOwn[] = {"finetuning_type", "stage",     "cutoff_len",
+                                       "lora_target",     "lora_rank", "template"};
   return std::any_of(std::begin(kOwn), std::end(kOwn), [&](std::string_view k) { return root.find(k); }) ? Match::kSure
-                                                                                                          : Match::kNo;
+                                                                                                         : Match::kNo;
 }
 
 /// The loop that runs. "" is transformers' own (CustomSeq2SeqTrainer and CustomTrainer add nothing to the loss).
@@ -76,7 +80,10 @@ void read_adapter(const ConfigFile& file, Material* material) {
   const Node& root = *file.root;
   const Node* type = root.find("finetuning_type");
   const bool adapter = !type || (type->is_string() && (type->text == "lora" || type->text == "oft"));
-  if (!adapter) return;
+  if (!adapter) {
+    for (UnreadKey& key : take_back_adapter_settings(file, material)) material->unread_keys.push_back(std::move(key));
+    return;
+  }
   const std::string_view key = type ? "finetuning_type" : "lora_rank";  // lora is the default of the field
   if (!type && !root.find("lora_rank") && !root.find("lora_target")) return;
   const Node& place = type ? *type : root;
@@ -139,7 +146,9 @@ void read_moe_aux_loss_coef(const ConfigFile& file, Material* material) {
   }
   IgnoredKey ignored{file.path, place.line, place.key, with_version(*material, "llamafactory"), true, "", ""};
   if (*value == 0.0) {
-    ignored.why = "LLaMA-Factory acts on a non-zero value only: 0 leaves the flag and the coefficient of the model's config as they are";
+    ignored.why =
+        "LLaMA-Factory acts on a non-zero value only: 0 leaves the flag and the coefficient of the model's config as "
+        "they are";
     material->ignored_keys.push_back(std::move(ignored));
     return;
   }
@@ -162,7 +171,7 @@ void read_moe_aux_loss_coef(const ConfigFile& file, Material* material) {
 }  // namespace
 
 extern const ConfigReader config_reader_llama_factory_config;
-const ConfigReader config_reader_llama_factory_config{"llama-factory", "LLaMA-Factory config", recognises, read, "",
-                                                              read_moe_aux_loss_coef};
+const ConfigReader config_reader_llama_factory_config{
+    "llama-factory", "LLaMA-Factory config", recognises, read, "", read_moe_aux_loss_coef};
 
 }  // namespace moeaudit

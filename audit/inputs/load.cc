@@ -84,7 +84,8 @@ class Loader {
     for (const std::string& file : plan_.given_version_files) {
       input(file, "package versions");
       if (read_versions(file, &m_)) continue;
-      m_.problems.push_back({file, 0, 0, "states no package version", "give the output of pip freeze, a requirements or a lock file"});
+      m_.problems.push_back(
+          {file, 0, 0, "states no package version", "give the output of pip freeze, a requirements or a lock file"});
     }
     for (const auto& [package, version] : options_.assume) read_assumption(package, version, &m_);
     // A range says less than a release, whoever says it; only the user on the command line is taken at his word.
@@ -179,21 +180,24 @@ class Loader {
   }
 
   void find_base(std::string* note) {
-    if (!plan_.base_id.empty()) bases_.push_back({plan_.base_id.path, {Role::kCommandLine, "", 0, 0, plan_.base_id.path, "", ""}});
+    if (!plan_.base_id.empty())
+      bases_.push_back({plan_.base_id.path, {Role::kCommandLine, "", 0, 0, plan_.base_id.path, "", ""}});
     for (auto base = bases_.rbegin(); base != bases_.rend(); ++base) {
       m_.base_model = base->name;
       m_.base_model_source = base->source;
       if (find_named(*base, note)) return;
     }
     // Of the names that lead nowhere, the strongest that the committed table of hub ids knows; else the strongest.
-    const auto known = std::find_if(bases_.rbegin(), bases_.rend(), [](const BaseName& b) { return find_hub_model(b.name); });
+    const auto known =
+        std::find_if(bases_.rbegin(), bases_.rend(), [](const BaseName& b) { return find_hub_model(b.name); });
     if (bases_.empty()) return;
     const BaseName& base = known != bases_.rend() ? *known : bases_.back();
     m_.base_model = base.name;
     m_.base_model_source = base.source;
     const bool is_path = base.name.front() == '/' || base.name.front() == '.' || base.name.front() == '~';
     if (!is_path || !m_.configs.empty()) return;
-    m_.problems.push_back({base.source.file, base.source.line, base.source.column, "the base model " + base.name + " is not here",
+    m_.problems.push_back({base.source.file, base.source.line, base.source.column,
+                           "the base model " + base.name + " is not here",
                            "give the folder of the base model with --base DIR", false});
   }
 
@@ -218,7 +222,8 @@ class Loader {
     m_.hidden_states = TensorStore::open(plan_.hidden_states.path, "hidden_states", &problems);
     input(plan_.hidden_states.path, "hidden states");
     for (const WeightProblem& p : problems) {
-      m_.problems.push_back({p.file, 0, 0, "hidden states cannot be read: " + p.what, "save one tensor [tokens, hidden] with safetensors.torch.save_file"});
+      m_.problems.push_back({p.file, 0, 0, "hidden states cannot be read: " + p.what,
+                             "save one tensor [tokens, hidden] with safetensors.torch.save_file"});
     }
   }
 
@@ -234,7 +239,8 @@ class Loader {
         default: return 5;  // trainer_state.json: what the Trainer worked out; the command line
       }
     };
-    std::stable_sort(m_.settings.begin(), m_.settings.end(), [&](const Setting& a, const Setting& b) { return rank(a) < rank(b); });
+    std::stable_sort(m_.settings.begin(), m_.settings.end(),
+                     [&](const Setting& a, const Setting& b) { return rank(a) < rank(b); });
   }
 
   RunPlan plan_;
@@ -267,17 +273,21 @@ bool read_tree(const std::string& path, Node* out, Material* material) {
   std::string text;
   if (!read_file(path, &text, &why)) return problem(0, 0, why, "make the file readable");
   if (text.find_first_not_of(" \t\r\n") == std::string::npos) {
-    return problem(0, 0, text.empty() ? "is empty (0 bytes)" : "is empty", "restore the file: a full disk or an interrupted copy leaves such files");
+    return problem(0, 0, text.empty() ? "is empty (0 bytes)" : "is empty",
+                   "restore the file: a full disk or an interrupted copy leaves such files");
   }
   const bool yaml = has_ending(path, ".yml") || has_ending(path, ".yaml") ||
                     (!has_ending(path, ".json") && text[text.find_first_not_of(" \t\r\n")] != '{');
   std::vector<DuplicateKey> duplicates;
   TextError error;
   if (!(yaml ? parse_yaml(text, out, &duplicates, &error) : parse_json(text, out, &duplicates, &error))) {
-    return problem(error.line, error.column, std::string(yaml ? "YAML" : "JSON") + " error: " + error.what, "repair the file at this place");
+    return problem(error.line, error.column, std::string(yaml ? "YAML" : "JSON") + " error: " + error.what,
+                   "repair the file at this place");
   }
   for (const DuplicateKey& d : duplicates) {
-    problem(d.line, 0, "key " + d.path + " stands twice (lines " + std::to_string(d.first_line) + " and " + std::to_string(d.line) + "); the last one counts",
+    problem(d.line, 0,
+            "key " + d.path + " stands twice (lines " + std::to_string(d.first_line) + " and " +
+                std::to_string(d.line) + "); the last one counts",
             "delete one of the two lines", false);
   }
   return true;

@@ -64,6 +64,7 @@ struct Material {
   std::int64_t global_step = -1;          // trainer_state.json
   std::vector<WeightProblem> weight_problems;
   std::vector<IgnoredKey> ignored_keys;
+  std::string keys_not_compared;          // why unread_keys may hold keys that the framework ignores; "": it has none
   std::vector<UnreadKey> unread_keys;
   TensorStore model, adapter, hidden_states;
   std::vector<InputFile> inputs;

@@ -6,7 +6,8 @@ namespace moeaudit {
 namespace {
 
 Match recognises(const Node& root) {
-  const bool accelerate = root.find("compute_environment") || (root.find("distributed_type") && root.find("num_processes"));
+  const bool accelerate =
+      root.find("compute_environment") || (root.find("distributed_type") && root.find("num_processes"));
   const bool deepspeed = root.find("zero_optimization") || root.find("train_micro_batch_size_per_gpu");
   const bool torchtune = root.find_path("model._component_") || root.find_path("tokenizer._component_");
   return accelerate || deepspeed || torchtune ? Match::kSure : Match::kNo;

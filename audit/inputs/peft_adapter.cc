@@ -1,5 +1,5 @@
-// adapter_config.json as PEFT writes it (huggingface/peft src/peft/tuners/lora/config.py, src/peft/config.py). Every field
-// of the config class is in it, so only unread keys that say something are listed.
+// adapter_config.json as PEFT writes it (huggingface/peft src/peft/tuners/lora/config.py, src/peft/config.py). Every
+// field of the config class is in it, so only unread keys that say something are listed.
 #include "audit/inputs/readers.h"
 
 namespace moeaudit {
@@ -30,7 +30,8 @@ void read_adapter_config(const std::string& path, Material* material) {
   if (!read_tree(path, &root, material)) return;
   const ConfigFile file{path, Role::kAdapterConfig, &root};
   if (!root.is_map() || !root.find("peft_type")) {
-    material->problems.push_back({path, root.line, root.column, "no \"peft_type\": this is no adapter_config.json of PEFT",
+    material->problems.push_back({path, root.line, root.column,
+                                  "no \"peft_type\": this is no adapter_config.json of PEFT",
                                   "give the adapter folder that save_pretrained() of a PEFT model wrote"});
     return;
   }

@@ -30,8 +30,10 @@ Sniffed sniff_config(const std::string& path) {
   }
   std::string text, error;
   if (!read_file(path, &text, &error, std::size_t{1} << 20)) return out;
-  for (const char* key : {"base_model", "model_name_or_path", "micro_batch_size", "per_device_train_batch_size", "finetuning_type"}) {
-    out.broken |= text.find(std::string(key) + ":") != std::string::npos || text.find("\"" + std::string(key) + "\"") != std::string::npos;
+  for (const char* key :
+       {"base_model", "model_name_or_path", "micro_batch_size", "per_device_train_batch_size", "finetuning_type"}) {
+    out.broken |= text.find(std::string(key) + ":") != std::string::npos ||
+                  text.find("\"" + std::string(key) + "\"") != std::string::npos;
   }
   return out;
 }
@@ -115,7 +117,8 @@ void PlanBuilder::fill_from_run_folder(const Folder& folder) {
     fill(&plan_.adapter_weights, folder.adapter_weights);
     if (folder.adapter_weights.empty()) fill(&plan_.run_weights, folder.weights);
   } else if (!folder.adapter_weights.empty() || !folder.weights.empty()) {
-    plan_.inputs.push_back({folder.path, "final weights", "not read: the checkpoint is audited; audit them with --adapter or --model"});
+    plan_.inputs.push_back(
+        {folder.path, "final weights", "not read: the checkpoint is audited; audit them with --adapter or --model"});
   }
   add(&plan_.model_cards, folder.model_card);
   add(&plan_.folders, folder.path);
@@ -148,7 +151,9 @@ bool PlanBuilder::choose_config(const Folder& folder) {
   } else if (found.size() == 1) {
     plan_.training_configs = found;
   } else {
-    problem(folder.path, "holds " + std::to_string(found.size()) + " training configs (" + listed(found) + "): which one the run used is unknown; none was read",
+    problem(folder.path,
+            "holds " + std::to_string(found.size()) + " training configs (" + listed(found) +
+                "): which one the run used is unknown; none was read",
             "--config " + found.front(), false);
   }
   return true;

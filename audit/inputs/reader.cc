@@ -12,20 +12,9 @@ namespace {
 
 constexpr std::string_view kBelow = ".*";
 
-bool says_something(const Node& n) {
-  switch (n.kind) {
-    case Node::Kind::kNull: return false;
-    case Node::Kind::kBool: return n.boolean;
-    case Node::Kind::kNumber: return n.as_double().value_or(1.0) != 0.0;
-    case Node::Kind::kString: return !n.text.empty();
-    case Node::Kind::kList:
-    case Node::Kind::kMap: return !n.items.empty();
-  }
-  return true;
-}
-
 bool is_last_of_its_name(const Node& map, std::size_t i) {
-  return std::find(map.keys.begin() + static_cast<std::ptrdiff_t>(i) + 1, map.keys.end(), map.keys[i]) == map.keys.end();
+  return std::find(map.keys.begin() + static_cast<std::ptrdiff_t>(i) + 1, map.keys.end(), map.keys[i]) ==
+         map.keys.end();
 }
 
 class Walk {
@@ -56,7 +45,8 @@ class Walk {
       }
     }
     const std::string inside = path + ".";
-    const bool has_rows_inside = std::any_of(rows_.begin(), rows_.end(), [&](const Row& r) { return r.key.starts_with(inside); });
+    const bool has_rows_inside =
+        std::any_of(rows_.begin(), rows_.end(), [&](const Row& r) { return r.key.starts_with(inside); });
     if (!has_rows_inside) return false;
     if (value.is_null()) return true;
     if (!value.is_map()) return false;
@@ -73,7 +63,8 @@ class Walk {
         everything_below(row, node.items[i], inner);
         continue;
       }
-      const std::string name = std::string(row.setting.substr(0, row.setting.size() - kBelow.size())) + inner.substr(stem.size());
+      const std::string name =
+          std::string(row.setting.substr(0, row.setting.size() - kBelow.size())) + inner.substr(stem.size());
       state(row, name, node, i, inner);
     }
   }
@@ -178,6 +169,18 @@ std::optional<Node> comma_list(const Node& n) {
   return list;
 }
 
+bool says_something(const Node& n) {
+  switch (n.kind) {
+    case Node::Kind::kNull: return false;
+    case Node::Kind::kBool: return n.boolean;
+    case Node::Kind::kNumber: return n.as_double().value_or(1.0) != 0.0;
+    case Node::Kind::kString: return !n.text.empty();
+    case Node::Kind::kList:
+    case Node::Kind::kMap: return !n.items.empty();
+  }
+  return true;
+}
+
 bool is_true(const Node* n) { return n && n->as_bool().value_or(false); }
 
 void state_base_model(const ConfigFile& file, std::string_view key, Material* material) {
@@ -190,6 +193,29 @@ void state_base_model(const ConfigFile& file, std::string_view key, Material* ma
 void state_adapter(const ConfigFile& file, std::string_view key, Material* material) {
   material->adapter_seen = true;
   material->adapter_source = place_of(file, *file.root, key, key);
+}
+
+std::vector<UnreadKey> take_back_adapter_settings(const ConfigFile& file, Material* material) {
+  constexpr std::string_view kNames[] = {"r",
+                                         "lora_alpha",
+                                         "lora_dropout",
+                                         "use_rslora",
+                                         "target_modules",
+                                         "target_parameters",
+                                         "exclude_modules",
+                                         "modules_to_save",
+                                         "layers_to_transform",
+                                         "rank_pattern",
+                                         "alpha_pattern",
+                                         "lora_target_linear"};
+  std::vector<UnreadKey> keys;
+  std::erase_if(material->settings, [&](const Setting& s) {
+    if (s.source.file != file.path || std::find(std::begin(kNames), std::end(kNames), s.name) == std::end(kNames))
+      return false;
+    keys.push_back({file.path, s.source.line, s.source.key});
+    return true;
+  });
+  return keys;
 }
 
 void state_framework(const ConfigFile& file, std::string_view framework, std::string_view trainer, std::string_view key,
@@ -235,13 +261,14 @@ bool is_model_config_key(std::string_view key) {
 }
 
 ForeignKey foreign_moe_key(std::string_view key) {
-  // Megatron-LM, JetMoE, LLaMA-Factory, DeepSeek's remote code and OLMo name them so; no causal-LM class of the families
-  // in audit/families does. A family that does read one of them lists it among its keys, and is asked first.
-  constexpr std::string_view kBalance[] = {"aux_loss_coef",         "moe_aux_loss_coef",        "moe_aux_loss_coeff",
-                                           "router_aux_loss_coeff", "load_balancing_loss_coef", "load_balance_loss_coef",
-                                           "aux_loss_weight",       "moe_loss_weight"};
-  constexpr std::string_view kZ[] = {"router_z_loss_coef", "router_z_loss_coeff", "z_loss_coef", "z_loss_coeff",
-                                     "moe_z_loss_coeff",   "moe_zloss_weight"};
+  // Megatron-LM, JetMoE, LLaMA-Factory, DeepSeek's remote code and OLMo name them so; no causal-LM class of the
+  // families in audit/families does. A family that does read one of them lists it among its keys, and is asked first.
+  constexpr std::string_view kBalance[] = {
+      "aux_loss_coef",         "moe_aux_loss_coef",        "moe_aux_loss_coeff",
+      "router_aux_loss_coeff", "load_balancing_loss_coef", "load_balance_loss_coef",
+      "aux_loss_weight",       "moe_loss_weight"};
+  constexpr std::string_view kZ[] = {"router_z_loss_coef", "router_z_loss_coeff", "z_loss_coef",
+                                     "z_loss_coeff",       "moe_z_loss_coeff",    "moe_zloss_weight"};
   if (std::find(std::begin(kBalance), std::end(kBalance), key) != std::end(kBalance)) return ForeignKey::kBalanceLoss;
   if (std::find(std::begin(kZ), std::end(kZ), key) != std::end(kZ)) return ForeignKey::kZLoss;
   return ForeignKey::kNo;

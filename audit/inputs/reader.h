@@ -1,6 +1,6 @@
-// What the readers of configs share: a table of rows (key of the file -> name in Material, conversion), the walk over it,
-// and the table of framework readers that cmake/tables.cmake makes of this folder. A reader has recognises() apart from
-// read(): the first looks at keys only and never writes.
+// What the readers of configs share: a table of rows (key of the file -> name in Material, conversion), the walk over
+// it, and the table of framework readers that cmake/tables.cmake makes of this folder. A reader has recognises() apart
+// from read(): the first looks at keys only and never writes.
 #pragma once
 
 #include <optional>
@@ -26,10 +26,11 @@ struct ConfigFile {
 using Convert = std::optional<Node> (*)(const Node&);
 
 struct Row {
-  std::string_view key;      // dotted path; "model_config.*" takes every key below
-  std::string_view setting;  // name in Material::settings ("model_config.*" keeps the rest); "": read by the reader's code
-  Convert convert = nullptr; // nullptr: as written
-  bool null_speaks = false;  // a null is a statement ("deepspeed": null), not silence
+  std::string_view key;  // dotted path; "model_config.*" takes every key below
+  std::string_view
+      setting;  // name in Material::settings ("model_config.*" keeps the rest); "": read by the reader's code
+  Convert convert = nullptr;  // nullptr: as written
+  bool null_speaks = false;   // a null is a statement ("deepspeed": null), not silence
 };
 
 /// What to do with keys that no row names: list all of them (a file that a user wrote), or only those with something in
@@ -42,19 +43,24 @@ void read_rows(const ConfigFile& file, std::span<const Row> rows, Unread unread,
 Source place_of(const ConfigFile& file, const Node& map, std::string_view key, std::string_view path);
 void add_setting(const ConfigFile& file, std::string_view key, std::string name, Node value, Material* material);
 
-// ---- values ----------------------------------------------------------------------------------------------------------
+// ---- values
+// ----------------------------------------------------------------------------------------------------------
 Node string_node(std::string_view text, const Node& place);
 Node bool_node(bool value, const Node& place);
-std::optional<Node> as_number(const Node& n);       // "2e-5", which PyYAML reads as a string, becomes the number
-std::optional<Node> not_bool(const Node& n);        // negation of a bool
-std::optional<Node> comma_list(const Node& n);      // "q_proj, v_proj" -> list; lists stay
+std::optional<Node> as_number(const Node& n);   // "2e-5", which PyYAML reads as a string, becomes the number
+std::optional<Node> not_bool(const Node& n);    // negation of a bool
+std::optional<Node> comma_list(const Node& n);  // "q_proj, v_proj" -> list; lists stay
 bool is_true(const Node* n);
+bool says_something(const Node& n);  // not null, false, zero or empty
 
 // ---- what is shared between the files of one run ------------------------------------------------------------------
 /// The base model that `key` names; a later file outranks an earlier one.
 void state_base_model(const ConfigFile& file, std::string_view key, Material* material);
 /// An adapter is trained, because `key` of this file says so.
 void state_adapter(const ConfigFile& file, std::string_view key, Material* material);
+/// The file names no adapter, so what it says of LoRA has no effect: takes these statements back and returns their
+/// keys.
+std::vector<UnreadKey> take_back_adapter_settings(const ConfigFile& file, Material* material);
 /// Who trains, as this config file tells it; `trainer` is "" where the framework runs transformers' own loop.
 void state_framework(const ConfigFile& file, std::string_view framework, std::string_view trainer, std::string_view key,
                      Material* material);
@@ -88,7 +94,8 @@ extern const ConfigReader* const kConfigReaders[];
 extern const int kNumConfigReaders;
 const ConfigReader* find_config_reader(const Node& root);
 
-/// The family of the model whose config was read last, or of the hub id that is in the committed table; nullptr: unknown.
+/// The family of the model whose config was read last, or of the hub id that is in the committed table; nullptr:
+/// unknown.
 const Family* family_of(const Material& material);
 /// model_type of the (text) config that was read last, "" if none.
 std::string model_type_of(const Material& material);

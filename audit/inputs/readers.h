@@ -1,5 +1,5 @@
-// The readers of files that are no training config: what each takes, and what it leaves in Material. None of them throws;
-// what could not be read is a problem in Material, with place and remedy.
+// The readers of files that are no training config: what each takes, and what it leaves in Material. None of them
+// throws; what could not be read is a problem in Material, with place and remedy.
 #pragma once
 
 #include <string>
@@ -11,14 +11,16 @@
 namespace moeaudit {
 
 /// A text file parsed as JSON or YAML (by its ending; others by their first character). False with a problem listed:
-/// missing, not a regular file, empty, not parseable (line and column). Duplicate keys are listed as a non-fatal problem.
+/// missing, not a regular file, empty, not parseable (line and column). Duplicate keys are listed as a non-fatal
+/// problem.
 bool read_tree(const std::string& path, Node* out, Material* material);
 
 /// config.json of a model. Adds to configs, states the quantisation, and for a config that the run itself wrote
-/// (`states_version`) the transformers release. A root that is no map, or has neither model_type nor architectures, is a
-/// problem.
+/// (`states_version`) the transformers release. A root that is no map, or has neither model_type nor architectures, is
+/// a problem.
 void read_model_config(const std::string& path, Role role, bool states_version, Material* material);
-/// Keys of the model configs that look like a router loss and that the family's class does not have.
+/// Keys of the model configs that speak of experts or routers and that the family's class does not have: ignored, where
+/// it is known that no class reads them; unread, where moe-audit does not know.
 void check_model_configs(Material* material);
 
 /// adapter_config.json.

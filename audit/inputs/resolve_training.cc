@@ -21,6 +21,27 @@ void resolve_trainer(Resolver& r) {
 
 bool known_training(const Resolver& r) { return !r.material.framework.empty() || !r.material.trainer.empty(); }
 
+/// PEFT takes one layer or a list of them.
+std::optional<std::vector<std::int64_t>> node_ints(const Node& n) {
+  if (const auto one = node_int(n)) return std::vector<std::int64_t>{*one};
+  if (!n.is_list()) return std::nullopt;
+  std::vector<std::int64_t> out;
+  for (const Node& item : n.items) {
+    if (const auto v = node_int(item)) out.push_back(*v);
+  }
+  return out;
+}
+
+/// {"w1": 4} -> "w1=4", in the order of the file: the first pattern that matches counts.
+std::optional<std::vector<std::string>> node_rank_pattern(const Node& n) {
+  if (!n.is_map()) return std::nullopt;
+  std::vector<std::string> out;
+  for (std::size_t i = 0; i < n.keys.size(); ++i) {
+    if (const auto rank = node_int(n.items[i])) out.push_back(n.keys[i] + "=" + std::to_string(*rank));
+  }
+  return out;
+}
+
 void resolve_adapter(Resolver& r) {
   FactSheet& f = r.facts;
   const Setting* kind = r.last("peft_type");
@@ -38,6 +59,12 @@ void resolve_adapter(Resolver& r) {
   r.apply(f.target_parameters, "target_parameters", node_strings);
   r.apply(f.exclude_modules, "exclude_modules", node_strings);
   r.apply(f.modules_to_save, "modules_to_save", node_strings);
+  r.apply(f.exclude_modules_is_pattern, "exclude_modules", [](const Node& n) -> std::optional<bool> {
+    if (n.is_null()) return std::nullopt;
+    return n.is_string();
+  });
+  r.apply(f.layers_to_transform, "layers_to_transform", node_ints);
+  r.apply(f.rank_pattern, "rank_pattern", node_rank_pattern);
   r.apply(f.target_modules_is_pattern, "target_modules", [](const Node& n) -> std::optional<bool> {
     if (n.is_null()) return std::nullopt;
     return n.is_string();

@@ -1,5 +1,5 @@
-// trainer_state.json: what the Trainer logged (transformers/trainer_callback.py TrainerState). Python's json writes NaN and
-// Infinity as they are; a written NaN is kept apart from an absent number.
+// trainer_state.json: what the Trainer logged (transformers/trainer_callback.py TrainerState). Python's json writes NaN
+// and Infinity as they are; a written NaN is kept apart from an absent number.
 #include <limits>
 
 #include "audit/inputs/readers.h"
@@ -39,7 +39,8 @@ void read_trainer_state(const std::string& path, Material* material) {
   const ConfigFile file{path, Role::kTrainerState, &root};
   const Node* history = root.find("log_history");
   if (!history || !history->is_list()) {
-    material->problems.push_back({path, root.line, root.column, "no list \"log_history\": this is no trainer_state.json",
+    material->problems.push_back({path, root.line, root.column,
+                                  "no list \"log_history\": this is no trainer_state.json",
                                   "give the trainer_state.json that the Trainer left in the checkpoint folder"});
     return;
   }

@@ -1,6 +1,6 @@
-// training_args.bin: the TrainingArguments (or SFTConfig, AxolotlTrainingArguments, ...) that the Trainer really ran with,
-// as plain nodes of the inert pickle reader. The class tells who trained. It holds every field, so only unread ones that
-// say something are listed.
+// training_args.bin: the TrainingArguments (or SFTConfig, AxolotlTrainingArguments, ...) that the Trainer really ran
+// with, as plain nodes of the inert pickle reader. The class tells who trained. It holds every field, so only unread
+// ones that say something are listed.
 #include <charconv>
 #include <cmath>
 #include <filesystem>
@@ -66,12 +66,18 @@ class ToNode {
     if (depth > kMaxDepth || ++count_ > kMaxNodes) return n;
     switch (p.kind) {
       case Kind::kNone: break;
-      case Kind::kBool: n.kind = Node::Kind::kBool; n.boolean = p.boolean; break;
+      case Kind::kBool:
+        n.kind = Node::Kind::kBool;
+        n.boolean = p.boolean;
+        break;
       case Kind::kInt: return number(std::to_string(p.integer));
       case Kind::kFloat: return real(p.real);
       case Kind::kString:
       case Kind::kBytes:
-      case Kind::kGlobal: n.kind = Node::Kind::kString; n.text = p.text; break;
+      case Kind::kGlobal:
+        n.kind = Node::Kind::kString;
+        n.text = p.text;
+        break;
       case Kind::kList:
       case Kind::kTuple:
       case Kind::kSet: list(p, depth, &n); break;
@@ -106,12 +112,12 @@ class ToNode {
 };
 
 struct Owner {
-  std::string_view prefix;     // of the class's dotted name
+  std::string_view prefix;  // of the class's dotted name
   std::string_view framework;
 };
 constexpr Owner kOwners[] = {
-    {"trl.", "trl"},           {"axolotl.", "axolotl"}, {"llamafactory.", "llama-factory"},
-    {"swift.", "ms-swift"},    {"unsloth", "unsloth"},  {"Unsloth", "unsloth"},
+    {"trl.", "trl"},        {"axolotl.", "axolotl"}, {"llamafactory.", "llama-factory"},
+    {"swift.", "ms-swift"}, {"unsloth", "unsloth"},  {"Unsloth", "unsloth"},
 };
 
 /// "SFTConfig" -> "SFTTrainer"; "AxolotlDPOConfig", "UnslothSFTConfig" likewise. "" for TrainingArguments of any kind.
@@ -124,8 +130,8 @@ std::string trainer_of(std::string_view class_name) {
   return std::string(class_name.substr(0, class_name.size() - kConfig.size())) + "Trainer";
 }
 
-/// A config file that was recognised outranks transformers' plain class, which LLaMA-Factory and older Axolotl run with too;
-/// a class that belongs to a framework, or to the user's own script, outranks what a config file looks like.
+/// A config file that was recognised outranks transformers' plain class, which LLaMA-Factory and older Axolotl run with
+/// too; a class that belongs to a framework, or to the user's own script, outranks what a config file looks like.
 void state_class(const std::string& path, std::string_view full_name, Material* material) {
   const std::size_t dot = full_name.rfind('.');
   const std::string_view module = full_name.substr(0, dot == std::string_view::npos ? 0 : dot);
@@ -143,7 +149,7 @@ void state_class(const std::string& path, std::string_view full_name, Material* 
     owned = true;
   }
   const bool config_knows = !material->framework.empty() && material->framework != "transformers";
-  if (!owned && (plain ? !material->framework.empty() : config_knows)) return;
+  if (!owned && config_knows) return;
   std::string trainer = plain && name == "Seq2SeqTrainingArguments" ? "Seq2SeqTrainer" : plain ? "Trainer" : "";
   if (owned) trainer = trainer_of(name);
   if (trainer.empty() && framework == material->framework) trainer = material->trainer;
@@ -158,15 +164,18 @@ void state_class(const std::string& path, std::string_view full_name, Material* 
 
 void read_training_args(const std::string& path, Material* material) {
   auto fail = [&](std::string why) {
-    material->problems.push_back({path, 0, 0, "training_args.bin could not be read: " + why + "; facts from it are unknown",
-                                  "give the training config with --config FILE, or state what it says with --assume, --world-size",
-                                  false});
+    material->problems.push_back(
+        {path, 0, 0, "training_args.bin could not be read: " + why + "; facts from it are unknown",
+         "give the training config with --config FILE, or state what it says with --assume, --world-size", false});
   };
   std::error_code ec;
   if (const auto size = std::filesystem::file_size(path, ec); !ec && size == 0) return fail("it is empty (0 bytes)");
   std::shared_ptr<PickleNode> pickle;
   std::string error;
-  if (!read_torch_pickle(path, &pickle, &error)) return fail(error);
+  if (!read_torch_pickle(path, &pickle, &error)) {
+    const std::string place = path + ": ";
+    return fail(error.starts_with(place) ? error.substr(place.size()) : error);
+  }
   if (!pickle || pickle->kind != PickleNode::Kind::kObject) return fail("it holds no TrainingArguments object");
   const Node root = ToNode().make(*pickle);
   if (!root.is_map()) return fail("the object " + pickle->text + " has no fields");

@@ -1,6 +1,7 @@
-// YAML of TRL's command line (`trl sft --config FILE`): fields of the trainer's own config, ModelConfig and ScriptArguments
-// side by side. huggingface/trl @f2cd5771 trl/trainer/{sft,dpo,grpo,kto,reward}_config.py, trl/trainer/model_config.py,
-// trl/scripts/utils.py. An unknown key is refused by TrlParser, so none is ever silently ignored.
+// YAML of TRL's command line (`trl sft --config FILE`): fields of the trainer's own config, ModelConfig and
+// ScriptArguments side by side. huggingface/trl @f2cd5771 trl/trainer/{sft,dpo,grpo,kto,reward}_config.py,
+// trl/trainer/model_config.py, trl/scripts/utils.py. An unknown key is refused by TrlParser, so none is ever silently
+// ignored.
 #include <algorithm>
 #include <vector>
 
@@ -38,13 +39,20 @@ struct Tell {
   std::string_view key, trainer;
 };
 constexpr Tell kTells[] = {
-    {"dataset_text_field", "SFTTrainer"},  {"packing", "SFTTrainer"},
-    {"packing_strategy", "SFTTrainer"},    {"eval_packing", "SFTTrainer"},
-    {"assistant_only_loss", "SFTTrainer"}, {"completion_only_loss", "SFTTrainer"},
-    {"max_seq_length", "SFTTrainer"},      {"precompute_ref_log_probs", "DPOTrainer"},
-    {"f_divergence_type", "DPOTrainer"},   {"rpo_alpha", "DPOTrainer"},
-    {"num_generations", "GRPOTrainer"},    {"scale_rewards", "GRPOTrainer"},
-    {"desirable_weight", "KTOTrainer"},    {"undesirable_weight", "KTOTrainer"},
+    {"dataset_text_field", "SFTTrainer"},
+    {"packing", "SFTTrainer"},
+    {"packing_strategy", "SFTTrainer"},
+    {"eval_packing", "SFTTrainer"},
+    {"assistant_only_loss", "SFTTrainer"},
+    {"completion_only_loss", "SFTTrainer"},
+    {"max_seq_length", "SFTTrainer"},
+    {"precompute_ref_log_probs", "DPOTrainer"},
+    {"f_divergence_type", "DPOTrainer"},
+    {"rpo_alpha", "DPOTrainer"},
+    {"num_generations", "GRPOTrainer"},
+    {"scale_rewards", "GRPOTrainer"},
+    {"desirable_weight", "KTOTrainer"},
+    {"undesirable_weight", "KTOTrainer"},
     {"center_rewards_coefficient", "RewardTrainer"},
 };
 
@@ -70,6 +78,8 @@ void read(const ConfigFile& file, Material* material) {
   if (is_true(root.find("use_peft"))) {
     add_setting(file, "use_peft", "peft_type", string_node("LORA", *root.find("use_peft")), material);
     state_adapter(file, "use_peft", material);
+  } else {
+    for (UnreadKey& key : take_back_adapter_settings(file, material)) material->unread_keys.push_back(std::move(key));
   }
   const Tell* tell = nullptr;
   bool one = true;

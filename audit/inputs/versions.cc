@@ -1,5 +1,5 @@
-// Package versions out of text files: pip freeze, pip list and requirements files, the [[package]] tables of uv.lock and
-// poetry.lock, and the "Framework versions" list that PEFT, TRL, Axolotl and the Trainer write into README.md.
+// Package versions out of text files: pip freeze, pip list and requirements files, the [[package]] tables of uv.lock
+// and poetry.lock, and the "Framework versions" list that PEFT, TRL, Axolotl and the Trainer write into README.md.
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
@@ -11,7 +11,8 @@
 namespace moeaudit {
 namespace {
 
-constexpr std::string_view kJudged[] = {"transformers", "peft", "trl", "accelerate", "axolotl", "bitsandbytes", "torch"};
+constexpr std::string_view kJudged[] = {"transformers", "peft",         "trl",  "accelerate",
+                                        "axolotl",      "bitsandbytes", "torch"};
 
 std::string_view trim(std::string_view s) {
   while (!s.empty() && std::isspace(static_cast<unsigned char>(s.front()))) s.remove_prefix(1);
@@ -48,7 +49,8 @@ void for_each_line(std::string_view text, F&& f) {
 
 std::size_t name_length(std::string_view s) {
   std::size_t n = 0;
-  while (n < s.size() && (std::isalnum(static_cast<unsigned char>(s[n])) || s[n] == '-' || s[n] == '_' || s[n] == '.')) ++n;
+  while (n < s.size() && (std::isalnum(static_cast<unsigned char>(s[n])) || s[n] == '-' || s[n] == '_' || s[n] == '.'))
+    ++n;
   return n;
 }
 
@@ -61,7 +63,8 @@ class Reader {
     std::string name = normalised(package);
     if (name == "pytorch") name = "torch";
     const auto set = VersionSet::parse(constraint);
-    if (!set) return unknown(name, line, "\"" + std::string(constraint) + "\" is no version constraint moe-audit understands");
+    if (!set)
+      return unknown(name, line, "\"" + std::string(constraint) + "\" is no version constraint moe-audit understands");
     ++count_;
     Source source;
     source.role = Role::kVersions;
@@ -91,7 +94,8 @@ class Reader {
 
 /// One logical line: name[extras] constraint ; marker # comment --hash=...
 void read_requirement(std::string_view line, int number, Reader* out) {
-  if (const std::size_t comment = line.find(" #"); comment != std::string_view::npos) line = trim(line.substr(0, comment));
+  if (const std::size_t comment = line.find(" #"); comment != std::string_view::npos)
+    line = trim(line.substr(0, comment));
   if (line.starts_with("-r ") || line.starts_with("--requirement")) {
     return out->note(number, "\"" + std::string(line) + "\" is not followed", "give that file too, with --env FILE");
   }
@@ -240,7 +244,8 @@ bool mostly_requirements(std::string_view text) {
     ++lines;
     const std::size_t n = name_length(line);
     const std::string_view rest = trim(line.substr(n));
-    good += n > 0 && (rest.starts_with("==") || rest.starts_with(">=") || rest.starts_with("~=") || rest.starts_with("@"));
+    good +=
+        n > 0 && (rest.starts_with("==") || rest.starts_with(">=") || rest.starts_with("~=") || rest.starts_with("@"));
   });
   return good > 0 && good * 2 >= lines;
 }
@@ -249,13 +254,17 @@ bool mostly_requirements(std::string_view text) {
 
 VersionFile recognise_versions(std::string_view path, std::string_view text) {
   const std::string name = file_name(path);
-  if (name.ends_with(".lock")) return text.find("[[package]]") != std::string_view::npos ? VersionFile::kLock : VersionFile::kNone;
+  if (name.ends_with(".lock"))
+    return text.find("[[package]]") != std::string_view::npos ? VersionFile::kLock : VersionFile::kNone;
   if (name.ends_with(".md")) {
     bool card = false;
-    for_each_line(text, [&](std::string_view line, int) { card |= is_framework_heading(line) || line.starts_with("axolotl version: `"); });
+    for_each_line(text, [&](std::string_view line, int) {
+      card |= is_framework_heading(line) || line.starts_with("axolotl version: `");
+    });
     return card ? VersionFile::kModelCard : VersionFile::kNone;
   }
-  if (name.ends_with(".yml") || name.ends_with(".yaml") || name.ends_with(".json") || name.ends_with(".toml")) return VersionFile::kNone;
+  if (name.ends_with(".yml") || name.ends_with(".yaml") || name.ends_with(".json") || name.ends_with(".toml"))
+    return VersionFile::kNone;
   const bool named_so = name.find("requirements") != std::string::npos || name.find("freeze") != std::string::npos;
   return named_so || is_pip_list(text) || mostly_requirements(text) ? VersionFile::kRequirements : VersionFile::kNone;
 }
@@ -283,13 +292,15 @@ void read_assumption(const std::string& package, const std::string& version, Mat
   source.role = Role::kCommandLine;
   source.key = "--assume " + name;
   if (!set) {
-    material->problems.push_back({"", 0, 0, "--assume " + package + "=" + version + ": \"" + version + "\" is no version moe-audit understands",
-                                  "write a release or a constraint, for example --assume transformers=4.57.1"});
+    material->problems.push_back(
+        {"", 0, 0, "--assume " + package + "=" + version + ": \"" + version + "\" is no version moe-audit understands",
+         "write a release or a constraint, for example --assume transformers=4.57.1"});
     return;
   }
   if (!is_judged(name) && name != "llamafactory") {
-    material->problems.push_back({"", 0, 0, "--assume " + package + ": no check depends on this package",
-                                  "packages that count: transformers, peft, trl, accelerate, axolotl, bitsandbytes, torch"});
+    material->problems.push_back(
+        {"", 0, 0, "--assume " + package + ": no check depends on this package",
+         "packages that count: transformers, peft, trl, accelerate, axolotl, bitsandbytes, torch"});
     return;
   }
   material->versions.push_back({name, *set, std::move(source)});

@@ -9,7 +9,8 @@
 namespace moeaudit {
 namespace {
 
-constexpr std::uint32_t kLocal = 0x04034b50, kCentral = 0x02014b50, kEnd = 0x06054b50, kEnd64 = 0x06064b50, kLocator64 = 0x07064b50;
+constexpr std::uint32_t kLocal = 0x04034b50, kCentral = 0x02014b50, kEnd = 0x06054b50, kEnd64 = 0x06064b50,
+                        kLocator64 = 0x07064b50;
 constexpr std::uint64_t kMaxEntries = 1'000'000;
 
 /// Little-endian numbers at checked places; reading outside sets `bad` and gives 0.
@@ -23,7 +24,8 @@ struct Bytes {
       return 0;
     }
     std::uint64_t value = 0;
-    for (int i = size - 1; i >= 0; --i) value = value << 8 | static_cast<unsigned char>(all[at + static_cast<std::uint64_t>(i)]);
+    for (int i = size - 1; i >= 0; --i)
+      value = value << 8 | static_cast<unsigned char>(all[at + static_cast<std::uint64_t>(i)]);
     return value;
   }
   std::string_view text(std::uint64_t at, std::uint64_t size) {
@@ -148,7 +150,9 @@ bool overlapping(std::vector<std::pair<std::uint64_t, std::uint64_t>> ranges) {
 
 }  // namespace
 
-bool looks_like_zip(std::string_view bytes) { return bytes.starts_with("PK\x03\x04") || bytes.starts_with("PK\x05\x06"); }
+bool looks_like_zip(std::string_view bytes) {
+  return bytes.starts_with("PK\x03\x04") || bytes.starts_with("PK\x05\x06");
+}
 
 bool find_zip_entry(std::string_view bytes, std::string_view name, std::string_view* entry, std::string* error) {
   Bytes in{bytes};
@@ -162,10 +166,12 @@ bool find_zip_entry(std::string_view bytes, std::string_view name, std::string_v
     std::uint64_t begin = 0;
     if (!entry_data(&in, d, e, &begin, error)) return false;
     ranges.emplace_back(e.header, begin + e.packed);
-    const bool in_folder = e.name.size() > name.size() && e.name.ends_with(name) && e.name[e.name.size() - name.size() - 1] == '/';
+    const bool in_folder =
+        e.name.size() > name.size() && e.name.ends_with(name) && e.name[e.name.size() - name.size() - 1] == '/';
     if (e.name != name && !in_folder) continue;
     if (found) {
-      *error = "the zip file holds " + std::string(found->name) + " and " + std::string(e.name) + ": which is meant is not clear";
+      *error = "the zip file holds " + std::string(found->name) + " and " + std::string(e.name) +
+               ": which is meant is not clear";
       return false;
     }
     found = &e;

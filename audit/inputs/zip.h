@@ -1,5 +1,5 @@
-// Finds one stored entry in a zip file, as torch.save writes them. The directory is checked as a whole before anything is
-// believed: sizes, offsets and overlaps. Nothing is decompressed.
+// Finds one stored entry in a zip file, as torch.save writes them. The directory is checked as a whole before anything
+// is believed: sizes, offsets and overlaps. Nothing is decompressed.
 #pragma once
 
 #include <cstddef>

@@ -51,10 +51,9 @@ std::vector<VersionSet> cut(std::string_view package, Topics topics, const Versi
     if (i > 0) window.from = bounds[i - 1];
     if (i < bounds.size()) window.until = bounds[i];
     if (versions && !versions->intersects(window)) continue;
-    VersionSet set;
+    VersionSet& set = out.emplace_back();
     set.window = versions ? overlap(window, versions->window) : window;
     set.text = window_text(package, set.window);
-    out.push_back(std::move(set));
   }
   return out;
 }

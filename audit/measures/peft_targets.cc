@@ -100,6 +100,7 @@ class Resolver {
     blocked_.insert(entry);
   }
   void refuse_empty() {
+    if (letters_) return refuse(first_module_, string_fault());
     out_.refused = "PEFT stops: no module or parameter of the model matches the configured targets";
     if (excluded_ > 0) out_.refused += ", or all that do are excluded";
   }
@@ -401,7 +402,7 @@ class Resolver {
   // ---- what to say of each entry ----
   void finish() {
     count_excluded();
-    if (letters_ && out_.entries[first_module_].hits == 0) refuse(first_module_, string_fault());
+    if (letters_ && out_.entries[first_module_].hits == 0) out_.entries[first_module_].why = string_fault();
     for (int e : blocked_) {
       out_.entries[e].hits = 0;
       out_.entries[e].parts.clear();

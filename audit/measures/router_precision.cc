@@ -144,8 +144,7 @@ class RouterPrecision {
     std::string fault = read_router(ctx_, routing_, row, &r);
     if (!fault.empty()) return fault;
     const std::int64_t top_k = ctx_.facts.top_k.value();
-    k::RouteArgs<float> trial = route_args<float>(routing_, r.experts, top_k);
-    const k::Status status = k::route(trial, k::RouteResult<float>{});
+    const k::Status status = k::check_route(route_args<float>(routing_, r.experts, top_k), {});
     if (status != k::Status::kOk) return r.tensor + ": " + k::name_of(status);
 
     std::int64_t tokens = budget;

@@ -9,12 +9,12 @@
 namespace moeaudit {
 
 struct Rule {
-  std::string_view id;        // two letters, three digits, never reused
-  std::string_view name;      // kebab-case, states the fault; the file stem is the same words in snake_case
-  std::string_view since;     // moe-audit version
-  Severity severity;          // the default (and usual) severity
-  std::string_view summary;   // one line for tables
-  std::string_view doc;       // Markdown: ## What it checks / ## Why it matters / ## How to fix / ## Limits
+  std::string_view id;       // two letters, three digits, never reused
+  std::string_view name;     // kebab-case, states the fault; the file stem is the same words in snake_case
+  std::string_view since;    // moe-audit version
+  Severity severity;         // the default (and usual) severity
+  std::string_view summary;  // one line for tables
+  std::string_view doc;      // Markdown: ## What it checks / ## Why it matters / ## How to fix / ## Limits
   Outcome (*check)(Facts&);
 };
 

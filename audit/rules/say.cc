@@ -124,7 +124,8 @@ std::string list_literal(const std::vector<std::string>& items) {
 }
 
 std::string model_config(Facts& f, const Settings& settings) {
-  if (dialect(f) == Dialect::kAxolotl) return "In the Axolotl config:\n    model_config:" + yaml_lines(settings, "      ");
+  if (dialect(f) == Dialect::kAxolotl)
+    return "In the Axolotl config:\n    model_config:" + yaml_lines(settings, "      ");
   if (const std::string text = trl_config(f, settings); !text.empty()) {
     return "In the training script (TRL sets flag and coefficient of the model from it):" + text;
   }
@@ -146,11 +147,15 @@ std::string training(Facts& f, const Settings& settings) {
 std::string lora_key(Facts& f, std::string_view key) {
   switch (dialect(f)) {
     case Dialect::kAxolotl:
-      return renamed(key, {{"r", "lora_r"}, {"target_modules", "lora_target_modules"},
-                           {"target_parameters", "lora_target_parameters"}, {"modules_to_save", "lora_modules_to_save"},
-                           {"use_rslora", "peft_use_rslora"}, {"rank_pattern", "lora_rank_pattern"}});
+      return renamed(key, {{"r", "lora_r"},
+                           {"target_modules", "lora_target_modules"},
+                           {"target_parameters", "lora_target_parameters"},
+                           {"modules_to_save", "lora_modules_to_save"},
+                           {"use_rslora", "peft_use_rslora"},
+                           {"rank_pattern", "lora_rank_pattern"}});
     case Dialect::kLlamaFactory:
-      return renamed(key, {{"r", "lora_rank"}, {"target_modules", "lora_target"}, {"modules_to_save", "additional_target"}});
+      return renamed(key,
+                     {{"r", "lora_rank"}, {"target_modules", "lora_target"}, {"modules_to_save", "additional_target"}});
     case Dialect::kPython: break;
   }
   return std::string(key);

@@ -10,12 +10,13 @@
 
 namespace moeaudit::say {
 
-std::string number(double v);        // at most six significant digits: "0.016", "6.25e-05"
-std::string count(std::int64_t v);   // "32,832"
-std::string percent(double share);   // 0.0123 -> "1.23 %"
+std::string number(double v);       // at most six significant digits: "0.016", "6.25e-05"
+std::string count(std::int64_t v);  // "32,832"
+std::string percent(double share);  // 0.0123 -> "1.23 %"
 std::string plural(std::int64_t n, std::string_view one, std::string_view many);  // "1 router", "4 routers"
 
-/// A float that PyYAML, JSON and Python all read as this float. PyYAML takes "1e-05" for a string: YAML 1.1 wants a dot.
+/// A float that PyYAML, JSON and Python all read as this float. PyYAML takes "1e-05" for a string: YAML 1.1 wants a
+/// dot.
 std::string literal(double v);
 
 /// " (axolotl.yml:4)"; "" if nothing is known of the place.

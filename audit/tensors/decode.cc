@@ -15,12 +15,24 @@ static_assert(std::endian::native == std::endian::little, "safetensors is little
 namespace moeaudit {
 namespace {
 
-struct BF16 { std::uint16_t bits; };
-struct F16 { std::uint16_t bits; };
-struct F8E4M3 { std::uint8_t bits; };
-struct F8E5M2 { std::uint8_t bits; };
-struct F8E8M0 { std::uint8_t bits; };
-struct Bool { std::uint8_t bits; };
+struct BF16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+struct F8E4M3 {
+  std::uint8_t bits;
+};
+struct F8E5M2 {
+  std::uint8_t bits;
+};
+struct F8E8M0 {
+  std::uint8_t bits;
+};
+struct Bool {
+  std::uint8_t bits;
+};
 
 float widen(BF16 v) { return std::bit_cast<float>(static_cast<std::uint32_t>(v.bits) << 16); }
 
@@ -54,13 +66,12 @@ float widen(F8E4M3 v) { return kE4M3[v.bits]; }
 /// The upper half of a binary16.
 float widen(F8E5M2 v) { return widen(F16{static_cast<std::uint16_t>(v.bits << 8)}); }
 /// A power of two: 2^(bits - 127); 255 is NaN.
-float widen(F8E8M0 v) { return v.bits == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, v.bits - 127); }
+float widen(F8E8M0 v) {
+  return v.bits == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, v.bits - 127);
+}
 float widen(Bool v) { return v.bits ? 1.0f : 0.0f; }
 template <class T>
-  requires std::is_arithmetic_v<T>
-T widen(T v) {
-  return v;
-}
+requires std::is_arithmetic_v<T> T widen(T v) { return v; }
 
 template <class Stored, class Out>
 void convert(const std::byte* from, std::int64_t count, Out* out) {

@@ -59,7 +59,8 @@ std::int64_t NameIndex::find(std::string_view name) const {
   if (names_.empty()) return -1;
   const std::size_t b = bucket_of(name);
   const auto begin = slots_.begin() + starts_[b], end = slots_.begin() + starts_[b + 1];
-  const auto after = std::upper_bound(begin, end, name, [this](std::string_view n, std::uint32_t i) { return n < names_[i]; });
+  const auto after =
+      std::upper_bound(begin, end, name, [this](std::string_view n, std::uint32_t i) { return n < names_[i]; });
   return after != begin && names_[*(after - 1)] == name ? static_cast<std::int64_t>(*(after - 1)) : -1;
 }
 

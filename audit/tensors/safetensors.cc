@@ -23,13 +23,27 @@ struct NamedDType {
 };
 // safetensors 0.8, tensor.rs, enum Dtype. The two FNUZ types have a size, and no reader here.
 constexpr NamedDType kDTypes[] = {
-    {"BF16", {DType::kBF16, 16}},     {"F32", {DType::kF32, 32}},        {"F16", {DType::kF16, 16}},
-    {"F8_E4M3", {DType::kF8E4M3, 8}}, {"F8_E5M2", {DType::kF8E5M2, 8}},  {"F8_E8M0", {DType::kF8E8M0, 8}},
-    {"U8", {DType::kU8, 8}},          {"I8", {DType::kI8, 8}},           {"F4", {DType::kF4, 4}},
-    {"F6_E2M3", {DType::kF6E2M3, 6}}, {"F6_E3M2", {DType::kF6E3M2, 6}},  {"I16", {DType::kI16, 16}},
-    {"U16", {DType::kU16, 16}},       {"I32", {DType::kI32, 32}},        {"U32", {DType::kU32, 32}},
-    {"I64", {DType::kI64, 64}},       {"U64", {DType::kU64, 64}},        {"F64", {DType::kF64, 64}},
-    {"BOOL", {DType::kBool, 8}},      {"C64", {DType::kC64, 64}},        {"F8_E4M3FNUZ", {DType::kUnknown, 8}},
+    {"BF16", {DType::kBF16, 16}},
+    {"F32", {DType::kF32, 32}},
+    {"F16", {DType::kF16, 16}},
+    {"F8_E4M3", {DType::kF8E4M3, 8}},
+    {"F8_E5M2", {DType::kF8E5M2, 8}},
+    {"F8_E8M0", {DType::kF8E8M0, 8}},
+    {"U8", {DType::kU8, 8}},
+    {"I8", {DType::kI8, 8}},
+    {"F4", {DType::kF4, 4}},
+    {"F6_E2M3", {DType::kF6E2M3, 6}},
+    {"F6_E3M2", {DType::kF6E3M2, 6}},
+    {"I16", {DType::kI16, 16}},
+    {"U16", {DType::kU16, 16}},
+    {"I32", {DType::kI32, 32}},
+    {"U32", {DType::kU32, 32}},
+    {"I64", {DType::kI64, 64}},
+    {"U64", {DType::kU64, 64}},
+    {"F64", {DType::kF64, 64}},
+    {"BOOL", {DType::kBool, 8}},
+    {"C64", {DType::kC64, 64}},
+    {"F8_E4M3FNUZ", {DType::kUnknown, 8}},
     {"F8_E5M2FNUZ", {DType::kUnknown, 8}},
 };
 
@@ -46,8 +60,10 @@ class Faults {
  public:
   explicit Faults(std::vector<SafetensorsFault>* out) : out_(out) {}
   void add(std::int64_t offset, std::string_view tensor, std::string what) {
-    if (out_->size() < kMaxFaults) out_->push_back({offset, std::string(tensor), std::move(what)});
-    else ++more_;
+    if (out_->size() < kMaxFaults)
+      out_->push_back({offset, std::string(tensor), std::move(what)});
+    else
+      ++more_;
   }
   void close() {
     if (more_ > 0) out_->push_back({-1, "", "and " + number(more_) + " more faults in this header"});
@@ -61,7 +77,9 @@ class Faults {
 class HeaderParser {
  public:
   HeaderParser(std::string_view text, std::int64_t file_size)
-      : pull_(text, kMaxDepth), data_begin_(8 + static_cast<std::int64_t>(text.size())), file_size_(file_size),
+      : pull_(text, kMaxDepth),
+        data_begin_(8 + static_cast<std::int64_t>(text.size())),
+        file_size_(file_size),
         faults_(&header_.faults) {
     header_.tensors.reserve(text.size() / 120);  // an entry takes about 130 bytes; only a guess
     header_.shapes.reserve(text.size() / 60);
@@ -214,7 +232,8 @@ class HeaderParser {
       std::int64_t value = -1;
       const std::string_view text = pull_.text();
       const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), value);
-      const bool good = token == Token::kNumber && text[0] != '-' && ec == std::errc() && end == text.data() + text.size();
+      const bool good =
+          token == Token::kNumber && text[0] != '-' && ec == std::errc() && end == text.data() + text.size();
       if (!good && fields->wrong.empty()) {
         fields->wrong = std::string(key) + " has a value that is not a whole number from 0 to 2^63 - 1";
       }
@@ -273,7 +292,7 @@ class HeaderParser {
   /// The tensors, in order of begin, must cover the data exactly. Those beyond the end of the file are dropped.
   void check_layout() {
     std::int64_t covered = data_begin_, beyond = 0, last_end = data_begin_;
-    const SafetensorsTensor* owner = nullptr;      // of the byte before `covered`
+    const SafetensorsTensor* owner = nullptr;  // of the byte before `covered`
     const SafetensorsTensor* first_beyond = nullptr;
     for (const SafetensorsTensor& t : header_.tensors) {
       if (t.begin < covered && !(owner && owner->name == t.name)) {
@@ -290,8 +309,9 @@ class HeaderParser {
     }
     if (beyond > 0) {
       faults_.add(file_size_, first_beyond->name,
-                  "the file is cut short: it has " + number(file_size_) + " bytes, its header describes " + number(last_end) +
-                      "; " + number(beyond) + " tensors reach beyond the end, this one is the first");
+                  "the file is cut short: it has " + number(file_size_) + " bytes, its header describes " +
+                      number(last_end) + "; " + number(beyond) +
+                      " tensors reach beyond the end, this one is the first");
       std::erase_if(header_.tensors, [&](const auto& t) { return t.end > file_size_; });
     } else if (last_end < file_size_ && !entry_dropped_) {
       faults_.add(last_end, "", number(file_size_ - last_end) + " bytes after the last tensor belong to none");
@@ -315,7 +335,8 @@ DTypeInfo dtype_info(std::string_view text) {
   return {};
 }
 
-std::int64_t safetensors_header_length(std::string_view start, std::int64_t file_size, std::vector<SafetensorsFault>* faults) {
+std::int64_t safetensors_header_length(std::string_view start, std::int64_t file_size,
+                                       std::vector<SafetensorsFault>* faults) {
   const auto refuse = [&](std::string what) {
     faults->push_back({0, "", std::move(what)});
     return std::int64_t{-1};
@@ -333,7 +354,8 @@ std::int64_t safetensors_header_length(std::string_view start, std::int64_t file
                   (length >> 48 ? ": not a safetensors file" : ""));
   }
   if (length > static_cast<std::uint64_t>(kMaxSafetensorsHeader)) {
-    return refuse("header length " + std::to_string(length) + " is over the format's limit of " + number(kMaxSafetensorsHeader));
+    return refuse("header length " + std::to_string(length) + " is over the format's limit of " +
+                  number(kMaxSafetensorsHeader));
   }
   return static_cast<std::int64_t>(length);
 }

@@ -25,7 +25,7 @@ struct DTypeInfo {
 DTypeInfo dtype_info(std::string_view text);
 
 struct SafetensorsTensor {
-  std::string_view name;        // in the header text, or in SafetensorsHeader::decoded
+  std::string_view name;  // in the header text, or in SafetensorsHeader::decoded
   std::string_view dtype_text;
   DType dtype = DType::kUnknown;
   std::size_t shape_begin = 0, shape_size = 0;  // in SafetensorsHeader::shapes
@@ -43,8 +43,8 @@ struct SafetensorsFault {
 struct SafetensorsHeader {
   std::vector<SafetensorsTensor> tensors;  // the sound ones, by begin, then end; a name may be there twice
   std::vector<std::int64_t> shapes;
-  std::deque<std::string> decoded;         // names that were written with escapes
-  std::vector<SafetensorsFault> faults;    // a bounded number, then one that counts the rest
+  std::deque<std::string> decoded;       // names that were written with escapes
+  std::vector<SafetensorsFault> faults;  // a bounded number, then one that counts the rest
 
   std::span<const std::int64_t> shape(const SafetensorsTensor& t) const {
     return {shapes.data() + t.shape_begin, t.shape_size};
@@ -53,7 +53,8 @@ struct SafetensorsHeader {
 
 /// Length of the header as the first bytes of the file state it, checked against `file_size` and the limit; -1 with a
 /// fault if the file cannot be a safetensors file. `start`: the first bytes of the file, 8 or more where it has them.
-std::int64_t safetensors_header_length(std::string_view start, std::int64_t file_size, std::vector<SafetensorsFault>* faults);
+std::int64_t safetensors_header_length(std::string_view start, std::int64_t file_size,
+                                       std::vector<SafetensorsFault>* faults);
 
 /// Parses the JSON text that follows the length. Views in the result point into `text`. A header that is not JSON of
 /// the right form gives no tensors; a tensor with a fault of its own is left out, the others stay.

@@ -41,7 +41,7 @@ class TensorStore {
 
   bool empty() const;
   std::size_t size() const;
-  const TensorView& operator[](std::size_t i) const;   // in order of file, then offset
+  const TensorView& operator[](std::size_t i) const;    // in order of file, then offset
   const TensorView* find(std::string_view name) const;  // nullptr if absent
   const std::vector<std::string>& files() const;        // paths as given
   /// Tensors that the index file names but no shard holds, with the shard it names.
@@ -57,6 +57,7 @@ int size_of(DType dtype);
 
 /// Decodes `count` elements from `first` on to double, exactly. False if the dtype cannot be decoded.
 bool decode(const TensorView& tensor, std::int64_t first, std::int64_t count, double* out);
-bool decode(const TensorView& tensor, std::int64_t first, std::int64_t count, float* out);  // exact for <= 32-bit floats
+bool decode(const TensorView& tensor, std::int64_t first, std::int64_t count,
+            float* out);  // exact for <= 32-bit floats
 
 }  // namespace moeaudit

@@ -23,8 +23,7 @@ std::size_t plain_run_end(std::string_view text, std::size_t at) {
       std::memcpy(&w, text.data() + at, 8);
       const std::uint64_t quote = w ^ (kOnes * '"'), slash = w ^ (kOnes * '\\');
       const std::uint64_t control = (w - kOnes * 0x20) & ~w;
-      const std::uint64_t stop =
-          (((quote - kOnes) & ~quote) | ((slash - kOnes) & ~slash) | control | w) & kHigh;
+      const std::uint64_t stop = (((quote - kOnes) & ~quote) | ((slash - kOnes) & ~slash) | control | w) & kHigh;
       if (stop) return at + static_cast<std::size_t>(std::countr_zero(stop)) / 8;
       at += 8;
     }
@@ -105,8 +104,7 @@ JsonPull::Token JsonPull::next() {
     const char c = at_end ? '\0' : text_[pos_];
     switch (expect_) {
       case Expect::kFinished: return Token::kEnd;
-      case Expect::kValue:
-        return at_end ? unexpected("a value") : value(c);
+      case Expect::kValue: return at_end ? unexpected("a value") : value(c);
       case Expect::kValueOrClose:
         return c == ']' ? close_container(c) : at_end ? unexpected("a value or ']'") : value(c);
       case Expect::kKeyOrClose:
@@ -118,7 +116,8 @@ JsonPull::Token JsonPull::next() {
       case Expect::kAfterValue: after_comma_ = false; break;
     }
     if (stack_.empty()) {
-      if (!at_end) return fail(pos_, "text after the end of the JSON value, from " + describe_byte(text_, pos_) + " on");
+      if (!at_end)
+        return fail(pos_, "text after the end of the JSON value, from " + describe_byte(text_, pos_) + " on");
       expect_ = Expect::kFinished;
       return Token::kEnd;
     }
@@ -200,11 +199,16 @@ JsonPull::Token JsonPull::unexpected(std::string_view wanted) {
   if (pos_ == 0 && (starts("\xFF\xFE") || starts("\xFE\xFF"))) {
     return fail(pos_, "starts with a UTF-16 byte order mark; save it as UTF-8");
   }
-  if (after_comma_ && (starts("}") || starts("]"))) hint = ": a comma before it is one too many";
-  else if (starts("'")) hint = ": JSON strings are in double quotes";
-  else if (starts("//") || starts("/*") || starts("#")) hint = ": JSON has no comments";
-  else if (starts("True") || starts("False") || starts("None")) hint = ": JSON writes true, false, null";
-  else if (starts("nan") || starts("inf")) hint = ": Python's json writes NaN and Infinity";
+  if (after_comma_ && (starts("}") || starts("]")))
+    hint = ": a comma before it is one too many";
+  else if (starts("'"))
+    hint = ": JSON strings are in double quotes";
+  else if (starts("//") || starts("/*") || starts("#"))
+    hint = ": JSON has no comments";
+  else if (starts("True") || starts("False") || starts("None"))
+    hint = ": JSON writes true, false, null";
+  else if (starts("nan") || starts("inf"))
+    hint = ": Python's json writes NaN and Infinity";
   return fail(pos_, "expected " + std::string(wanted) + ", found " + describe_byte(text_, pos_) + hint);
 }
 

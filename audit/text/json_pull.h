@@ -13,18 +13,29 @@ namespace moeaudit {
 class JsonPull {
  public:
   enum class Token : std::uint8_t {
-    kObjectBegin, kObjectEnd, kArrayBegin, kArrayEnd, kKey, kString, kNumber, kTrue, kFalse, kNull, kEnd, kError
+    kObjectBegin,
+    kObjectEnd,
+    kArrayBegin,
+    kArrayEnd,
+    kKey,
+    kString,
+    kNumber,
+    kTrue,
+    kFalse,
+    kNull,
+    kEnd,
+    kError
   };
   JsonPull(std::string_view text, int max_depth = 64);
 
-  Token next();                        // kEnd after the one top-level value; kError is sticky
-  std::string_view text() const;       // key or string, escapes decoded (valid until next()); number as written
-  bool decoded() const;                // text() had escapes and lies in the parser's own memory, not in the input
-  std::size_t offset() const;          // byte offset of the token
-  int line() const;                    // computed when asked: costs a scan since the last call
+  Token next();                   // kEnd after the one top-level value; kError is sticky
+  std::string_view text() const;  // key or string, escapes decoded (valid until next()); number as written
+  bool decoded() const;           // text() had escapes and lies in the parser's own memory, not in the input
+  std::size_t offset() const;     // byte offset of the token
+  int line() const;               // computed when asked: costs a scan since the last call
   int column() const;
   const TextError& error() const;
-  bool skip();                         // after kObjectBegin/kArrayBegin (or kKey): skips the whole value; false on error
+  bool skip();  // after kObjectBegin/kArrayBegin (or kKey): skips the whole value; false on error
 
  private:
   enum class Expect : std::uint8_t { kValue, kValueOrClose, kKey, kKeyOrClose, kAfterValue, kFinished };
@@ -44,8 +55,8 @@ class JsonPull {
   std::string_view text_;
   std::size_t pos_ = 0, token_offset_ = 0;
   std::string_view token_;
-  std::string scratch_;                // a string that had escapes, decoded
-  std::string stack_;                  // '{' or '[' per open container
+  std::string scratch_;  // a string that had escapes, decoded
+  std::string stack_;    // '{' or '[' per open container
   int max_depth_;
   Expect expect_ = Expect::kValue;
   bool failed_ = false, after_comma_ = false;

@@ -17,7 +17,9 @@ EqualKeys equal_keys(const std::vector<std::string>& identity) {
   for (std::size_t i = 0; i < order.size();) {
     std::size_t end = i + 1;
     while (end < order.size() && identity[order[end]] == identity[order[i]]) ++end;
-    if (end - i > 1) groups.emplace_back(order.begin() + static_cast<std::ptrdiff_t>(i), order.begin() + static_cast<std::ptrdiff_t>(end));
+    if (end - i > 1)
+      groups.emplace_back(order.begin() + static_cast<std::ptrdiff_t>(i),
+                          order.begin() + static_cast<std::ptrdiff_t>(end));
     i = end;
   }
   return groups;

@@ -132,7 +132,8 @@ std::optional<double> Node::as_double() const {
   std::string_view word = text;
   const double sign = word.starts_with('-') ? -1.0 : 1.0;
   if (word.starts_with('-') || word.starts_with('+')) word.remove_prefix(1);
-  if (word == "NaN" || word == ".nan" || word == ".NaN" || word == ".NAN") return std::numeric_limits<double>::quiet_NaN();
+  if (word == "NaN" || word == ".nan" || word == ".NaN" || word == ".NAN")
+    return std::numeric_limits<double>::quiet_NaN();
   if (word == "Infinity" || word == ".inf" || word == ".Inf" || word == ".INF") {
     return sign * std::numeric_limits<double>::infinity();
   }

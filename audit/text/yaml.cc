@@ -16,8 +16,14 @@ constexpr std::size_t kMaxYamlBytes = std::size_t{64} << 20;
 class TreeBuilder {
  public:
   TreeBuilder(YamlGraph graph, std::vector<DuplicateKey>* duplicates, const TextLimits& limits)
-      : nodes_(std::move(graph.nodes)), open_(nodes_.size()), listed_(nodes_.size()), merged_(nodes_.size()),
-        duplicates_(duplicates), limits_(limits), nodes_left_(limits.max_nodes), bytes_left_(limits.max_bytes) {}
+      : nodes_(std::move(graph.nodes)),
+        open_(nodes_.size()),
+        listed_(nodes_.size()),
+        merged_(nodes_.size()),
+        duplicates_(duplicates),
+        limits_(limits),
+        nodes_left_(limits.max_nodes),
+        bytes_left_(limits.max_bytes) {}
 
   void build(std::size_t position, Node* out) {
     const YamlNode& from = nodes_[position];
@@ -47,14 +53,17 @@ class TreeBuilder {
 
   /// The word of a core tag, or the type that the looks of the scalar give.
   static std::string_view type_of(const YamlNode& node) {
-    if (node.kind == YamlNode::Kind::kScalar && node.tag.empty()) return node.implicit ? yaml_implicit_type(node.text) : "str";
+    if (node.kind == YamlNode::Kind::kScalar && node.tag.empty())
+      return node.implicit ? yaml_implicit_type(node.text) : "str";
     if (node.tag.empty()) return node.kind == YamlNode::Kind::kSequence ? "seq" : "map";
-    if (!node.tag.starts_with(kYamlTagPrefix)) fail(node, "the tag " + node.tag + " is not read here: only YAML's own types are");
+    if (!node.tag.starts_with(kYamlTagPrefix))
+      fail(node, "the tag " + node.tag + " is not read here: only YAML's own types are");
     return std::string_view(node.tag).substr(kYamlTagPrefix.size());
   }
 
   void scalar(const YamlNode& from, Node* out) {
-    if (from.text.size() > bytes_left_) fail(from, "more text than " + std::to_string(limits_.max_bytes) + " bytes after its aliases are expanded");
+    if (from.text.size() > bytes_left_)
+      fail(from, "more text than " + std::to_string(limits_.max_bytes) + " bytes after its aliases are expanded");
     bytes_left_ -= from.text.size();
     std::string error;
     if (!yaml_construct_scalar(type_of(from), from.text, from.tag.empty(), out, &error)) fail(from, error);
@@ -100,7 +109,9 @@ class TreeBuilder {
     out->key_lines.push_back(key.mark.line + 1);
     switch (value.kind) {
       case Node::Kind::kNull: out->keys.emplace_back("null"); return "null";
-      case Node::Kind::kBool: out->keys.emplace_back(value.boolean ? "true" : "false"); return value.boolean ? "i1" : "i0";
+      case Node::Kind::kBool:
+        out->keys.emplace_back(value.boolean ? "true" : "false");
+        return value.boolean ? "i1" : "i0";
       case Node::Kind::kNumber: break;
       default: out->keys.push_back(value.text); return "s" + value.text;
     }
@@ -169,10 +180,12 @@ class TreeBuilder {
         append(nodes_[value].children);
         continue;
       }
-      if (nodes_[value].kind != YamlNode::Kind::kSequence) fail(nodes_[value], "'<<' wants a mapping or a list of mappings");
+      if (nodes_[value].kind != YamlNode::Kind::kSequence)
+        fail(nodes_[value], "'<<' wants a mapping or a list of mappings");
       const std::vector<std::size_t> items = nodes_[value].children;
       for (const std::size_t item : items) {
-        if (nodes_[item].kind != YamlNode::Kind::kMapping) fail(nodes_[item], "'<<' wants a mapping or a list of mappings");
+        if (nodes_[item].kind != YamlNode::Kind::kMapping)
+          fail(nodes_[item], "'<<' wants a mapping or a list of mappings");
         flatten(item, depth + 1);
       }
       for (std::size_t j = items.size(); j-- > 0;) append(nodes_[items[j]].children);
@@ -184,9 +197,9 @@ class TreeBuilder {
   }
 
   std::vector<YamlNode> nodes_;
-  std::vector<char> open_;             // is being built: a second visit is a cycle
-  std::vector<char> listed_;           // its duplicate keys are listed (an alias is built again)
-  std::vector<std::size_t> merged_;    // pairs in front that a merge key brought
+  std::vector<char> open_;           // is being built: a second visit is a cycle
+  std::vector<char> listed_;         // its duplicate keys are listed (an alias is built again)
+  std::vector<std::size_t> merged_;  // pairs in front that a merge key brought
   std::vector<std::string> path_;
   std::vector<DuplicateKey>* duplicates_;
   TextLimits limits_;

@@ -29,7 +29,8 @@ class YamlParser {
       graph_.root = nothing ? empty_scalar() : node(true, false);
       if (next_is({Kind::kDocumentEnd})) scanner_.take();
     }
-    if (!graph_.empty && document_start()) fail(scanner_.peek(), "a second document begins: only one can be read from a file");
+    if (!graph_.empty && document_start())
+      fail(document_start_, "a second document begins: only one can be read from a file");
     return std::move(graph_);
   }
 
@@ -63,7 +64,8 @@ class YamlParser {
     while (next_is({Kind::kDirective})) {
       const YamlToken token = scanner_.take();
       if (token.has_handle) {
-        if (!handles_.emplace(token.handle, token.text).second) fail(token, "a second %TAG for the handle " + token.handle);
+        if (!handles_.emplace(token.handle, token.text).second)
+          fail(token, "a second %TAG for the handle " + token.handle);
       } else if (token.text == "YAML") {
         if (version_seen) fail(token, "a second %YAML directive");
         if (token.major_version != 1) fail(token, "YAML of another major version than 1");
@@ -72,10 +74,10 @@ class YamlParser {
     }
     set_default_handles();
     if (!next_is({Kind::kDocumentStart})) {
-      fail(scanner_.peek(), std::string("expected the end of the file or '---', found ") + name_of(scanner_.peek().kind) +
-                                ": is it indented like what it belongs to?");
+      fail(scanner_.peek(), std::string("expected the end of the file or '---', found ") +
+                                name_of(scanner_.peek().kind) + ": is it indented like what it belongs to?");
     }
-    scanner_.take();
+    document_start_ = scanner_.take();
     return true;
   }
 
@@ -102,8 +104,10 @@ class YamlParser {
   Properties properties() {
     Properties p;
     for (int i = 0; i < 2; ++i) {
-      if (!p.anchor && next_is({Kind::kAnchor})) p.anchor = scanner_.take();
-      else if (!p.tag && next_is({Kind::kTag})) p.tag = scanner_.take();
+      if (!p.anchor && next_is({Kind::kAnchor}))
+        p.anchor = scanner_.take();
+      else if (!p.tag && next_is({Kind::kTag}))
+        p.tag = scanner_.take();
     }
     if (!p.tag) return p;
     p.full_tag = p.tag->text;
@@ -117,7 +121,8 @@ class YamlParser {
   std::size_t alias() {
     const YamlToken token = scanner_.take();
     const auto anchor = anchors_.find(token.text);
-    if (anchor == anchors_.end()) fail(token, "the alias *" + token.text + " has no anchor &" + token.text + " before it");
+    if (anchor == anchors_.end())
+      fail(token, "the alias *" + token.text + " has no anchor &" + token.text + " before it");
     return anchor->second;
   }
 
@@ -267,6 +272,7 @@ class YamlParser {
   }
 
   YamlScanner scanner_;
+  YamlToken document_start_;
   YamlGraph graph_;
   std::map<std::string, std::size_t, std::less<>> anchors_;
   std::map<std::string, std::string, std::less<>> handles_;

@@ -15,7 +15,7 @@ namespace moeaudit {
 struct YamlNode {
   enum class Kind : std::uint8_t { kScalar, kSequence, kMapping };
   Kind kind = Kind::kScalar;
-  bool implicit = false;              // scalar whose type its looks decide
+  bool implicit = false;  // scalar whose type its looks decide
   YamlMark mark;
   std::string tag;                    // in full; empty: none stated
   std::string text;                   // scalar

@@ -197,7 +197,8 @@ bool construct_float(std::string_view text, bool implicit, Node* node) {
   node->text = text;
   if (implicit) return true;
   std::string plain = without_underscores(strip(text));
-  std::transform(plain.begin(), plain.end(), plain.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+  std::transform(plain.begin(), plain.end(), plain.begin(),
+                 [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
   const bool negative = plain.starts_with('-');
   if (negative || plain.starts_with('+')) plain.erase(0, 1);
   if (one_of(plain, {".inf", "inf", "infinity"})) {
@@ -225,8 +226,8 @@ bool construct_float(std::string_view text, bool implicit, Node* node) {
 
 std::string_view yaml_implicit_type(std::string_view text) {
   if (one_of(text, {"", "~", "null", "Null", "NULL"})) return "null";
-  if (one_of(text, {"yes", "Yes", "YES", "no", "No", "NO", "true", "True", "TRUE", "false", "False", "FALSE", "on", "On", "ON",
-                    "off", "Off", "OFF"})) {
+  if (one_of(text, {"yes", "Yes", "YES", "no", "No", "NO", "true", "True", "TRUE", "false", "False", "FALSE", "on",
+                    "On", "ON", "off", "Off", "OFF"})) {
     return "bool";
   }
   if (text == "<<") return "merge";
@@ -238,7 +239,8 @@ std::string_view yaml_implicit_type(std::string_view text) {
   return is_timestamp(text, true, &unused) ? "timestamp" : "str";
 }
 
-bool yaml_construct_scalar(std::string_view type, std::string_view text, bool implicit, Node* node, std::string* error) {
+bool yaml_construct_scalar(std::string_view type, std::string_view text, bool implicit, Node* node,
+                           std::string* error) {
   const auto fail = [&](const char* what) {
     *error = std::string("'").append(text.substr(0, 40)).append("' ").append(what);
     return false;
@@ -251,7 +253,8 @@ bool yaml_construct_scalar(std::string_view type, std::string_view text, bool im
   if (type == "null") return true;
   if (type == "bool") {
     std::string word(text);
-    std::transform(word.begin(), word.end(), word.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+    std::transform(word.begin(), word.end(), word.begin(),
+                   [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
     node->kind = Node::Kind::kBool;
     node->boolean = one_of(word, {"yes", "true", "on"});
     return node->boolean || one_of(word, {"no", "false", "off"}) || fail("is not a boolean");
@@ -262,7 +265,8 @@ bool yaml_construct_scalar(std::string_view type, std::string_view text, bool im
     Timestamp t;
     node->kind = Node::Kind::kString;
     node->text = text;
-    return (is_timestamp(text, implicit, &t) && exists(t)) || fail("looks like a date, but there is no such date: quote it");
+    return (is_timestamp(text, implicit, &t) && exists(t)) ||
+           fail("looks like a date, but there is no such date: quote it");
   }
   *error = "the tag !!" + std::string(type) + " is not read here";
   if (type == "value") *error = "'=' alone has a meaning of its own in YAML, and PyYAML cannot read it: quote it";

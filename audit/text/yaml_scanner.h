@@ -27,17 +27,34 @@ struct YamlMark {
 
 struct YamlToken {
   enum class Kind : std::uint8_t {
-    kStreamStart, kStreamEnd, kDirective, kDocumentStart, kDocumentEnd, kBlockSequenceStart, kBlockMappingStart, kBlockEnd,
-    kFlowSequenceStart, kFlowSequenceEnd, kFlowMappingStart, kFlowMappingEnd, kBlockEntry, kFlowEntry, kKey, kValue,
-    kAlias, kAnchor, kTag, kScalar
+    kStreamStart,
+    kStreamEnd,
+    kDirective,
+    kDocumentStart,
+    kDocumentEnd,
+    kBlockSequenceStart,
+    kBlockMappingStart,
+    kBlockEnd,
+    kFlowSequenceStart,
+    kFlowSequenceEnd,
+    kFlowMappingStart,
+    kFlowMappingEnd,
+    kBlockEntry,
+    kFlowEntry,
+    kKey,
+    kValue,
+    kAlias,
+    kAnchor,
+    kTag,
+    kScalar
   };
   Kind kind = Kind::kStreamStart;
   YamlMark mark;
-  std::string text;         // scalar value; name of an anchor, alias or directive; suffix of a tag; prefix of %TAG
-  std::string handle;       // of a tag ("" where it has none) or of %TAG
+  std::string text;    // scalar value; name of an anchor, alias or directive; suffix of a tag; prefix of %TAG
+  std::string handle;  // of a tag ("" where it has none) or of %TAG
   bool has_handle = false;
-  bool plain = false;       // scalar without quotes and not a block
-  int major_version = 0;    // %YAML
+  bool plain = false;     // scalar without quotes and not a block
+  int major_version = 0;  // %YAML
 };
 const char* name_of(YamlToken::Kind kind);
 

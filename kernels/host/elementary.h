@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/host/low_precision.h"
+
 namespace moeaudit::kernels {
 
 /// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double).
 /// x = k ln 2 + r with |r| <= ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor
 /// sum to r^13 leaves r^14/14! < 5e-18. 2^k goes in as two factors so that results below 2^-1022 round once.
-inline double exp_exact_order(double x) {
+MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
   const double clamped = x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x);
   const double shifted = clamped * 1.4426950408889634 + kMagic;
@@ -39,9 +41,9 @@ inline double exp_exact_order(double x) {
 }
 
 /// ln x for x > 0, within 2 units in the last place: x = 2^e m with m in [sqrt(1/2), sqrt 2), ln m = 2 atanh((m-1)/(m+1)).
-inline double log_exact_order(double x) {
+MOE_AUDIT_HOST_DEVICE inline double log_exact_order(double x) {
   if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
-  if (x > std::numeric_limits<double>::max()) return x;
+  if (x > 1.7976931348623157e308) return x;
   int e = 0;
   double m = std::frexp(x, &e);  // [0.5, 1), exact
   if (m < 0.70710678118654757) {
@@ -61,16 +63,16 @@ inline double log_exact_order(double x) {
 }
 
 /// ln(1 + y) for y >= 0; the second term gives back what 1 + y lost.
-inline double log1p_exact_order(double y) {
+MOE_AUDIT_HOST_DEVICE inline double log1p_exact_order(double y) {
   if (!(y < std::numeric_limits<double>::infinity())) return y;
   const double u = 1.0 + y;
   return log_exact_order(u) + (y - (u - 1.0)) / u;
 }
 
-inline double sigmoid_exact_order(double x) { return 1.0 / (1.0 + exp_exact_order(-x)); }
+MOE_AUDIT_HOST_DEVICE inline double sigmoid_exact_order(double x) { return 1.0 / (1.0 + exp_exact_order(-x)); }
 
 /// sqrt(softplus(x)); above 20 softplus is x itself, as torch.nn.functional.softplus has it.
-inline double sqrt_softplus_exact_order(double x) {
+MOE_AUDIT_HOST_DEVICE inline double sqrt_softplus_exact_order(double x) {
   return std::sqrt(x > 20.0 ? x : log1p_exact_order(exp_exact_order(x)));
 }
 

@@ -4,6 +4,13 @@
 #include <bit>
 #include <cstdint>
 
+// These formulas are compiled for CUDA too (with -fmad=false), so that both sides compute the same bits.
+#ifdef __CUDACC__
+#define MOE_AUDIT_HOST_DEVICE __host__ __device__
+#else
+#define MOE_AUDIT_HOST_DEVICE
+#endif
+
 namespace moeaudit::kernels {
 
 /// The dtype a value is rounded to. kF64 leaves it alone.
@@ -15,7 +22,7 @@ struct FloatFormat {
   int min_exp;
   int max_exp;
 };
-constexpr FloatFormat format_of(Float f) {
+MOE_AUDIT_HOST_DEVICE constexpr FloatFormat format_of(Float f) {
   switch (f) {
     case Float::kF64: return {53, -1022, 1023};
     case Float::kF32: return {24, -126, 127};
@@ -30,11 +37,11 @@ const char* name_of(Float f);  // "float64", "float32", "bfloat16", "float16"
 constexpr double unit_roundoff(Float f) { return 1.0 / static_cast<double>(std::int64_t{1} << format_of(f).bits); }
 
 /// 2^e as a double, for normal e.
-inline double power_of_two(int e) { return std::bit_cast<double>(static_cast<std::uint64_t>(e + 1023) << 52); }
+MOE_AUDIT_HOST_DEVICE inline double power_of_two(int e) { return std::bit_cast<double>(static_cast<std::uint64_t>(e + 1023) << 52); }
 
 /// Distance between the neighbours of v in the format (v finite): that of subnormals near zero, and beyond the largest
 /// finite value the distance there would be if there were one more exponent.
-inline double spacing(double v, Float f) {
+MOE_AUDIT_HOST_DEVICE inline double spacing(double v, Float f) {
   const FloatFormat format = format_of(f);
   int e = static_cast<int>(std::bit_cast<std::uint64_t>(v) >> 52 & 0x7ff) - 1023;
   e = e < format.min_exp ? format.min_exp : e;
@@ -45,7 +52,7 @@ inline double spacing(double v, Float f) {
 /// v rounded once, to nearest, ties to even; beyond the largest finite value to infinity; NaN and the sign of zero kept.
 /// Adding and subtracting 1.5 * 2^52 spacings lets the adder of the machine do the rounding; both steps are exact
 /// otherwise, and there is no detour through float, which would round twice.
-inline double round_to(double v, Float f) {
+MOE_AUDIT_HOST_DEVICE inline double round_to(double v, Float f) {
   if (f == Float::kF64) return v;
   if (f == Float::kF32) return static_cast<double>(static_cast<float>(v));
   constexpr std::uint64_t kSign = std::uint64_t{1} << 63;

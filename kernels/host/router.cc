@@ -89,7 +89,9 @@ template <class In, class Sum>
 void gate(const GateArgs<In, Sum>& a) {
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   if (a.tokens == 0) return;  // Highway allocates no empty buffers
-  const std::int64_t tile = std::min(kTileTokens, a.tokens);
+  // Weights that stay in the second-level cache anyway: one block at a time, so that its rows of x are read straight through.
+  const bool small = padded * a.hidden * static_cast<std::int64_t>(sizeof(Sum)) <= (std::int64_t{512} << 10);
+  const std::int64_t tile = std::min<std::int64_t>(small ? kBlockTokens<Sum> : kTileTokens, a.tokens);
   const auto buffer = hwy::AllocateAligned<Sum>(tile * padded);
   for (std::int64_t start = 0; start < a.tokens; start += tile) {
     const std::int64_t tokens = std::min(tile, a.tokens - start);
@@ -173,7 +175,7 @@ HWY_INLINE void best_of(const T* values, std::int64_t n, std::int64_t count, std
   std::int64_t have = 0;
   for (std::int64_t e = 0; e < n; ++e) {
     const T v = values[e];
-    if (have == count && !better(v, values[index[count - 1]])) continue;
+    if (have == count && (v <= values[index[count - 1]] || !better(v, values[index[count - 1]]))) continue;
     std::int64_t at = have < count ? have++ : count - 1;
     for (; at > 0 && better(v, values[index[at - 1]]); --at) index[at] = index[at - 1];
     index[at] = static_cast<std::int32_t>(e);
@@ -190,12 +192,79 @@ HWY_INLINE void round_tensor(T* values, std::int64_t n, Float dtype) {
   for (std::int64_t i = 0; i < n; ++i) values[i] = rounded(values[i], dtype);
 }
 
-/// out = softmax(in) over n values. Each result of the arithmetic is a T; the exponential is taken in double and rounded.
+/// exp_exact_order() on vectors: the same operations in the same order, and so the same bits.
+template <class D>
+HWY_INLINE hn::Vec<D> exp_lanes(D d, hn::Vec<D> x) {
+  const hn::RebindToUnsigned<D> du;
+  const auto c = [d](double v) { return hn::Set(d, v); };
+  constexpr double kMagic = 6755399441055744.0;
+  const auto clamped = hn::IfThenElse(hn::Lt(x, c(-746.0)), c(-746.0), hn::IfThenElse(hn::Gt(x, c(710.0)), c(710.0), x));
+  const auto k = hn::Sub(hn::Add(hn::Mul(clamped, c(1.4426950408889634)), c(kMagic)), c(kMagic));
+  const auto r = hn::Sub(hn::Sub(clamped, hn::Mul(k, c(6.93147180369123816490e-01))), hn::Mul(k, c(1.90821492927058770002e-10)));
+  auto p = c(1.0 / 6227020800.0);
+  for (const double next : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
+                            1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5}) {
+    p = hn::Add(hn::Mul(p, r), c(next));
+  }
+  p = hn::Add(c(1.0), hn::Add(r, hn::Mul(hn::Mul(r, r), p)));
+  const auto first = hn::IfThenElse(hn::Lt(k, c(-1000.0)), c(-1000.0), hn::IfThenElse(hn::Gt(k, c(1000.0)), c(1000.0), k));
+  const auto two_to = [&](hn::Vec<D> n) {
+    const auto bits = hn::And(hn::BitCast(du, hn::Add(n, c(kMagic + 1023.0))), hn::Set(du, std::uint64_t{0xfff}));
+    return hn::BitCast(d, hn::ShiftLeft<52>(bits));
+  };
+  const auto result = hn::Mul(hn::Mul(p, two_to(first)), two_to(hn::Sub(k, first)));
+  return hn::IfThenElse(hn::Eq(x, x), result, x);
+}
+
+template <class D, class In>
+HWY_INLINE hn::Vec<D> load(D d, const In* from) {
+  if constexpr (sizeof(In) == sizeof(hn::TFromD<D>)) {
+    return hn::LoadU(d, from);
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<In, D>(), from));
+  }
+}
+
+/// out = exp(in - shift) or sigmoid(in), computed in float64 and rounded to T; in - shift is a T.
+template <bool kSigmoid, class T>
+HWY_INLINE void exp_all(const T* in, std::int64_t n, T shift, T* out) {
+  const hn::ScalableTag<double> d;
+  const hn::Rebind<T, decltype(d)> dt;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    const auto v = load(d, in + i);
+    hn::Vec<decltype(d)> r;
+    if constexpr (kSigmoid) {
+      r = hn::Div(hn::Set(d, 1.0), hn::Add(hn::Set(d, 1.0), exp_lanes(d, hn::Neg(v))));
+    } else if constexpr (sizeof(T) == sizeof(double)) {
+      r = exp_lanes(d, hn::Sub(v, hn::Set(d, shift)));
+    } else {
+      r = exp_lanes(d, hn::PromoteTo(d, hn::Sub(hn::LoadU(dt, in + i), hn::Set(dt, shift))));
+    }
+    if constexpr (sizeof(T) == sizeof(double)) {
+      hn::StoreU(r, d, out + i);
+    } else {
+      hn::StoreU(hn::DemoteTo(dt, r), dt, out + i);
+    }
+  }
+  for (; i < n; ++i) {
+    out[i] = static_cast<T>(kSigmoid ? sigmoid_exact_order(static_cast<double>(in[i]))
+                                     : exp_exact_order(static_cast<double>(static_cast<T>(in[i] - shift))));
+  }
+}
+
+/// out = softmax(in) over n values; each result of the arithmetic is a T. A NaN makes all of them NaN.
 template <class T>
 HWY_INLINE void softmax(const T* in, std::int64_t n, Float dtype, T* out) {
   T largest = in[0];
-  for (std::int64_t e = 1; e < n; ++e) largest = better(in[e], largest) ? in[e] : largest;
-  for (std::int64_t e = 0; e < n; ++e) out[e] = static_cast<T>(exp_exact_order(static_cast<double>(in[e] - largest)));
+  bool has_nan = false;
+  for (std::int64_t e = 0; e < n; ++e) {
+    largest = in[e] > largest ? in[e] : largest;
+    has_nan |= in[e] != in[e];
+  }
+  if (has_nan) return std::fill(out, out + n, std::numeric_limits<T>::quiet_NaN());
+  exp_all<false>(in, n, largest, out);
   T sum = 0;
   for (std::int64_t e = 0; e < n; ++e) sum += out[e];
   for (std::int64_t e = 0; e < n; ++e) out[e] /= sum;
@@ -206,7 +275,7 @@ template <class T>
 HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
   if (a.score == Score::kSoftmax) return softmax(logits, a.experts, a.tensor_dtype, scores);
   if (a.score == Score::kSigmoid) {
-    for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sigmoid_exact_order(logits[e]));
+    exp_all<true>(logits, a.experts, T(0), scores);
   } else {
     for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sqrt_softplus_exact_order(logits[e]));
   }
@@ -317,6 +386,7 @@ const char* name_of(Status status) {
     case Status::kBadTopK: return "top_k is not within 1..experts";
     case Status::kBadGroups: return "groups do not divide the experts, top_groups is not within 1..groups, or a group is too small";
     case Status::kBadOption: return "options that exclude each other";
+    case Status::kLaunchFailed: return "the device refused the launch";
   }
   return "?";
 }
@@ -365,6 +435,8 @@ void round_values(const float* in, std::int64_t count, Float dtype, float* out) 
 void round_values(const double* in, std::int64_t count, Float dtype, double* out) {
   HWY_DYNAMIC_DISPATCH(round_f64)(in, count, dtype, out);
 }
+Status check_route(const RouteArgs<float>& args, const RouteResult<float>& result) { return check(args, result); }
+Status check_route(const RouteArgs<double>& args, const RouteResult<double>& result) { return check(args, result); }
 Status route(const RouteArgs<float>& args, const RouteResult<float>& result) {
   const Status status = check(args, result);
   if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(route_f32)(args, result);

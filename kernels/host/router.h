@@ -7,7 +7,7 @@
 
 namespace moeaudit::kernels {
 
-enum class Status { kOk, kNullPointer, kBadShape, kBadTopK, kBadGroups, kBadOption };
+enum class Status { kOk, kNullPointer, kBadShape, kBadTopK, kBadGroups, kBadOption, kLaunchFailed };
 const char* name_of(Status status);
 
 // ---- the gate --------------------------------------------------------------------------------------------------------
@@ -115,6 +115,10 @@ struct RouteResult {
   std::int32_t* runner_up = nullptr;  // [tokens], or null: the expert that top_k + 1 would add; -1 if there is none
   T* choice = nullptr;                // [tokens, experts], or null: choice after the group mask
 };
+
+/// What is wrong with the arguments; kOk if nothing. The calls below check by themselves.
+Status check_route(const RouteArgs<float>& args, const RouteResult<float>& result);
+Status check_route(const RouteArgs<double>& args, const RouteResult<double>& result);
 
 Status route(const RouteArgs<float>& args, const RouteResult<float>& result);
 Status route(const RouteArgs<double>& args, const RouteResult<double>& result);

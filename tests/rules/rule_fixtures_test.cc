@@ -1,7 +1,10 @@
 // Every rule against its fixtures: fixtures/rules/<ID>/<outcome>_<case>/, read at run time (docs/add_a_rule.md).
 //   facts.json     facts of the case, laid over fixtures/rules/<ID>/base.json (tests/support/facts_from_json.h), or
 //   args.json      command-line arguments; paths are relative to the source folder and real files are read and measured
-//   expected.json  what the rule must say of it
+//   expected.json  what the rule must say of it: outcome, severities, exact (first message), parts of message, remedy
+//   and
+//                  reason, names of evidence, locations "file:line tensor", missing facts; by_hand shows how a number
+//                  arose
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -82,27 +85,35 @@ Outcome run_files(const Rule& rule, const json& args) {
   RunOptions run;
   EngineOptions engine;
   engine.select = {std::string(rule.id)};
-  const std::map<std::string, std::vector<std::string>*> lists = {{"--model", &run.models},   {"--base", &run.bases},
-                                                                  {"--adapter", &run.adapters}, {"--config", &run.configs},
-                                                                  {"--env", &run.envs},       {"--log", &run.logs}};
+  const std::map<std::string, std::vector<std::string>*> lists = {
+      {"--model", &run.models},   {"--base", &run.bases}, {"--adapter", &run.adapters},
+      {"--config", &run.configs}, {"--env", &run.envs},   {"--log", &run.logs}};
   for (std::size_t i = 0; i < args.size(); ++i) {
     const std::string arg = args[i].get<std::string>();
     const auto value = [&] { return args.at(++i).get<std::string>(); };
-    if (const auto list = lists.find(arg); list != lists.end()) list->second->push_back(value());
-    else if (arg == "--hidden-states") run.hidden_states = value();
-    else if (arg == "--world-size") run.world_size = std::stoll(value());
-    else if (arg == "--sequence-length") run.sequence_length = std::stoll(value());
-    else if (arg == "--static") engine.replays = false;
+    if (const auto list = lists.find(arg); list != lists.end())
+      list->second->push_back(value());
+    else if (arg == "--hidden-states")
+      run.hidden_states = value();
+    else if (arg == "--world-size")
+      run.world_size = std::stoll(value());
+    else if (arg == "--sequence-length")
+      run.sequence_length = std::stoll(value());
+    else if (arg == "--static")
+      engine.replays = false;
     else if (arg == "--assume") {
       std::stringstream pairs(value());
       for (std::string pair; std::getline(pairs, pair, ',');) {
         run.assume.emplace_back(pair.substr(0, pair.find('=')), pair.substr(pair.find('=') + 1));
       }
-    } else if (arg.rfind("--", 0) == 0) throw std::runtime_error("args.json: unknown option " + arg);
-    else run.paths.push_back(arg);
+    } else if (arg.rfind("--", 0) == 0)
+      throw std::runtime_error("args.json: unknown option " + arg);
+    else
+      run.paths.push_back(arg);
   }
   std::vector<LoadedRun> loaded = load_runs(run);
-  if (loaded.size() != 1) throw std::runtime_error("args.json: " + std::to_string(loaded.size()) + " runs instead of one");
+  if (loaded.size() != 1)
+    throw std::runtime_error("args.json: " + std::to_string(loaded.size()) + " runs instead of one");
   for (const InputProblem& problem : loaded[0].problems) {
     if (problem.fatal) throw std::runtime_error(problem.file + ": " + problem.what);
   }
@@ -114,7 +125,8 @@ Outcome run_case(const Rule& rule, const Case& c) {
   if (fs::exists(c.folder / "args.json")) return run_files(rule, read_json(c.folder / "args.json"));
   json facts = json::object();
   if (fs::exists(c.folder.parent_path() / "base.json")) facts = read_json(c.folder.parent_path() / "base.json");
-  for (const auto& item : read_json(c.folder / "facts.json").items()) facts[item.key()] = item.value();
+  const json own = read_json(c.folder / "facts.json");
+  for (const auto& item : own.items()) facts[item.key()] = item.value();
   const FactSheet sheet = testing::facts_from_json(facts);
   Facts view(sheet);
   return rule.check(view);
@@ -129,7 +141,9 @@ std::string join(const std::vector<Finding>& findings, std::string Finding::*mem
 void expect_parts(const json& expected, const char* key, const std::string& text) {
   if (!expected.contains(key)) return;
   for (const json& part : expected.at(key)) {
-    EXPECT_NE(text.find(part.get<std::string>()), std::string::npos) << key << " lacks '" << part.get<std::string>() << "':\n" << text;
+    EXPECT_NE(text.find(part.get<std::string>()), std::string::npos)
+        << key << " lacks '" << part.get<std::string>() << "':\n"
+        << text;
   }
 }
 
@@ -163,7 +177,8 @@ void expect_findings(const Outcome& outcome, const json& expected) {
     for (const Evidence& e : f.evidence) evidence.push_back(e.name);
     for (const Location& l : f.locations) locations.push_back(place(l));
   }
-  EXPECT_EQ(severities, expected.at("severities").get<std::vector<std::string>>()) << join(outcome.findings, &Finding::message);
+  EXPECT_EQ(severities, expected.at("severities").get<std::vector<std::string>>())
+      << join(outcome.findings, &Finding::message);
   if (expected.contains("exact")) {
     EXPECT_EQ(outcome.findings.at(0).message, expected.at("exact").get<std::string>());
   }
@@ -172,7 +187,8 @@ void expect_findings(const Outcome& outcome, const json& expected) {
   for (const char* key : {"evidence", "locations"}) {
     const auto& got = std::string(key) == "evidence" ? evidence : locations;
     for (const json& one : expected.value(key, json::array())) {
-      EXPECT_NE(std::find(got.begin(), got.end(), one.get<std::string>()), got.end()) << key << " lacks " << one << ", has " << json(got);
+      EXPECT_NE(std::find(got.begin(), got.end(), one.get<std::string>()), got.end())
+          << key << " lacks " << one << ", has " << json(got);
     }
   }
 }
@@ -185,12 +201,14 @@ TEST_P(RuleFixture, SaysWhatIsExpected) {
   const Rule* rule = find_rule(c.id);
   ASSERT_NE(rule, nullptr) << "fixtures/rules/" << c.id << ": there is no such rule";
   const Outcome::Kind* kind = kind_of(c.name);
-  ASSERT_NE(kind, nullptr) << c.folder << ": a case is called fires_, silent_, cannot_tell_ or not_applicable_ something";
+  ASSERT_NE(kind, nullptr) << c.folder
+                           << ": a case is called fires_, silent_, cannot_tell_ or not_applicable_ something";
   const json expected = read_json(c.folder / "expected.json");
-  EXPECT_EQ(expected.at("outcome").get<std::string>(), name_of(*kind)) << "expected.json contradicts the name of the folder";
+  EXPECT_EQ(expected.at("outcome").get<std::string>(), name_of(*kind))
+      << "expected.json contradicts the name of the folder";
   for (const auto& item : expected.items()) {
     const std::set<std::string> known = {"outcome",  "severities", "exact",   "message", "remedy",
-                                         "evidence", "locations",  "missing", "reason"};
+                                         "evidence", "locations",  "missing", "reason",  "by_hand"};
     EXPECT_TRUE(known.count(item.key())) << "expected.json: unknown key " << item.key();
   }
   const Outcome outcome = run_case(*rule, c);
@@ -199,9 +217,7 @@ TEST_P(RuleFixture, SaysWhatIsExpected) {
   for (const Missing& m : outcome.missing) missing.push_back(m.fact);
   ASSERT_STREQ(name_of(outcome.kind), name_of(*kind)) << said << json(missing);
   switch (outcome.kind) {
-    case Outcome::Kind::kFinding:
-      expect_findings(outcome, expected);
-      break;
+    case Outcome::Kind::kFinding: expect_findings(outcome, expected); break;
     case Outcome::Kind::kCannotTell:
       EXPECT_EQ(missing, expected.at("missing").get<std::vector<std::string>>());
       expect_parts(expected, "reason", outcome.missing.empty() ? "" : outcome.missing[0].why);
@@ -211,9 +227,7 @@ TEST_P(RuleFixture, SaysWhatIsExpected) {
       EXPECT_TRUE(expected.contains("reason")) << "say by a part of the reason which of the rule's reasons is meant";
       expect_parts(expected, "reason", outcome.reason);
       break;
-    case Outcome::Kind::kPass:
-      expect_parts(expected, "reason", outcome.reason);
-      break;
+    case Outcome::Kind::kPass: expect_parts(expected, "reason", outcome.reason); break;
   }
 }
 

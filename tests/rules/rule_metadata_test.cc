@@ -11,7 +11,8 @@ namespace moeaudit {
 namespace {
 
 TEST(Rules, IdsAndNamesAreUniqueAndWellFormed) {
-  const std::regex id_form("[A-Z]{2}[0-9]{3}"), name_form("[a-z0-9]+(-[a-z0-9]+)+"), since_form("[0-9]+\\.[0-9]+\\.[0-9]+");
+  const std::regex id_form("[A-Z]{2}[0-9]{3}"), name_form("[a-z0-9]+(-[a-z0-9]+)+"),
+      since_form("[0-9]+\\.[0-9]+\\.[0-9]+");
   std::set<std::string> ids, names;
   ASSERT_GT(kNumRules, 0);
   for (int i = 0; i < kNumRules; ++i) {

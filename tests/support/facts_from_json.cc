@@ -35,10 +35,14 @@ void read(const json& j, std::int64_t* v) {
 void read(const json& j, double* v) {  // JSON has no word for them; the reports write the same strings
   if (j.is_string()) {
     const std::string text = j.get<std::string>();
-    if (text == "nan") *v = std::nan("");
-    else if (text == "inf") *v = std::numeric_limits<double>::infinity();
-    else if (text == "-inf") *v = -std::numeric_limits<double>::infinity();
-    else fail("not a number: " + text);
+    if (text == "nan")
+      *v = std::nan("");
+    else if (text == "inf")
+      *v = std::numeric_limits<double>::infinity();
+    else if (text == "-inf")
+      *v = -std::numeric_limits<double>::infinity();
+    else
+      fail("not a number: " + text);
     return;
   }
   if (!j.is_number()) fail("not a number: " + j.dump());
@@ -139,8 +143,10 @@ const double kNan = std::numeric_limits<double>::quiet_NaN();
 void read(const json& j, Routing* v) {
   Members m(j);
   m("scoring", &v->scoring)("softmax_after_top_k", &v->softmax_after_top_k)("linear_bias", &v->linear_bias);
-  m("correction_bias", &v->correction_bias)("group_score", &v->group_score)("groups", &v->groups)("top_groups", &v->top_groups);
-  m("group_mask_is_zero", &v->group_mask_is_zero)("renormalise", &v->renormalise)("renormalise_eps", &v->renormalise_eps);
+  m("correction_bias", &v->correction_bias)("group_score", &v->group_score)("groups", &v->groups)("top_groups",
+                                                                                                  &v->top_groups);
+  m("group_mask_is_zero", &v->group_mask_is_zero)("renormalise", &v->renormalise)("renormalise_eps",
+                                                                                  &v->renormalise_eps);
   m("scaling", &v->scaling)("logits_dtype", &v->logits_dtype)("scores_dtype", &v->scores_dtype);
   m("weight_tensor", &v->weight_tensor)("linear_bias_tensor", &v->linear_bias_tensor);
   m("correction_bias_tensor", &v->correction_bias_tensor)("input_norm_tensor", &v->input_norm_tensor).done();
@@ -170,9 +176,11 @@ void read(const json& j, TensorDiff* v) {
 
 void read(const json& j, PrecisionTable* v) {
   Columns c(j);
-  c("layer", &v->layer, 0)("tensor", &v->tensor, kBlank)("mode", &v->mode, kBlank)("tokens", &v->tokens, std::int64_t{0});
+  c("layer", &v->layer, 0)("tensor", &v->tensor, kBlank)("mode", &v->mode, kBlank)("tokens", &v->tokens,
+                                                                                   std::int64_t{0});
   c("flipped", &v->flipped, 0.0)("low", &v->low, 0.0)("high", &v->high, 0.0)("near_ties", &v->near_ties, 0.0);
-  c("weight_error", &v->weight_error, 0.0)("max_abs_logit", &v->max_abs_logit, 0.0)("overflowed", &v->overflowed, std::int64_t{0});
+  c("weight_error", &v->weight_error, 0.0)("max_abs_logit", &v->max_abs_logit, 0.0)("overflowed", &v->overflowed,
+                                                                                    std::int64_t{0});
   c.members()("input", &v->input)("probe", &v->probe);
   c.done();
 }
@@ -188,20 +196,23 @@ void read(const json& j, AdapterModules* v) {
 void read(const json& j, AdapterTargets* v) {
   Columns c(j);
   c("entry", &v->entry, kBlank)("field", &v->field, std::string("target_modules"))("hits", &v->hits, std::int64_t{0});
-  c("reaches", &v->reaches, kBlank)("names_experts", &v->names_experts, kNo)("line", &v->line, 0)("certain", &v->certain, char{1});
+  c("reaches", &v->reaches, kBlank)("names_experts", &v->names_experts, kNo)("line", &v->line, 0)("certain",
+                                                                                                  &v->certain, char{1});
   c("file", &v->file, kBlank)("why", &v->why, kBlank);
   c.done();
 }
 
 void read(const json& j, AdapterTensors* v) {
   Columns c(j);
-  c("module", &v->module, kBlank)("part", &v->part, Part::kRoutedExpert)("layer", &v->layer, -1)("expert", &v->expert, -1);
+  c("module", &v->module, kBlank)("part", &v->part, Part::kRoutedExpert)("layer", &v->layer, -1)("expert", &v->expert,
+                                                                                                 -1);
   c("rank", &v->rank, std::int64_t{0})("norm_a", &v->norm_a, 1.0)("norm_b", &v->norm_b, 0.0)("b_zero", &v->b_zero, kNo);
   c("non_finite", &v->non_finite, std::int64_t{0}).done();
 }
 
 /// A number in a column of the log: null is "not in this entry", "nan" is a written NaN.
-void read_logged(const json& j, const char* name, std::size_t rows, std::vector<double>* value, std::vector<char>* has) {
+void read_logged(const json& j, const char* name, std::size_t rows, std::vector<double>* value,
+                 std::vector<char>* has) {
   value->assign(rows, kNan);
   if (has) has->assign(rows, kNo);
   if (!j.contains(name)) return;
@@ -214,7 +225,8 @@ void read_logged(const json& j, const char* name, std::size_t rows, std::vector<
 }
 
 void read(const json& j, LogTable* v) {
-  const std::set<std::string> known = {"step", "loss", "grad_norm", "eval_loss", "aux_loss", "learning_rate", "line", "file"};
+  const std::set<std::string> known = {"step",     "loss",          "grad_norm", "eval_loss",
+                                       "aux_loss", "learning_rate", "line",      "file"};
   for (const auto& item : j.items()) {
     if (!known.count(item.key())) fail("unknown member '" + item.key() + "'");
   }
@@ -293,13 +305,13 @@ FactSheet facts_from_json(const json& facts) {
   FactSheet sheet;
   std::set<std::string> left;
   for (const auto& item : facts.items()) left.insert(item.key());
-#define FACT(member, type, name, meaning, supply)                  \
-  if (left.erase(name)) {                                          \
-    try {                                                          \
-      set_fact(&sheet.member, facts.at(name));                     \
-    } catch (const std::exception& e) {                            \
+#define FACT(member, type, name, meaning, supply)                    \
+  if (left.erase(name)) {                                            \
+    try {                                                            \
+      set_fact(&sheet.member, facts.at(name));                       \
+    } catch (const std::exception& e) {                              \
       throw std::runtime_error(std::string(name) + ": " + e.what()); \
-    }                                                              \
+    }                                                                \
   }
 #include "audit/facts/fact_list.inc"
 #undef FACT

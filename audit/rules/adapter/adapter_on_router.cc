@@ -8,23 +8,27 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-Under the pinned PEFT and transformers, the resolved target_modules, target_parameters or modules_to_save include the routers.
+Under the pinned PEFT and transformers, the resolved target_modules, target_parameters or modules_to_save include
+the routers.
 
 ## Why it matters
 It mostly happens unasked. In transformers 4 the router is an nn.Linear called `gate`, so `all-linear`, Axolotl's
-`lora_target_linear` and LLaMA-Factory's `lora_target: all` take it; PEFT from 0.20 with transformers 5 rewrites `all-linear` and
-`gate` to it (utils/transformers_weight_conversion.py). ms-swift's Megatron path leaves routers out unless `all-router` is listed.
+`lora_target_linear` and LLaMA-Factory's `lora_target: all` take it; PEFT from 0.20 with transformers 5 rewrites
+`all-linear` and `gate` to it (utils/transformers_weight_conversion.py). ms-swift's Megatron path leaves routers out
+unless `all-router` is listed.
 
-A small change of a router sends tokens to other experts: the one part of the network whose output jumps. ESFT gets 50.2 of
-51.0 points of full fine-tuning with routers frozen (arXiv 2407.01906 Table 1). With gradient checkpointing, a recomputed
-near-tie can route differently and stop the run (pytorch/pytorch issue 171355; gone once the gate is no LoRA target).
+A small change of a router sends tokens to other experts: the one part of the network whose output jumps. ESFT gets
+50.2 of 51.0 points of full fine-tuning with routers frozen (arXiv 2407.01906 Table 1). With gradient checkpointing,
+a recomputed near-tie can route differently and stop the run (pytorch/pytorch issue 171355; gone once the gate is no
+LoRA target).
 
 ## How to fix
-Take the entry out, or name the targets instead of taking all. If routers are to be trained, watch loads and the balance loss.
+Take the entry out, or name the targets instead of taking all. If routers are to be trained, watch loads and the
+balance loss.
 
 ## Limits
-A warning: no controlled experiment on adapters on routers alone was found, in either direction. What the adapter does to the
-router's values is not judged here; its size is (AD002).
+A warning: no controlled experiment on adapters on routers alone was found, in either direction. What the adapter
+does to the router's values is not judged here; its size is (AD002).
 )md";
 
 /// Entries that reach a router, as rows of AdapterTargets.
@@ -97,8 +101,9 @@ Outcome check(Facts& f) {
   Finding finding;
   finding.severity = Severity::kWarning;
   finding.message = "The adapter trains " + say::plural(static_cast<std::int64_t>(rows.size()), "router", "routers") +
-                    (rank == 0 ? std::string(" whole") : " with rank " + std::to_string(rank)) + ", " + say::count(parameters) +
-                    " parameters" + (entries.empty() ? "" : ", through the entry " + say::some(entries)) + ".";
+                    (rank == 0 ? std::string(" whole") : " with rank " + std::to_string(rank)) + ", " +
+                    say::count(parameters) + " parameters" +
+                    (entries.empty() ? "" : ", through the entry " + say::some(entries)) + ".";
   finding.evidence = {{"adapter.modules router", modules->module[first], location_of(f->adapter_modules.source())},
                       {"adapter.modules routers", std::to_string(rows.size()), {}},
                       {"adapter.modules router parameters", say::count(parameters), {}}};

@@ -29,10 +29,11 @@ inline constexpr const char* kNoAdapter = "the run trains no adapter";
 
 /// Place of row `i` as the user wrote it.
 inline Location place_of(Facts& f, const AdapterTargets& targets, std::size_t i) {
-  const Source& source = targets.field[i] == "target_parameters"  ? f->target_parameters.source()
+  const Source& source = targets.field[i] == "target_parameters" ? f->target_parameters.source()
                          : targets.field[i] == "modules_to_save" ? f->modules_to_save.source()
                                                                  : f->target_modules.source();
   Location where = location_of(source);
+  if (!targets.file[i].empty()) where.file = targets.file[i];
   if (targets.line[i] > 0) where.line = targets.line[i];
   return where;
 }

@@ -10,18 +10,19 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-A LoRA of rank r on a router of E experts and width d has r (d + E) parameters, the router itself d E. Fires when the adapter
-is not smaller.
+A LoRA of rank r on a router of E experts and width d has r (d + E) parameters, the router itself d E. Fires when
+the adapter is not smaller.
 
 ## Why it matters
-Routers are flat: E is 8 to 512 where d is thousands. Break-even is r = d E / (d + E), always below E. For Mixtral (d 4096, E 8)
-it is 7.98: r = 8 costs 32,832 parameters for a matrix of 32,768. And no update of an E x d matrix has a rank above E, so ranks
-beyond E add parameters and optimizer state that can express nothing new: at r = 16 half of them. The low rank, which is all
-that LoRA restrains, restrains nothing here; the router is trained whole, at a learning rate meant for adapters.
+Routers are flat: E is 8 to 512 where d is thousands. Break-even is r = d E / (d + E), always below E. For Mixtral
+(d 4096, E 8) it is 7.98: r = 8 costs 32,832 parameters for a matrix of 32,768. And no update of an E x d matrix has
+a rank above E, so ranks beyond E add parameters and optimizer state that can express nothing new: at r = 16 half of
+them. The low rank, which is all that LoRA restrains, restrains nothing here; the router is trained whole, at a
+learning rate meant for adapters.
 
 ## How to fix
-Leave the router out (AD001). If it shall be trained, give it a rank below break-even, or train it whole as modules_to_save
-with a learning rate of its own.
+Leave the router out (AD001). If it shall be trained, give it a rank below break-even, or train it whole as
+modules_to_save with a learning rate of its own.
 
 ## Limits
 Sizes only; nothing is said about the quality of the result.

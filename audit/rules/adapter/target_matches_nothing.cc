@@ -12,18 +12,20 @@ An entry of target_modules, target_parameters or modules_to_save matches nothing
 transformers version this run may use.
 
 ## Why it matters
-PEFT raises an error only if the whole list matches nothing; a dead entry beside live ones is passed over in silence, and what
-it named stays frozen. Names differ between families (`w1` in Mixtral, `gate_proj` in Qwen) and between versions: transformers
-5 renames `block_sparse_moe` to `mlp` and turns `gate` and the experts into parameters that a module name does not reach.
-A list entry matches whole path components at the end of the path, so `gate` matches `mlp.gate` and not `gate_proj`; a single
-string is a regex over the whole path, so a bare `q_proj` matches nothing (peft tuners/tuners_utils.py).
+PEFT raises an error only if the whole list matches nothing; a dead entry beside live ones is passed over in
+silence, and what it named stays frozen. Names differ between families (`w1` in Mixtral, `gate_proj` in Qwen) and
+between versions: transformers 5 renames `block_sparse_moe` to `mlp` and turns `gate` and the experts into
+parameters that a module name does not reach. A list entry matches whole path components at the end of the path, so
+`gate` matches `mlp.gate` and not `gate_proj`; a single string is a regex over the whole path, so a bare `q_proj`
+matches nothing (peft tuners/tuners_utils.py).
 
 ## How to fix
 Correct the name or delete the entry. `moe-audit facts` lists what each entry reaches.
 
 ## Limits
-Entries of exclude_modules are not judged: PEFT warns about those. Expert names that match nothing while no routed expert is
-adapted are AD003's, where the reason stands. An entry that matches under one possible version and not under another is passed.
+Entries of exclude_modules are not judged: PEFT warns about those. Expert names that match nothing while no routed
+expert is adapted are AD003's, where the reason stands. An entry that matches under one possible version and not
+under another is passed.
 )md";
 
 std::string remedy(Facts& f, const AdapterTargets& targets, std::size_t i) {
@@ -50,7 +52,8 @@ Outcome check(Facts& f) {
     const Location where = adapter::place_of(f, *targets, i);
     Finding finding;
     finding.severity = Severity::kError;
-    finding.message = "\"" + targets->entry[i] + "\" in " + targets->field[i] + " matches 0 modules of this model: what it names "
+    finding.message = "\"" + targets->entry[i] + "\" in " + targets->field[i] +
+                      " matches 0 modules of this model: what it names "
                       "stays frozen.";
     finding.evidence = {{targets->field[i], targets->entry[i], where}, {"modules matched", "0", where}};
     if (f.want(f->transformers)) finding.evidence.push_back(say::evidence(f->transformers));

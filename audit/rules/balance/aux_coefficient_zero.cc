@@ -8,24 +8,25 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The routers are trained, this family has a balance loss, and its coefficient resolves to 0: nothing keeps the experts evenly
-loaded while this run trains.
+The routers are trained, this family has a balance loss, and its coefficient resolves to 0: nothing keeps the
+experts evenly loaded while this run trains.
 
 ## Why it matters
-Zero is often a default nobody looked at: ms-swift sets `router_aux_loss_coef` to 0 since 3.7.1 whatever the checkpoint says
-(modelscope/ms-swift issue 5318), and trainers that read the coefficient from a wrapped engine got 0.0 (huggingface/trl
-issue 2197). Without any balance term a router can collapse: 17.8 times the mean load on the busiest of 256 experts
-(arXiv 1701.06538 Table 6), dead experts in upcycling (arXiv 2410.07524).
+Zero is often a default nobody looked at: ms-swift sets `router_aux_loss_coef` to 0 since 3.7.1 whatever the
+checkpoint says (modelscope/ms-swift issue 5318), and trainers that read the coefficient from a wrapped engine got
+0.0 (huggingface/trl issue 2197). Without any balance term a router can collapse: 17.8 times the mean load on the
+busiest of 256 experts (arXiv 1701.06538 Table 6), dead experts in upcycling (arXiv 2410.07524).
 
-It can also be right. OLMoE trains its SFT without the loss (54.0 against 52.8 with it, arXiv 2409.02060), and the weight
-matters less than the batch it is taken over: perplexity 8.167, 8.154 and 8.159 for 0.008, 0.004 and 0.001 (arXiv 2501.11873
-Table 4).
+It can also be right. OLMoE trains its SFT without the loss (54.0 against 52.8 with it, arXiv 2409.02060), and the
+weight matters less than the batch it is taken over: perplexity 8.167, 8.154 and 8.159 for 0.008, 0.004 and 0.001
+(arXiv 2501.11873 Table 4).
 
 ## How to fix
 Nothing, if it is meant. Else set the coefficient, and the flag that lets it through.
 
 ## Limits
-A note, never more: the literature is on both sides. It does not look at loads; BL003 does, where a trace was recorded.
+A note, never more: the literature is on both sides. It does not look at loads; BL003 does, where a trace was
+recorded.
 )md";
 
 Outcome check(Facts& f) {
@@ -43,12 +44,13 @@ Outcome check(Facts& f) {
   const std::string key = aux::coefficient_key(f);
   Finding finding;
   finding.severity = Severity::kNote;
-  finding.message = key + " is 0" + say::at(f->aux_coefficient.source()) +
-                    ": the routers are trained with no balance loss.";
+  finding.message =
+      key + " is 0" + say::at(f->aux_coefficient.source()) + ": the routers are trained with no balance loss.";
   finding.evidence = {say::evidence(f->aux_coefficient), say::evidence(f->router_trains)};
   finding.remedy = "Nothing, if it is meant. To balance with this family's usual coefficient:\n" +
                    say::model_config(f, {{aux::flag_key(f), "true"}, {key, say::literal(set)}});
-  finding.does_not_show = "That the load is or becomes uneven: many fine-tuning runs keep their balance without the loss.";
+  finding.does_not_show =
+      "That the load is or becomes uneven: many fine-tuning runs keep their balance without the loss.";
   finding.locations = {location_of(f->aux_coefficient.source())};
   finding.sources = say::sources({"arXiv 1701.06538 Table 6", "arXiv 2409.02060", "arXiv 2501.11873 Table 4"});
   return Outcome::finding(std::move(finding));

@@ -8,21 +8,22 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-`output_router_logits` resolves to true, and at this version the class does nothing with it, or stops the training on it.
+`output_router_logits` resolves to true, and at this version the class does nothing with it, or stops the training
+on it.
 
 ## Why it matters
-The config says that a balance loss is trained, and none is. Found by setting the flag on every MoE class of two releases and
-reading loss and gate gradient of a training step (fixtures/oracle/aux_flag.json): Llama 4 has both keys and reads neither
-(4.57.6 and 5.23.0; huggingface/transformers issue 48889), JetMoE ignored the flag in 4.57.6 and adds the loss in 5.23.0,
-DeepSeek-V3 accepts the flag in 5.23.0 and has no loss behind it. Some multimodal classes look at the forward keyword only,
-so the config cannot switch the loss on (issue 48885).
+The config says that a balance loss is trained, and none is. Found by setting the flag on every MoE class of two
+releases and reading loss and gate gradient of a training step (fixtures/oracle/aux_flag.json): Llama 4 has both
+keys and reads neither (4.57.6 and 5.23.0; huggingface/transformers issue 48889), JetMoE ignored the flag in 4.57.6
+and adds the loss in 5.23.0, DeepSeek-V3 accepts the flag in 5.23.0 and has no loss behind it. Some multimodal
+classes look at the forward keyword only, so the config cannot switch the loss on (issue 48885).
 
 ## How to fix
 Say what runs: switch the flag off, or move to a version whose class adds the loss.
 
 ## Limits
-Silent where a trainer passes the keyword itself, and where the coefficient is 0 and nothing was asked for. A class that has
-the loss but whose trainer leaves it out is BL001's.
+Silent where a trainer passes the keyword itself, and where the coefficient is 0 and nothing was asked for. A class
+that has the loss but whose trainer leaves it out is BL001's.
 )md";
 
 const char* what_happens(AuxEffect effect) {
@@ -49,7 +50,10 @@ Outcome check(Facts& f) {
   const std::string* name = f.want(f->model_class);
   const std::string* family = f.want(f->family);
   const VersionSet* version = f.want(f->transformers);
-  const std::string who = (name ? *name : family ? *family : "this class") + (version ? " of transformers " + to_text(*version) : "");
+  const std::string who = (name     ? *name
+                           : family ? *family
+                                    : "this class") +
+                          (version ? " of transformers " + to_text(*version) : "");
   const std::string key = aux::flag_key(f);
   Finding finding;
   finding.severity = Severity::kError;
@@ -59,7 +63,8 @@ Outcome check(Facts& f) {
   if (f.want(f->aux_coefficient)) finding.evidence.push_back(say::evidence(f->aux_coefficient));
   if (version) finding.evidence.push_back(say::evidence(f->transformers));
   finding.remedy = "Say what runs. " + say::model_config(f, {{key, "false"}, {aux::coefficient_key(f), "0"}});
-  finding.does_not_show = "That the experts are unevenly loaded; only that the loss which should balance them is not there.";
+  finding.does_not_show =
+      "That the experts are unevenly loaded; only that the loss which should balance them is not there.";
   finding.locations = {location_of(f->aux_flag.source())};
   finding.sources = say::sources({f->aux_effect.source().cite, "fixtures/oracle/aux_flag.json"});
   return Outcome::finding(std::move(finding));

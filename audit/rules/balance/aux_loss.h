@@ -8,8 +8,8 @@
 
 namespace moeaudit::aux {
 
-/// Why a rule about the balance loss of a trained router has no subject, if facts prove it: the router is frozen, or this
-/// family's training code has no balance loss. Requires both facts.
+/// Why a rule about the balance loss of a trained router has no subject, if facts prove it: the router is frozen, or
+/// this family's training code has no balance loss. Requires both facts.
 std::optional<std::string> no_subject(Facts& f);
 
 /// BL005's condition: the flag resolves to true, a loss is asked for, and this class ignores the flag or crashes on it.

@@ -8,27 +8,27 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The routers are trained, the coefficient of the balance loss (`router_aux_loss_coef`) resolves to more than 0, and nothing in
-this stack adds that loss: `output_router_logits` is off, or the trainer's own path leaves it out (TRL's DPO trainer before
-1.8.0, Trainer with label smoothing, which takes the labels away from the model).
+The routers are trained, the coefficient of the balance loss (`router_aux_loss_coef`) resolves to more than 0, and
+nothing in this stack adds that loss: `output_router_logits` is off, or the trainer's own path leaves it out (TRL's
+DPO trainer before 1.8.0, Trainer with label smoothing, which takes the labels away from the model).
 
 ## Why it matters
-In Hugging Face transformers the coefficient alone does nothing. The forward of every family adds the balance loss only if
-`output_router_logits` is true, and it is false by default (models/mixtral/modeling_mixtral.py; huggingface/transformers
-issue 44242). A run that says 0.02 and trains with 0 is not the run that was configured.
+In Hugging Face transformers the coefficient alone does nothing. The forward of every family adds the balance loss
+only if `output_router_logits` is true, and it is false by default (models/mixtral/modeling_mixtral.py;
+huggingface/transformers issue 44242). A run that says 0.02 and trains with 0 is not the run that was configured.
 
-What the loss is worth: ST-MoE fine-tunes slightly better with it (SuperGLUE 86.35 with, 85.95 without, mean of the four
-capacity settings of arXiv 2202.08906 Table 5). OLMoE does better without it in SFT (54.0 against 52.8, arXiv 2409.02060),
-and its balance hardly moves (12.22 to 12.16). Training from scratch without any balance term collapses: the busiest expert of
-256 gets 17.8 times the mean load (arXiv 1701.06538 Table 6).
+What the loss is worth: ST-MoE fine-tunes slightly better with it (SuperGLUE 86.35 with, 85.95 without, mean of the
+four capacity settings of arXiv 2202.08906 Table 5). OLMoE does better without it in SFT (54.0 against 52.8, arXiv
+2409.02060), and its balance hardly moves (12.22 to 12.16). Training from scratch without any balance term
+collapses: the busiest expert of 256 gets 17.8 times the mean load (arXiv 1701.06538 Table 6).
 
 ## How to fix
 Switch the loss on with `output_router_logits: true`, or say that it is off: coefficient 0.
 
 ## Limits
-Off can be a choice, as OLMoE shows; then write coefficient 0 and the next reader knows. Error only if your own training
-config or arguments state the coefficient; a warning if it merely came with the model. A class that ignores the flag or crashes
-on it is BL005's, coefficient 0 is BL002's. Balance terms that your own code adds are not seen.
+Off can be a choice, as OLMoE shows; then write coefficient 0 and the next reader knows. Error only if your own
+training config or arguments state the coefficient; a warning if it merely came with the model. A class that ignores
+the flag or crashes on it is BL005's, coefficient 0 is BL002's. Balance terms that your own code adds are not seen.
 )md";
 
 std::string cause(Facts& f) {
@@ -55,7 +55,8 @@ std::string remedy(Facts& f, double coefficient) {
   std::string on;
   if (smoothing && *smoothing != 0.0) on += say::training(f, {{"label_smoothing_factor", "0"}}) + "\n";
   if (flag && !*flag) on += say::model_config(f, {{aux::flag_key(f), "true"}, {key, say::literal(coefficient)}}) + "\n";
-  if (on.empty()) on = "Use a trainer that adds it (TRL's DPO trainer does since 1.8.0):\n    pip install \"trl>=1.8.0\"\n";
+  if (on.empty())
+    on = "Use a trainer that adds it (TRL's DPO trainer does since 1.8.0):\n    pip install \"trl>=1.8.0\"\n";
   return on + off;
 }
 
@@ -80,12 +81,14 @@ Outcome check(Facts& f) {
   finding.evidence = {say::evidence(f->aux_coefficient), say::evidence(f->aux_added), say::evidence(f->router_trains)};
   if (f.want(f->aux_flag)) finding.evidence.push_back(say::evidence(f->aux_flag));
   finding.remedy = remedy(f, *coefficient);
-  finding.does_not_show = "That the load is uneven, or that adding the loss would help: fine-tuning has been reported to do "
-                          "slightly better with it (ST-MoE) and better without it (OLMoE).";
+  finding.does_not_show =
+      "That the load is uneven, or that adding the loss would help: fine-tuning has been reported to do "
+      "slightly better with it (ST-MoE) and better without it (OLMoE).";
   finding.locations = {location_of(said)};
   if (f->aux_flag.known()) finding.locations.push_back(location_of(f->aux_flag.source()));
-  finding.sources = say::sources({f->aux_added.source().cite, f->aux_effect.source().cite,
-                                  "huggingface/transformers issue 44242", "arXiv 2202.08906 Table 5", "arXiv 2409.02060"});
+  finding.sources =
+      say::sources({f->aux_added.source().cite, f->aux_effect.source().cite, "huggingface/transformers issue 44242",
+                    "arXiv 2202.08906 Table 5", "arXiv 2409.02060"});
   return Outcome::finding(std::move(finding));
 }
 

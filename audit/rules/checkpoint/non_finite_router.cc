@@ -10,13 +10,13 @@ constexpr std::string_view kDoc = R"md(
 Every value of every router weight and bias in the checkpoint is a finite number.
 
 ## Why it matters
-One NaN in a router weight makes that expert's logit NaN for every token, and the softmax over all experts with it: the layer's
-output is NaN for the whole batch. The checkpoint cannot be trained on nor served. It usually means that the loss was NaN for
-steps before the save (LG001): Trainer's logging_nan_inf_filter, on by default, keeps that out of the logged loss
-(huggingface/trl issue 6702).
+One NaN in a router weight makes that expert's logit NaN for every token, and the softmax over all experts with it:
+the layer's output is NaN for the whole batch. The checkpoint cannot be trained on nor served. It usually means that
+the loss was NaN for steps before the save (LG001): Trainer's logging_nan_inf_filter, on by default, keeps that out
+of the logged loss (huggingface/trl issue 6702).
 
-A buffer (a selection bias such as `e_score_correction_bias`) that is not finite is a note: transformers loads it and never
-updates it, and a bias of -inf can be a way to switch an expert off.
+A buffer (a selection bias such as `e_score_correction_bias`) that is not finite is a note: transformers loads it
+and never updates it, and a bias of -inf can be a way to switch an expert off.
 
 ## How to fix
 Go back to the last checkpoint whose routers are finite, and find out why the loss left the finite numbers.
@@ -49,14 +49,16 @@ Outcome check(Facts& f) {
                       " that are NaN or infinite, first at " + position(f, *values, i) + ".";
     finding.evidence = {{"non-finite values", say::count(values->non_finite[i]), where},
                         {"first index", std::to_string(values->first_index[i]), where}};
-    finding.remedy = "Resume from a checkpoint before this one, whose routers are finite:\n"
-                     "    trainer.train(resume_from_checkpoint=\"checkpoint-N\")";
+    finding.remedy =
+        "Resume from a checkpoint before this one, whose routers are finite:\n"
+        "    trainer.train(resume_from_checkpoint=\"checkpoint-N\")";
     finding.does_not_show = "When it happened: compare with earlier checkpoints and the log.";
     finding.locations = {where};
     finding.sources = {"huggingface/trl issue 6702 (NaN steps hidden from the log)"};
     findings.push_back(std::move(finding));
   }
-  return Outcome::findings_or_pass(std::move(findings), "all " + std::to_string(values->tensor.size()) + " router tensors are finite");
+  return Outcome::findings_or_pass(std::move(findings),
+                                   "all " + std::to_string(values->tensor.size()) + " router tensors are finite");
 }
 
 }  // namespace

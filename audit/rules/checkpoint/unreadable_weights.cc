@@ -7,19 +7,21 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The weight files keep the rules of the safetensors format: length and syntax of the header, offsets inside the file that neither
-overlap nor leave gaps, sizes that follow from shape and dtype, no tensor twice, every shard of the index there.
+The weight files keep the rules of the safetensors format: length and syntax of the header, offsets inside the file
+that neither overlap nor leave gaps, sizes that follow from shape and dtype, no tensor twice, every shard of the
+index there.
 
 ## Why it matters
-A file cut short by a full disk or a broken download still has a valid header; loaders then stop late, or read what is not
-there. A shard that is missing costs its layers. One corrupt file also voids everything said about the tensors in it.
+Mixtral-8x7B is 93 GB in 19 shards, and a shard whose last byte is missing still has a valid header: loaders that
+map the file stop late or read what is not there. A shard that was not copied costs the layers in it. One corrupt
+file also voids everything said about its tensors, which is why the rest is audited without them.
 
 ## How to fix
 Fetch or save the file again. Do not repair a weight file by hand.
 
 ## Limits
-Structure only: a flipped bit inside the numbers is not seen here (CK001 sees those that made a router non-finite). What is sound
-in the other files is still audited.
+Structure only: a flipped bit inside the numbers is not seen here (CK001 sees those that made a router non-finite).
+What is sound in the other files is still audited.
 )md";
 
 Outcome check(Facts& f) {

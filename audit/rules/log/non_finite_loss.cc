@@ -10,25 +10,25 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The log of the trainer: a loss (training, evaluation or balance) that is NaN or infinite; a training loss of exactly 0.0 after a
-finite start; a gradient norm that is NaN or infinite.
+The log of the trainer: a loss (training, evaluation or balance) that is NaN or infinite; a training loss of exactly
+0.0 after a finite start; a gradient norm that is NaN or infinite.
 
 ## Why it matters
-A NaN gradient is written into the weights by the next optimizer step, and everything after it is lost. The loss need not show
-it: with logging_nan_inf_filter, on by default, Trainer replaces a NaN step by the mean of the steps since the last log line, which
-is 0.0 when they all were NaN (transformers/trainer.py; huggingface/trl issue 6702). So "loss 0.0, grad_norm nan" is what a dead run
-looks like.
+A NaN gradient is written into the weights by the next optimizer step, and everything after it is lost. The loss
+need not show it: with logging_nan_inf_filter, on by default, Trainer replaces a NaN step by the mean of the steps
+since the last log line, which is 0.0 when they all were NaN (transformers/trainer.py; huggingface/trl issue 6702).
+So "loss 0.0, grad_norm nan" is what a dead run looks like.
 
-In fp16 a non-finite gradient norm now and then is normal: the loss scaler skips that step and halves its scale, starting at
-2^16, so up to 16 in a row at the start and single ones later are only a note.
+In fp16 a non-finite gradient norm now and then is normal: the loss scaler skips that step and halves its scale,
+starting at 2^16, so up to 16 in a row at the start and single ones later are only a note.
 
 ## How to fix
 Stop, go back to a checkpoint before the first bad step, change one thing: precision, learning rate or clipping.
 
 ## Limits
-It reads what was logged: with logging_steps 100 the step is one of a hundred. A loss below 0.00005 is printed as 0.0 by
-transformers 4; where the loss stood at 0.1 or more one line before, or the gradient norm says otherwise, it is reported.
-GRPO, RLOO and PPO losses are 0 by construction and are not judged for it.
+It reads what was logged: with logging_steps 100 the step is one of a hundred. A loss below 0.00005 is printed as
+0.0 by transformers 4; where the loss stood at 0.1 or more one line before, or the gradient norm says otherwise, it
+is reported. GRPO, RLOO and PPO losses are 0 by construction and are not judged for it.
 )md";
 
 struct Bad {
@@ -60,24 +60,29 @@ std::string remedy(Facts& f, const LogTable& log, std::size_t i) {
   const std::string lower = std::isfinite(rate) && rate > 0 ? say::literal(rate / 10) : "1.0e-05";
   const say::Settings change = fp16 ? say::Settings{{"bf16", "true"}, {"fp16", "false"}}
                                     : say::Settings{{"learning_rate", lower}, {"max_grad_norm", "1.0"}};
-  return "Stop, and resume from a checkpoint before step " + std::to_string(log.step[i]) + ". " + say::training(f, change);
+  return "Stop, and resume from a checkpoint before step " + std::to_string(log.step[i]) + ". " +
+         say::training(f, change);
 }
 
 Finding bad_value(Facts& f, const LogTable& log, const char* name, const std::vector<double>& value, const Bad& bad) {
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = std::string(name) + " is " + to_text(value[bad.first]) + " at step " + std::to_string(log.step[bad.first]) +
-                    " and in " + say::plural(bad.entries, "log entry", "log entries") + " in all" +
-                    (std::isfinite(bad.last_finite) ? "; the last finite value before it was " + say::number(bad.last_finite) : "") + ".";
+  finding.message =
+      std::string(name) + " is " + to_text(value[bad.first]) + " at step " + std::to_string(log.step[bad.first]) +
+      " and in " + say::plural(bad.entries, "log entry", "log entries") + " in all" +
+      (std::isfinite(bad.last_finite) ? "; the last finite value before it was " + say::number(bad.last_finite) : "") +
+      ".";
   finding.evidence = {{"log.history " + std::string(name) + " at step " + std::to_string(log.step[bad.first]),
                        to_text(value[bad.first]), place(log, bad.first, name)}};
   if (std::isfinite(log.learning_rate[bad.first])) {
-    finding.evidence.push_back({"learning_rate", say::number(log.learning_rate[bad.first]), place(log, bad.first, "learning_rate")});
+    finding.evidence.push_back(
+        {"learning_rate", say::number(log.learning_rate[bad.first]), place(log, bad.first, "learning_rate")});
   }
   finding.remedy = remedy(f, log, bad.first);
   finding.does_not_show = "What made it non-finite: data, precision, learning rate or a kernel.";
   finding.locations = {place(log, bad.first, name)};
-  finding.sources = {"huggingface/transformers src/transformers/trainer.py (logging_nan_inf_filter)", "huggingface/trl issue 6702"};
+  finding.sources = {"huggingface/transformers src/transformers/trainer.py (logging_nan_inf_filter)",
+                     "huggingface/trl issue 6702"};
   return finding;
 }
 
@@ -146,13 +151,14 @@ Outcome check(Facts& f) {
   const std::size_t zero = loss.entries > 0 || zero_by_construction(f) ? log->loss.size() : dead_zero(*log, &before);
   if (zero < log->loss.size()) {
     Finding finding = bad_value(f, *log, "loss", log->loss, {1, zero, before});
-    finding.message = "loss is exactly 0 at step " + std::to_string(log->step[zero]) + ", after " + say::number(before) +
-                      " in the entry before" +
+    finding.message = "loss is exactly 0 at step " + std::to_string(log->step[zero]) + ", after " +
+                      say::number(before) + " in the entry before" +
                       (log->has_grad_norm[zero] ? ", with grad_norm " + to_text(log->grad_norm[zero]) : "") +
                       ": Trainer prints 0 where every step since the last entry was NaN.";
     findings.push_back(std::move(finding));
   }
-  if (!findings.empty() || norm.entries == 0) return Outcome::findings_or_pass(std::move(findings), "every logged loss is finite");
+  if (!findings.empty() || norm.entries == 0)
+    return Outcome::findings_or_pass(std::move(findings), "every logged loss is finite");
 
   const Precision* precision = f.want(f->precision);
   const bool scaled = !precision || *precision == Precision::kAutocastFp16;  // only fp16 autocast has a loss scaler
@@ -161,9 +167,11 @@ Outcome check(Facts& f) {
   Finding finding = bad_value(f, *log, "grad_norm", log->grad_norm, norm);
   if (scaled && runs.at_start <= kHalvingsOfTheScale && runs.later <= 1) {
     finding.severity = Severity::kNote;
-    finding.message += std::string(precision ? " In fp16 the loss scaler skips such steps" : " If this is fp16, the loss scaler skips such steps") +
+    finding.message += std::string(precision ? " In fp16 the loss scaler skips such steps"
+                                             : " If this is fp16, the loss scaler skips such steps") +
                        ", and every loss is finite.";
-    finding.remedy = "Nothing, while they stay rare. In bf16 there is no loss scale. " + say::training(f, {{"bf16", "true"}, {"fp16", "false"}});
+    finding.remedy = "Nothing, while they stay rare. In bf16 there is no loss scale. " +
+                     say::training(f, {{"bf16", "true"}, {"fp16", "false"}});
   }
   return Outcome::finding(std::move(finding));
 }

@@ -36,11 +36,12 @@ std::optional<Flips> executed_or(Facts& f, std::string_view otherwise) {
 
 std::string sentence(const std::optional<Flips>& flips) {
   if (!flips) {
-    return "How many tokens change experts was not measured: it needs the model's weights (--model DIR) and no --static.";
+    return "How many tokens change experts was not measured: it needs the model's weights (--model DIR) and no "
+           "--static.";
   }
   return "In layer " + std::to_string(flips->layer) + ", the worst, " + say::percent(flips->share) + " of " +
-         say::count(flips->tokens) + " tokens get other experts than in float64 (95 % interval " + say::percent(flips->low) +
-         " to " + say::percent(flips->high) + "; " + flips->input + ").";
+         say::count(flips->tokens) + " tokens get other experts than in float64 (95 % interval " +
+         say::percent(flips->low) + " to " + say::percent(flips->high) + "; " + flips->input + ").";
 }
 
 void add_evidence(const std::optional<Flips>& flips, Finding* finding) {

@@ -16,9 +16,9 @@ struct Flips {
   std::string tensor;
   double share = 0, low = 0, high = 0;
   std::int64_t tokens = 0;
-  std::int64_t overflowed = 0;     // over all layers
-  std::string overflow_tensor;     // first router with an overflow
-  double max_abs_logit = 0;        // of that router, float64
+  std::int64_t overflowed = 0;  // over all layers
+  std::string overflow_tensor;  // first router with an overflow
+  double max_abs_logit = 0;     // of that router, float64
   std::string input;
 };
 
@@ -28,8 +28,8 @@ std::optional<Flips> measured(Facts& f, std::string_view mode);
 /// Rows of "executed" are the order the family really uses; `otherwise` stands in where it was not replayed.
 std::optional<Flips> executed_or(Facts& f, std::string_view otherwise);
 
-/// "In layer 3, 1.2 % of 4,096 tokens change experts (95 %: 0.9 to 1.6 %; probe: ...)."; without a measurement, that there
-/// is none and which input would give it.
+/// "In layer 3, 1.2 % of 4,096 tokens change experts (95 %: 0.9 to 1.6 %; probe: ...)."; without a measurement, that
+/// there is none and which input would give it.
 std::string sentence(const std::optional<Flips>& flips);
 
 /// Appends share, interval and tokens.

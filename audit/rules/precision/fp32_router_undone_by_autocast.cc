@@ -8,34 +8,40 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The family's code upcasts inputs and weight of the router, `F.linear(x.float(), W.float())`, and this run trains under autocast,
-which lowers the product to bfloat16 again.
+The family's code upcasts inputs and weight of the router, `F.linear(x.float(), W.float())`, and this run trains
+under autocast, which lowers the product to bfloat16 again.
 
 ## Why it matters
-The code says float32 and the GPU computes bfloat16. torch.autocast casts the inputs of `linear` to its own dtype whatever they
-were before; only `autocast(enabled=False)` around it keeps float32. Measured in a Trainer step with bf16=True: the router
-logits of deepseek_v3 and of every family written like it come out in bfloat16, and its sigmoid runs in bfloat16 too; without
-autocast, with the same bfloat16 weights, both are float32 (fixtures/oracle/autocast.json, transformers 5.23.0).
+The code says float32 and the GPU computes bfloat16. torch.autocast casts the inputs of `linear` to its own dtype
+whatever they were before; only `autocast(enabled=False)` around it keeps float32. Measured in a Trainer step with
+bf16=True: the router logits of deepseek_v3 and of every family written like it come out in bfloat16, and its
+sigmoid runs in bfloat16 too; without autocast, with the same bfloat16 weights, both are float32
+(fixtures/oracle/autocast.json, transformers 5.23.0).
 
-Such a router selects by score + bias over many near-equal scores: with 256 experts and k = 8 several per cent of tokens get
-other experts than in float32, in training only, since inference engines run this gate in float32.
+Such a router selects by score + bias over many near-equal scores: with 256 experts and k = 8 several per cent of
+tokens get other experts than in float32, in training only, since inference engines run this gate in float32.
 
 ## How to fix
-Train without autocast and with the weights in bfloat16, where the upcast holds, or switch autocast off around the router.
+Train without autocast and with the weights in bfloat16, where the upcast holds, or switch autocast off around the
+router.
 
 ## Limits
-An error where the lowering was measured in the real library, a warning where it was read from code. It cannot see a patch of
-yours that switches autocast off around the router. float16 is PR001's.
+An error where the lowering was measured in the real library, a warning where it was read from code. It cannot see a
+patch of yours that switches autocast off around the router. float16 is PR001's.
 )md";
 
 std::string remedy(Facts& f) {
   const std::string* framework = f.want(f->framework);
   const bool axolotl = framework && framework->rfind("axolotl", 0) == 0;
   // Axolotl: bfloat16 trains in bfloat16 without autocast (axolotl utils/config, resolve_dtype).
-  const say::Settings pure = axolotl ? say::Settings{{"bf16", "false"}, {"bfloat16", "true"}} : say::Settings{{"bf16", "false"}};
-  return say::training(f, pure) + "\nwith the weights loaded in bfloat16. Or keep autocast, and switch it off around each router:\n"
+  const say::Settings pure =
+      axolotl ? say::Settings{{"bf16", "false"}, {"bfloat16", "true"}} : say::Settings{{"bf16", "false"}};
+  return say::training(f, pure) +
+         "\nwith the weights loaded in bfloat16. Or keep autocast, and switch it off around each router:\n"
          "    for name, m in model.named_modules():\n"
-         "        if name.endswith(\"." + say::router_leaf(f) + "\"): m.forward = torch.autocast(\"cuda\", enabled=False)(m.forward)\n"
+         "        if name.endswith(\"." +
+         say::router_leaf(f) +
+         "\"): m.forward = torch.autocast(\"cuda\", enabled=False)(m.forward)\n"
          "which moe-audit cannot see; then:\n    moe-audit check --ignore PR004";
 }
 
@@ -56,15 +62,16 @@ Outcome check(Facts& f) {
   Finding finding;
   finding.severity = measured && *measured ? Severity::kError : Severity::kWarning;
   finding.message = "The code of " + (family ? *family : "this family") + " runs the router in F32, and autocast" +
-                    say::at(f->precision.source()) + " lowers it to " + (dtype ? name_of(*dtype) : "BF16") + " again. " +
-                    precision::sentence(flips);
+                    say::at(f->precision.source()) + " lowers it to " + (dtype ? name_of(*dtype) : "BF16") +
+                    " again. " + precision::sentence(flips);
   finding.evidence = {say::evidence(f->router_undone)};
   if (f.want(f->precision)) finding.evidence.push_back(say::evidence(f->precision));
   if (dtype) finding.evidence.push_back(say::evidence(f->router_dtype));
   if (measured) finding.evidence.push_back(say::evidence(f->router_undone_measured));
   precision::add_evidence(flips, &finding);
   finding.remedy = remedy(f);
-  finding.does_not_show = "That the run diverges or ends worse; it shows that training routes otherwise than the code says.";
+  finding.does_not_show =
+      "That the run diverges or ends worse; it shows that training routes otherwise than the code says.";
   finding.locations = {location_of(f->precision.known() ? f->precision.source() : f->router_undone.source())};
   finding.sources = say::sources({f->router_undone.source().cite, "fixtures/oracle/autocast.json"});
   return Outcome::finding(std::move(finding));

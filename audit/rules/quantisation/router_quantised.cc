@@ -8,23 +8,24 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The router's weight is stored or loaded in 4 or 8 bits. The report says how many tokens of this checkpoint change experts when
-the router is rounded that way.
+The router's weight is stored or loaded in 4 or 8 bits. The report says how many tokens of this checkpoint change
+experts when the router is rounded that way.
 
 ## Why it matters
-bitsandbytes replaces every nn.Linear that is not on the skip list, and in transformers 4 the router is one: `load_in_4bit`
-quantises it unasked. (In transformers 5 it is a bare parameter and stays as it is.) The router is 0.002 % of Mixtral's weights,
-so nothing is saved, and it decides which experts run: nf4 keeps 16 levels a block of 64 (arXiv 2305.14314). Unsloth skips it by
-name, ms-swift skips `mlp.gate` (which Mixtral's `block_sparse_moe.gate` is not), Axolotl, TRL and LLaMA-Factory have no skip
-list for it.
+bitsandbytes replaces every nn.Linear that is not on the skip list, and in transformers 4 the router is one:
+`load_in_4bit` quantises it unasked. (In transformers 5 it is a bare parameter and stays as it is.) The router is
+0.002 % of Mixtral's weights, so nothing is saved, and it decides which experts run: nf4 keeps 16 levels a block of
+64 (arXiv 2305.14314). Unsloth skips it by name, ms-swift skips `mlp.gate` (which Mixtral's `block_sparse_moe.gate`
+is not), Axolotl, TRL and LLaMA-Factory have no skip list for it.
 
 ## How to fix
-Put the router on the skip list. A list of your own replaces the default one, so repeat lm_head, or it is quantised too
-(huggingface/transformers issue 45674).
+Put the router on the skip list. A list of your own replaces the default one, so repeat lm_head, or it is quantised
+too (huggingface/transformers issue 45674).
 
 ## Limits
-A warning; an error where the configuration claims to skip the router and it is quantised all the same. A share of changed
-tokens is of this checkpoint on this input. A LoRA on the router may learn to make up for part of the rounding.
+A warning; an error where the configuration claims to skip the router and it is quantised all the same. A share of
+changed tokens is of this checkpoint on this input. A LoRA on the router may learn to make up for part of the
+rounding.
 )md";
 
 std::string mode_of(Facts& f) {
@@ -51,9 +52,11 @@ Outcome check(Facts& f) {
   Finding finding;
   finding.severity = contradiction ? Severity::kError : Severity::kWarning;
   finding.message = "The router (" + leaf + ") is quantised" + (method ? " by " + *method : "") +
-                    (bits ? " to " + std::to_string(*bits) + " bits" : "") + say::at(f->router_quantised.source()) + ".";
+                    (bits ? " to " + std::to_string(*bits) + " bits" : "") + say::at(f->router_quantised.source()) +
+                    ".";
   if (contradiction) finding.message += " The configuration claims to skip it" + say::at(f->quant_skip.source()) + ".";
-  finding.message += " " + precision::sentence(flips);
+  finding.message += mode.empty() ? " How many tokens change experts by it is not known: this format is not replayed here."
+                                  : " " + precision::sentence(flips);
   finding.evidence = {say::evidence(f->router_quantised)};
   if (bits) finding.evidence.push_back(say::evidence(f->quant_bits));
   if (method) finding.evidence.push_back(say::evidence(f->quant_method));
@@ -64,8 +67,10 @@ Outcome check(Facts& f) {
   finding.locations = {location_of(contradiction && f->quant_skip.known() ? f->quant_skip.source()
                                    : f->quant_bits.known()                ? f->quant_bits.source()
                                                                           : f->router_quantised.source())};
-  finding.sources = say::sources({f->router_quantised.source().cite, "huggingface/transformers src/transformers/integrations/"
-                                  "bitsandbytes.py", "arXiv 2305.14314", "huggingface/transformers issue 45674"});
+  finding.sources = say::sources({f->router_quantised.source().cite,
+                                  "huggingface/transformers src/transformers/integrations/"
+                                  "bitsandbytes.py",
+                                  "arXiv 2305.14314", "huggingface/transformers issue 45674"});
   return Outcome::finding(std::move(finding));
 }
 

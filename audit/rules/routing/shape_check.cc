@@ -8,7 +8,8 @@ namespace moeaudit::routing {
 namespace {
 
 bool plain_float(DType t) {
-  return t == DType::kF64 || t == DType::kF32 || t == DType::kBF16 || t == DType::kF16 || t == DType::kF8E4M3 || t == DType::kF8E5M2;
+  return t == DType::kF64 || t == DType::kF32 || t == DType::kBF16 || t == DType::kF16 || t == DType::kF8E4M3 ||
+         t == DType::kF8E5M2;
 }
 
 template <class T>
@@ -32,8 +33,9 @@ struct Comparison {
 
 Disagreement describe(const Comparison& c, const RouterTable& t, std::size_t i) {
   Disagreement d;
-  d.what = std::string(c.fact->info().name) + " is " + std::to_string(c.fact->value()) + say::at(c.fact->source()) + ", " +
-           t.tensor[i] + " of layer " + std::to_string(t.layer[i]) + " " + c.what + " " + std::to_string(c.found);
+  d.what = std::string(c.fact->info().name) + " is " + std::to_string(c.fact->value()) + say::at(c.fact->source()) +
+           ", " + t.tensor[i] + " of layer " + std::to_string(t.layer[i]) + " " + c.what + " " +
+           std::to_string(c.found);
   d.key = leaf_key(c.fact->source(), c.key);
   d.value = std::to_string(c.found);
   d.config = say::evidence(*c.fact);
@@ -52,14 +54,16 @@ void compare_sizes(Facts& f, const RouterTable& t, std::vector<Disagreement>* ou
       out->push_back(describe({&f->num_experts, "num_experts", t.experts[i], "has rows for"}, t, i));
       experts_told = true;
     } else if (!experts_told && t.expert_count[i] > *experts) {
-      out->push_back(describe({&f->num_experts, "num_experts", t.expert_count[i], "stands beside experts numbering"}, t, i));
+      out->push_back(
+          describe({&f->num_experts, "num_experts", t.expert_count[i], "stands beside experts numbering"}, t, i));
       experts_told = true;
     }
     if (!hidden_told && readable && t.hidden[i] != *hidden) {
       out->push_back(describe({&f->hidden_size, "hidden_size", t.hidden[i], "has columns for"}, t, i));
       hidden_told = true;
     } else if (!hidden_told && t.expert_hidden[i] >= 0 && t.expert_hidden[i] != *hidden) {
-      out->push_back(describe({&f->hidden_size, "hidden_size", t.expert_hidden[i], "stands beside experts of width"}, t, i));
+      out->push_back(
+          describe({&f->hidden_size, "hidden_size", t.expert_hidden[i], "stands beside experts of width"}, t, i));
       hidden_told = true;
     }
   }
@@ -69,7 +73,8 @@ bool in_layer(const std::string& tensor, std::int64_t layer) {
   return tensor.find("layers." + std::to_string(layer) + ".") != std::string::npos;
 }
 
-/// Layers where the config has experts, the files have no router, and the files have another MLP there: not merely missing.
+/// Layers where the config has experts, the files have no router, and the files have another MLP there: not merely
+/// missing.
 std::vector<std::int64_t> dense_in_files(Facts& f, const std::vector<std::int64_t>& moe_layers, const RouterTable& t) {
   std::vector<std::int64_t> dense;
   const TensorDiff* diff = f.want(f->tensor_diff);
@@ -98,7 +103,8 @@ void compare_layers(Facts& f, const RouterTable& t, std::vector<Disagreement>* o
            (only_tensors.empty() ? "" : ", the files also in " + to_text(only_tensors)) +
            (only_config.empty() ? "" : ", and the files have a dense MLP in " + to_text(only_config));
   d.config = say::evidence(f->moe_layers);
-  d.tensor = {"layers with a router in the tensors", to_text(std::vector<std::int64_t>(t.layer.begin(), t.layer.end())), {}};
+  d.tensor = {
+      "layers with a router in the tensors", to_text(std::vector<std::int64_t>(t.layer.begin(), t.layer.end())), {}};
   out->push_back(std::move(d));
 }
 

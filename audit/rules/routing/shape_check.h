@@ -10,9 +10,9 @@
 namespace moeaudit::routing {
 
 struct Disagreement {
-  std::string what;        // "router.num_experts is 16, the router of layer 0 has 8 rows"
-  std::string key;         // config key that would have to change; "" for the MoE layers
-  std::string value;       // what the tensors say
+  std::string what;   // "router.num_experts is 16, the router of layer 0 has 8 rows"
+  std::string key;    // config key that would have to change; "" for the MoE layers
+  std::string value;  // what the tensors say
   Evidence config, tensor;
 };
 

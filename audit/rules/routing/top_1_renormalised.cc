@@ -7,21 +7,23 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-The routers are trained, each token goes to one expert (k = 1), and the executed weight of the chosen expert is divided by the
-sum of the chosen, or is a softmax over the chosen ones: in both cases over itself.
+The routers are trained, each token goes to one expert (k = 1), and the executed weight of the chosen expert is
+divided by the sum of the chosen, or is a softmax over the chosen ones: in both cases over itself.
 
 ## Why it matters
-The router learns from the task only through the weights that multiply the experts' outputs: dL/dp_i = <g, E_i(x)>. With k = 1
-and renormalisation the weight is p / p = 1 whatever the logits are; the gradient of the task loss to the router is exactly 0.
-It then moves by the balance loss alone, or not at all, while every metric of balance looks perfect. Found in the wild:
-jingyaogong/minimind issue 858 (worse than the dense model, 5.45 against 5.25 perplexity) and NVIDIA/Megatron-LM issue 894 (softmax
-after top-k over one element, confirmed by a maintainer). Switch multiplies by the softmax probability itself (arXiv 2101.03961).
+The router learns from the task only through the weights that multiply the experts' outputs: dL/dp_i = <g, E_i(x)>.
+With k = 1 and renormalisation the weight is p / p = 1 whatever the logits are; the gradient of the task loss to the
+router is exactly 0. It then moves by the balance loss alone, or not at all, while every metric of balance looks
+perfect. Found in the wild: jingyaogong/minimind issue 858 (worse than the dense model, 5.45 against 5.25
+perplexity) and NVIDIA/Megatron-LM issue 894 (softmax after top-k over one element, confirmed by a maintainer).
+Switch multiplies by the softmax probability itself (arXiv 2101.03961).
 
 ## How to fix
 Switch the renormalisation off for k = 1, or choose k = 2.
 
 ## Limits
-Routed scaling does not change it: a constant stays one. An epsilon in the sum (1e-20) leaves no gradient that counts.
+Routed scaling does not change it: a constant stays one. An epsilon in the sum (1e-20) leaves no gradient that
+counts.
 )md";
 
 Outcome check(Facts& f) {
@@ -29,7 +31,8 @@ Outcome check(Facts& f) {
   const bool* trains = f.require(f->router_trains);
   const bool* renormalised = f.require(f->renormalised);
   if (k && *k != 1) {
-    return Outcome::not_applicable("k = " + std::to_string(*k) + ": renormalised weights of several experts depend on the logits");
+    return Outcome::not_applicable("k = " + std::to_string(*k) +
+                                   ": renormalised weights of several experts depend on the logits");
   }
   if (trains && !*trains) return Outcome::not_applicable("no gradient updates the routers");
   if (f.missing()) return f.cannot_tell();

@@ -12,10 +12,11 @@ constexpr std::string_view kDoc = R"md(
 k is larger than the number of experts E, or larger than what group-limited routing leaves: top_groups x E / groups.
 
 ## Why it matters
-k > E stops the first forward: torch.topk raises "selected index k out of range". Over the group limit nothing stops. Experts of
-groups that were not chosen are masked, and with too few left the top-k takes masked ones: they are masked with score 0 in
-transformers before 5.6 and run all the same, so the group limit that the config states is not kept; masked with -inf they get
-weight 0 or NaN. DeepSeek-V3 leaves 4 of 8 groups of 32, so 128 of 256 experts for k = 8 (arXiv 2412.19437).
+k > E stops the first forward: torch.topk raises "selected index k out of range". Over the group limit nothing
+stops. Experts of groups that were not chosen are masked, and with too few left the top-k takes masked ones: they
+are masked with score 0 in transformers before 5.6 and run all the same, so the group limit that the config states
+is not kept; masked with -inf they get weight 0 or NaN. DeepSeek-V3 leaves 4 of 8 groups of 32, so 128 of 256
+experts for k = 8 (arXiv 2412.19437).
 
 It happens when experts are pruned or a small model is made from a large one's config.
 
@@ -32,7 +33,8 @@ Finding too_many(Facts& f, std::int64_t k, std::int64_t available, const std::st
   const std::string key = full.empty() ? "num_experts_per_tok" : dot == std::string::npos ? full : full.substr(dot + 1);
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = "Each token is to choose " + std::to_string(k) + " experts" + say::at(f->top_k.source()) + ", and " + why + ".";
+  finding.message =
+      "Each token is to choose " + std::to_string(k) + " experts" + say::at(f->top_k.source()) + ", and " + why + ".";
   finding.evidence = {say::evidence(f->top_k), say::evidence(f->num_experts)};
   finding.remedy = say::model_config(f, {{key, std::to_string(available)}});
   finding.does_not_show = "Which of the numbers is the wrong one.";
@@ -46,16 +48,19 @@ Outcome check(Facts& f) {
   const std::int64_t* experts = f.require(f->num_experts);
   if (f.missing()) return f.cannot_tell();
   if (*k > *experts) {
-    return Outcome::finding(too_many(f, *k, std::max<std::int64_t>(1, *experts), "there are " + std::to_string(*experts)));
+    return Outcome::finding(
+        too_many(f, *k, std::max<std::int64_t>(1, *experts), "there are " + std::to_string(*experts)));
   }
   const std::int64_t* groups = f.want(f->num_groups);
   const std::int64_t* top = f.want(f->top_groups);
-  if (!groups || !top || *groups <= 1 || *top < 1) return Outcome::pass("k = " + std::to_string(*k) + " of E = " + std::to_string(*experts));
+  if (!groups || !top || *groups <= 1 || *top < 1)
+    return Outcome::pass("k = " + std::to_string(*k) + " of E = " + std::to_string(*experts));
   const std::int64_t left = std::min(*top, *groups) * (*experts / *groups);
-  if (*k <= left) return Outcome::pass("k = " + std::to_string(*k) + " of the " + std::to_string(left) + " that group limits leave");
+  if (*k <= left)
+    return Outcome::pass("k = " + std::to_string(*k) + " of the " + std::to_string(left) + " that group limits leave");
   Finding finding = too_many(f, *k, std::max<std::int64_t>(1, left),
-                             std::to_string(*top) + " of " + std::to_string(*groups) + " groups leave " + std::to_string(left) +
-                                 " of " + std::to_string(*experts));
+                             std::to_string(*top) + " of " + std::to_string(*groups) + " groups leave " +
+                                 std::to_string(left) + " of " + std::to_string(*experts));
   finding.evidence.push_back(say::evidence(f->num_groups));
   finding.evidence.push_back(say::evidence(f->top_groups));
   finding.sources = say::sources({"arXiv 2412.19437 section 2.1.2", f->routing.source().cite});

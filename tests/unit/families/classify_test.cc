@@ -1,4 +1,5 @@
-// Which part of the network a name belongs to: checkpoint names, module paths, adapter tensors, entries of target_modules.
+// Which part of the network a name belongs to: checkpoint names, module paths, adapter tensors, entries of
+// target_modules.
 #include <gtest/gtest.h>
 
 #include <ostream>
@@ -33,88 +34,93 @@ TEST_P(Classify, NamesThePart) {
 
 constexpr Part kExpert = Part::kRoutedExpert;
 
-INSTANTIATE_TEST_SUITE_P(Checkpoint, Classify, testing::Values(
-    Case{"mixtral", "model.layers.12.block_sparse_moe.experts.7.w2.weight", kExpert, 12, 7},
-    Case{"mixtral", "model.layers.12.block_sparse_moe.gate.weight", Part::kRouter, 12},
-    Case{"mixtral", "model.layers.0.mlp.experts.gate_up_proj", kExpert, 0, -1, true},
-    Case{"mixtral", "model.layers.0.mlp.gate.weight", Part::kRouter, 0},
-    Case{"mixtral", "model.norm.weight", Part::kNorm},
-    Case{"mixtral", "lm_head.weight", Part::kHead},
-    Case{"mixtral", "model.embed_tokens.weight", Part::kEmbedding},
-    Case{"qwen2_moe", "model.layers.3.mlp.shared_expert_gate.weight", Part::kSharedExpertGate, 3},
-    Case{"qwen2_moe", "model.layers.3.mlp.shared_expert.up_proj.weight", Part::kSharedExpert, 3},
-    Case{"qwen3_moe", "model.layers.3.mlp.gate_proj.weight", Part::kDenseMlp, 3},
-    Case{"qwen3_moe", "model.layers.3.self_attn.q_norm.weight", Part::kNorm, 3},
-    Case{"deepseek_v3", "model.layers.5.mlp.gate.e_score_correction_bias", Part::kRouter, 5},
-    Case{"deepseek_v3", "model.layers.5.mlp.experts.255.down_proj.weight_scale_inv", kExpert, 5, 255},
-    Case{"deepseek_v3", "model.layers.5.mlp.shared_experts.down_proj.weight", Part::kSharedExpert, 5},
-    Case{"deepseek_v3", "model.layers.61.eh_proj.weight", Part::kOther, 61},
-    Case{"gpt_oss", "model.layers.1.mlp.router.bias", Part::kRouter, 1},
-    Case{"gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_blocks", kExpert, 1, -1, true},
-    Case{"gpt_oss", "model.layers.1.mlp.experts.down_proj_bias", kExpert, 1, -1, true},
-    Case{"gpt_oss", "model.layers.1.self_attn.sinks", Part::kAttention, 1}));
+INSTANTIATE_TEST_SUITE_P(
+    Checkpoint, Classify,
+    testing::Values(Case{"mixtral", "model.layers.12.block_sparse_moe.experts.7.w2.weight", kExpert, 12, 7},
+                    Case{"mixtral", "model.layers.12.block_sparse_moe.gate.weight", Part::kRouter, 12},
+                    Case{"mixtral", "model.layers.0.mlp.experts.gate_up_proj", kExpert, 0, -1, true},
+                    Case{"mixtral", "model.layers.0.mlp.gate.weight", Part::kRouter, 0},
+                    Case{"mixtral", "model.norm.weight", Part::kNorm}, Case{"mixtral", "lm_head.weight", Part::kHead},
+                    Case{"mixtral", "model.embed_tokens.weight", Part::kEmbedding},
+                    Case{"qwen2_moe", "model.layers.3.mlp.shared_expert_gate.weight", Part::kSharedExpertGate, 3},
+                    Case{"qwen2_moe", "model.layers.3.mlp.shared_expert.up_proj.weight", Part::kSharedExpert, 3},
+                    Case{"qwen3_moe", "model.layers.3.mlp.gate_proj.weight", Part::kDenseMlp, 3},
+                    Case{"qwen3_moe", "model.layers.3.self_attn.q_norm.weight", Part::kNorm, 3},
+                    Case{"deepseek_v3", "model.layers.5.mlp.gate.e_score_correction_bias", Part::kRouter, 5},
+                    Case{"deepseek_v3", "model.layers.5.mlp.experts.255.down_proj.weight_scale_inv", kExpert, 5, 255},
+                    Case{"deepseek_v3", "model.layers.5.mlp.shared_experts.down_proj.weight", Part::kSharedExpert, 5},
+                    Case{"deepseek_v3", "model.layers.61.eh_proj.weight", Part::kOther, 61},
+                    Case{"gpt_oss", "model.layers.1.mlp.router.bias", Part::kRouter, 1},
+                    Case{"gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_blocks", kExpert, 1, -1, true},
+                    Case{"gpt_oss", "model.layers.1.mlp.experts.down_proj_bias", kExpert, 1, -1, true},
+                    Case{"gpt_oss", "model.layers.1.self_attn.sinks", Part::kAttention, 1}));
 
-INSTANTIATE_TEST_SUITE_P(Adapter, Classify, testing::Values(
-    Case{"qwen3_moe", "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight", kExpert, 0, 3},
-    Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.weight", Part::kRouter, 9},
-    Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.default.weight", Part::kRouter, 9},
-    Case{"mixtral", "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight", kExpert, 0, -1, true},
-    Case{"mixtral", "base_model.model.model.layers.0.mlp.experts.lora_B.weight", kExpert, 0, -1, true},
-    Case{"mixtral", "base_model.model.model.layers.0.mlp.gate.modules_to_save.default.weight", Part::kRouter, 0},
-    Case{"mixtral", "base_model.model.model.layers.0.mlp.gate.original_module.weight", Part::kRouter, 0},
-    Case{"qwen2_moe", "base_model.model.model.layers.2.mlp.shared_expert_gate.lora_A.weight", Part::kSharedExpertGate, 2},
-    Case{"qwen2_moe", "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight", Part::kAttention, 2},
-    Case{"mixtral", "base_model.model.model.layers.2.self_attn.q_proj.lora_magnitude_vector.weight", Part::kAttention, 2},
-    Case{"deepseek_v3", "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight", Part::kDenseMlp, 0},
-    Case{"mixtral", "base_model.model.model.embed_tokens.lora_embedding_A", Part::kEmbedding},
-    Case{"mixtral", "base_model.model.lm_head.lora_A.weight", Part::kHead}));
+INSTANTIATE_TEST_SUITE_P(
+    Adapter, Classify,
+    testing::Values(
+        Case{"qwen3_moe", "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight", kExpert, 0, 3},
+        Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.weight", Part::kRouter, 9},
+        Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.default.weight", Part::kRouter,
+             9},
+        Case{"mixtral", "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight", kExpert, 0, -1, true},
+        Case{"mixtral", "base_model.model.model.layers.0.mlp.experts.lora_B.weight", kExpert, 0, -1, true},
+        Case{"mixtral", "base_model.model.model.layers.0.mlp.gate.modules_to_save.default.weight", Part::kRouter, 0},
+        Case{"mixtral", "base_model.model.model.layers.0.mlp.gate.original_module.weight", Part::kRouter, 0},
+        Case{"qwen2_moe", "base_model.model.model.layers.2.mlp.shared_expert_gate.lora_A.weight",
+             Part::kSharedExpertGate, 2},
+        Case{"qwen2_moe", "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight", Part::kAttention,
+             2},
+        Case{"mixtral", "base_model.model.model.layers.2.self_attn.q_proj.lora_magnitude_vector.weight",
+             Part::kAttention, 2},
+        Case{"deepseek_v3", "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight", Part::kDenseMlp, 0},
+        Case{"mixtral", "base_model.model.model.embed_tokens.lora_embedding_A", Part::kEmbedding},
+        Case{"mixtral", "base_model.model.lm_head.lora_A.weight", Part::kHead}));
 
-INSTANTIATE_TEST_SUITE_P(Modules, Classify, testing::Values(
-    Case{"mixtral", "model.layers.4.block_sparse_moe.experts", kExpert, 4, -1, true},
-    Case{"mixtral", "model.layers.4.block_sparse_moe.experts.6", kExpert, 4, 6},
-    Case{"mixtral", "model.layers.4.block_sparse_moe", Part::kOther, 4},  // router and experts
-    Case{"mixtral", "model.layers.4", Part::kOther, 4},
-    Case{"mixtral", "model.layers.4.self_attn", Part::kAttention, 4},
-    Case{"mixtral", "", Part::kOther},
-    Case{"mixtral", "w1", kExpert},
-    Case{"mixtral", "gate", Part::kRouter},
-    Case{"mixtral", "mlp.experts.down_proj", kExpert, -1, -1, true},
-    Case{"mixtral", "experts", kExpert, -1, -1, true},
-    Case{"olmoe", "gate_proj", kExpert},          // OLMoE has no dense MLP
-    Case{"qwen3_moe", "gate_proj", Part::kOther},  // routed expert or dense MLP: the name alone does not say
-    Case{"qwen3_moe", "mlp.gate_proj", Part::kDenseMlp},
-    Case{"deepseek_v3", "mlp.gate_proj", Part::kDenseMlp},
-    Case{"deepseek_v3", "q_a_proj", Part::kAttention},
-    Case{"qwen2_moe", "mlp.shared_expert_gate", Part::kSharedExpertGate},
-    Case{"gpt_oss", "router", Part::kRouter},
-    Case{"mixtral", "model.layers.99999999999.mlp.gate", Part::kRouter},  // not an index: no layer, no overflow
-    Case{"mixtral", "model.layers.-1.mlp.gate", Part::kRouter},
-    Case{"mixtral", "_orig_mod.model.layers.4._fsdp_wrapped_module.mlp.gate.weight", Part::kRouter, 4},
-    Case{"mixtral", "module.model.layers.4._checkpoint_wrapped_module.self_attn.v_proj", Part::kAttention, 4}));
+INSTANTIATE_TEST_SUITE_P(
+    Modules, Classify,
+    testing::Values(
+        Case{"mixtral", "model.layers.4.block_sparse_moe.experts", kExpert, 4, -1, true},
+        Case{"mixtral", "model.layers.4.block_sparse_moe.experts.6", kExpert, 4, 6},
+        Case{"mixtral", "model.layers.4.block_sparse_moe", Part::kOther, 4},  // router and experts
+        Case{"mixtral", "model.layers.4", Part::kOther, 4},
+        Case{"mixtral", "model.layers.4.self_attn", Part::kAttention, 4}, Case{"mixtral", "", Part::kOther},
+        Case{"mixtral", "w1", kExpert}, Case{"mixtral", "gate", Part::kRouter},
+        Case{"mixtral", "mlp.experts.down_proj", kExpert, -1, -1, true},
+        Case{"mixtral", "experts", kExpert, -1, -1, true},
+        Case{"olmoe", "gate_proj", kExpert},           // OLMoE has no dense MLP
+        Case{"qwen3_moe", "gate_proj", Part::kOther},  // routed expert or dense MLP: the name alone does not say
+        Case{"qwen3_moe", "mlp.gate_proj", Part::kDenseMlp}, Case{"deepseek_v3", "mlp.gate_proj", Part::kDenseMlp},
+        Case{"deepseek_v3", "q_a_proj", Part::kAttention},
+        Case{"qwen2_moe", "mlp.shared_expert_gate", Part::kSharedExpertGate}, Case{"gpt_oss", "router", Part::kRouter},
+        Case{"mixtral", "model.layers.99999999999.mlp.gate", Part::kRouter},  // not an index: no layer, no overflow
+        Case{"mixtral", "model.layers.-1.mlp.gate", Part::kRouter},
+        Case{"mixtral", "_orig_mod.model.layers.4._fsdp_wrapped_module.mlp.gate.weight", Part::kRouter, 4},
+        Case{"mixtral", "module.model.layers.4._checkpoint_wrapped_module.self_attn.v_proj", Part::kAttention, 4}));
 
-INSTANTIATE_TEST_SUITE_P(NoFamily, Classify, testing::Values(
-    Case{"", "model.language_model.layers.0.mlp.experts.gate_up_proj", kExpert, 0, -1, true},
-    Case{"", "model.language_model.layers.0.mlp.gate.weight", Part::kRouter, 0},
-    Case{"", "model.visual.blocks.0.mlp.linear_fc1.weight", Part::kOther},
-    Case{"", "transformer.blocks.3.ffn.router.layer.weight", Part::kRouter, 3},             // dbrx
-    Case{"", "transformer.blocks.3.ffn.experts.mlp.w1", kExpert, 3, -1, true},              // dbrx
-    Case{"", "transformer.blocks.3.norm_attn_norm.attn.Wqkv.weight", Part::kAttention, 3},  // dbrx
-    Case{"", "model.layers.1.feed_forward.router.weight", Part::kRouter, 1},                // llama4, jamba
-    Case{"", "model.layers.1.feed_forward.experts.3.gate_proj.weight", kExpert, 1, 3},      // jamba
-    Case{"", "model.layers.1.feed_forward.shared_expert.gate_proj.weight", Part::kSharedExpert, 1},  // llama4
-    Case{"", "encoder.block.1.layer.1.mlp.router.classifier.weight", Part::kRouter, 1},     // switch
-    Case{"", "encoder.block.1.layer.1.mlp.experts.expert_5.wi.weight", kExpert, 1, 5},      // switch
-    Case{"", "model.layers.0.block_sparse_moe.input_linear.weight", kExpert, 0, -1, true},  // granitemoe
-    Case{"", "model.layers.0.block_sparse_moe.router.layer.weight", Part::kRouter, 0},      // granitemoe
-    Case{"", "model.layers.0.mlp.gate_proj.weight", Part::kDenseMlp, 0},
-    Case{"", "model.layers.0.mlp.gate_up_proj.weight", Part::kDenseMlp, 0},                 // phi3
-    Case{"", "model.layers.0.self_attn.gate.weight", Part::kAttention, 0},                  // a gate that routes nothing
-    Case{"", "model.layers.0.linear_attn.in_proj.weight", Part::kAttention, 0},
-    Case{"", "model.layers.0.mlp.gate.wg.weight", Part::kRouter, 0},                        // hunyuan
-    Case{"", "model.layers.0.input_layernorm.weight", Part::kNorm, 0},
-    Case{"", "base_model.model.model.layers.7.mlp.shared_experts.up_proj.lora_A.weight", Part::kSharedExpert, 7},
-    Case{"", "gate_proj", Part::kOther},
-    Case{"", "conv1d.weight", Part::kOther}));
+INSTANTIATE_TEST_SUITE_P(
+    NoFamily, Classify,
+    testing::Values(
+        Case{"", "model.language_model.layers.0.mlp.experts.gate_up_proj", kExpert, 0, -1, true},
+        Case{"", "model.language_model.layers.0.mlp.gate.weight", Part::kRouter, 0},
+        Case{"", "model.visual.blocks.0.mlp.linear_fc1.weight", Part::kOther},
+        Case{"", "transformer.blocks.3.ffn.router.layer.weight", Part::kRouter, 3},             // dbrx
+        Case{"", "transformer.blocks.3.ffn.experts.mlp.w1", kExpert, 3, -1, true},              // dbrx
+        Case{"", "transformer.blocks.3.norm_attn_norm.attn.Wqkv.weight", Part::kAttention, 3},  // dbrx
+        Case{"", "model.layers.1.feed_forward.router.weight", Part::kRouter, 1},                // llama4, jamba
+        Case{"", "model.layers.1.feed_forward.experts.3.gate_proj.weight", kExpert, 1, 3},      // jamba
+        Case{"", "model.layers.1.feed_forward.shared_expert.gate_proj.weight", Part::kSharedExpert, 1},  // llama4
+        Case{"", "encoder.block.1.layer.1.mlp.router.classifier.weight", Part::kRouter, 1},              // switch
+        Case{"", "encoder.block.1.layer.1.mlp.experts.expert_5.wi.weight", kExpert, 1, 5},               // switch
+        Case{"", "model.layers.0.block_sparse_moe.input_linear.weight", kExpert, 0, -1, true},           // granitemoe
+        Case{"", "model.layers.0.block_sparse_moe.router.layer.weight", Part::kRouter, 0},               // granitemoe
+        Case{"", "model.layers.0.mlp.gate_proj.weight", Part::kDenseMlp, 0},
+        Case{"", "model.layers.0.mlp.gate_up_proj.weight", Part::kDenseMlp, 0},  // phi3
+        Case{"", "model.layers.0.self_attn.gate.weight", Part::kAttention, 0},   // a gate that routes nothing
+        Case{"", "model.layers.0.linear_attn.in_proj.weight", Part::kAttention, 0},
+        Case{"", "model.layers.0.mlp.gate.wg.weight", Part::kRouter, 0},  // hunyuan
+        Case{"", "model.layers.0.input_layernorm.weight", Part::kNorm, 0},
+        Case{"", "base_model.model.model.layers.7.mlp.shared_experts.up_proj.lora_A.weight", Part::kSharedExpert, 7},
+        Case{"", "gate_proj", Part::kOther}, Case{"", "conv1d.weight", Part::kOther}));
 
 }  // namespace
 }  // namespace moeaudit

@@ -1,4 +1,5 @@
-// Families against the real libraries: tensor names of models that save_pretrained wrote, defaults of the config classes.
+// Families against the real libraries: tensor names of models that save_pretrained wrote, defaults of the config
+// classes.
 #include "audit/families/family.h"
 
 #include <gtest/gtest.h>
@@ -67,7 +68,8 @@ struct Comparison {
   std::vector<std::string> missing, unexpected, wrong_shape;
 };
 
-Comparison compare(const Family& family, const FamilyShape& shape, Where where, const std::map<std::string, std::vector<std::int64_t>>& have) {
+Comparison compare(const Family& family, const FamilyShape& shape, Where where,
+                   const std::map<std::string, std::vector<std::int64_t>>& have) {
   Comparison result;
   std::set<std::string> known;
   for (const ExpandedTensor& t : expand(family, shape, where)) {
@@ -124,9 +126,10 @@ TEST_P(SavedModel, EveryTensorHasTheSamePartByNameAsByPattern) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
-                         testing::Values("mixtral-tf4", "mixtral-tf5", "mixtral-tf5-fused", "mixtral-tf4-sharded", "qwen2_moe-tf4",
-                                         "qwen2_moe-tf5", "qwen3_moe-tf4", "qwen3_moe-tf5", "qwen3_moe-tf5-fused", "olmoe-tf4",
-                                         "olmoe-tf5", "deepseek_v3-tf4", "deepseek_v3-tf5", "gpt_oss-tf4", "gpt_oss-tf5"),
+                         testing::Values("mixtral-tf4", "mixtral-tf5", "mixtral-tf5-fused", "mixtral-tf4-sharded",
+                                         "qwen2_moe-tf4", "qwen2_moe-tf5", "qwen3_moe-tf4", "qwen3_moe-tf5",
+                                         "qwen3_moe-tf5-fused", "olmoe-tf4", "olmoe-tf5", "deepseek_v3-tf4",
+                                         "deepseek_v3-tf5", "gpt_oss-tf4", "gpt_oss-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -170,7 +173,8 @@ TEST(Family, DenseAndMoeLayersAndAlternatives) {
   EXPECT_FALSE(by_name.count("model.layers.0.mlp.gate.weight"));
   EXPECT_TRUE(by_name.count("model.layers.2.mlp.experts.1.down_proj.weight"));
   EXPECT_FALSE(by_name.count("model.layers.2.mlp.experts.2.down_proj.weight"));
-  EXPECT_EQ(by_name.at("model.layers.1.self_attn.q_b_proj.weight")->alternative, "model.layers.1.self_attn.q_proj.weight");
+  EXPECT_EQ(by_name.at("model.layers.1.self_attn.q_b_proj.weight")->alternative,
+            "model.layers.1.self_attn.q_proj.weight");
   EXPECT_TRUE(by_name.at("model.layers.1.self_attn.q_b_proj.weight")->optional);
   EXPECT_FALSE(by_name.at("model.layers.1.self_attn.kv_b_proj.weight")->optional);
 }
@@ -203,7 +207,8 @@ TEST(Family, DefaultsAreThoseOfTheConfigClasses) {
       EXPECT_EQ(family, find_family_by_model_type(config["model_type"].get<std::string>()));
       for (const FamilyKey& row : family->keys) {
         if (row.keys.empty()) continue;
-        const auto spelling = std::find_if(row.keys.begin(), row.keys.end(), [&](auto k) { return config.contains(std::string(k)); });
+        const auto spelling =
+            std::find_if(row.keys.begin(), row.keys.end(), [&](auto k) { return config.contains(std::string(k)); });
         ASSERT_NE(spelling, row.keys.end()) << version << " " << name << " has no " << row.keys[0];
         const Json& value = config[std::string(*spelling)];
         if (row.default_value.empty()) continue;
@@ -254,7 +259,8 @@ TEST(Family, HubIdsAreFoundWhateverTheirCase) {
     EXPECT_FALSE(kHubModels[i].cite.empty());
     // What rules need of a base model that is not on this machine.
     for (std::string_view fact : {"router.num_experts", "router.top_k", "model.num_layers", "model.hidden_size"}) {
-      const auto row = std::find_if(family->keys.begin(), family->keys.end(), [&](const FamilyKey& k) { return k.fact == fact; });
+      const auto row =
+          std::find_if(family->keys.begin(), family->keys.end(), [&](const FamilyKey& k) { return k.fact == fact; });
       ASSERT_NE(row, family->keys.end());
       const bool given = std::any_of(kHubModels[i].config.begin(), kHubModels[i].config.end(), [&](const auto& c) {
         return std::find(row->keys.begin(), row->keys.end(), c.first) != row->keys.end();

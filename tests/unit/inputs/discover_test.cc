@@ -1,11 +1,12 @@
 // What paths are taken for, on trees built for the purpose and on the fixtures.
+#include "audit/inputs/discover.h"
+
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <set>
 
-#include "audit/inputs/discover.h"
 #include "tests/unit/inputs/temp_tree.h"
 
 namespace moeaudit {
@@ -48,7 +49,8 @@ std::string tensor_file(const std::string& name) {
   return out + json + std::string(4, '\0');
 }
 
-// ---- the fixtures ----------------------------------------------------------------------------------------------------
+// ---- the fixtures
+// ----------------------------------------------------------------------------------------------------
 
 TEST(Discover, RunFolderTakesTheLatestCheckpoint) {
   const std::string run = fixture("runs/mixtral-sft-trl");
@@ -111,7 +113,8 @@ TEST(Discover, ModelFolderIsTheBase) {
 }
 
 TEST(Discover, SeveralPathsAreOneRun) {
-  const std::string model = fixture("models/mixtral-tf4"), config = fixture("configs/axolotl/mistral__mixtral__mixtral-qlora-fsdp.yml");
+  const std::string model = fixture("models/mixtral-tf4"),
+                    config = fixture("configs/axolotl/mistral__mixtral__mixtral-qlora-fsdp.yml");
   const std::string requirements = fixture("runs/mixtral-qlora-broken/requirements.txt");
   const RunPlan plan = plan_of({model, config, requirements});
   EXPECT_EQ(fatal(plan), "");
@@ -137,13 +140,16 @@ TEST(Discover, FolderOfManyConfigsAsksWhich) {
   EXPECT_TRUE(has(plan.problems[0].remedy, "--config " + fixture("configs/axolotl/"))) << plan.problems[0].remedy;
 }
 
-// ---- single files ----------------------------------------------------------------------------------------------------
+// ---- single files
+// ----------------------------------------------------------------------------------------------------
 
 TEST(Discover, FilesByTheirContent) {
   TempTree tree;
   const std::string state = tree.write("log.json", kState), adapter = tree.write("mine.json", kAdapter);
-  const std::string args = tree.write("training_args.bin", "x"), lora = tree.write("lora.safetensors", tensor_file("a.lora_A.weight"));
-  const std::string freeze = tree.write("env.txt", "transformers==4.46.3\npeft==0.13.2\n"), model = tree.write("moe.json", kConfig);
+  const std::string args = tree.write("training_args.bin", "x"),
+                    lora = tree.write("lora.safetensors", tensor_file("a.lora_A.weight"));
+  const std::string freeze = tree.write("env.txt", "transformers==4.46.3\npeft==0.13.2\n"),
+                    model = tree.write("moe.json", kConfig);
   const RunPlan plan = plan_of({state, adapter, args, lora, freeze, model});
   EXPECT_EQ(fatal(plan), "");
   EXPECT_EQ(plan.trainer_state.path, state);
@@ -157,7 +163,8 @@ TEST(Discover, FilesByTheirContent) {
 
 TEST(Discover, WeightFileBringsTheConfigBesideIt) {
   TempTree tree;
-  const std::string config = tree.write("config.json", kConfig), weights = tree.write("moe.safetensors", tensor_file("gate.weight"));
+  const std::string config = tree.write("config.json", kConfig),
+                    weights = tree.write("moe.safetensors", tensor_file("gate.weight"));
   const RunPlan plan = plan_of({weights});
   EXPECT_EQ(plan.base_weights.path, weights);
   EXPECT_EQ(plan.base_config.path, config);
@@ -212,7 +219,8 @@ TEST(Discover, FolderAboveNamesWhatIsBelow) {
   EXPECT_TRUE(has(what, "did you mean " + tree.path("runs/a") + ", " + tree.path("runs/b") + "?")) << what;
 }
 
-// ---- folders that a trainer left -------------------------------------------------------------------------------------
+// ---- folders that a trainer left
+// -------------------------------------------------------------------------------------
 
 TEST(Discover, TrainerFilesMakeTheConfigTheRunsOwn) {
   TempTree tree;
@@ -265,7 +273,8 @@ TEST(Discover, InterruptedCheckpointIsPassedOver) {
 
 TEST(Discover, NumbersNotNames) {
   TempTree tree;
-  for (const char* n : {"9", "100", "20"}) tree.write(std::string("run/checkpoint-") + n + "/trainer_state.json", kState);
+  for (const char* n : {"9", "100", "20"})
+    tree.write(std::string("run/checkpoint-") + n + "/trainer_state.json", kState);
   EXPECT_EQ(plan_of({tree.path("run")}).name, tree.path("run/checkpoint-100"));
 }
 
@@ -320,7 +329,8 @@ TEST(Discover, LauncherConfigIsNamedAsNotRead) {
   EXPECT_TRUE(has(plan.problems[0].remedy, "--world-size"));
 }
 
-// ---- who wins --------------------------------------------------------------------------------------------------------
+// ---- who wins
+// --------------------------------------------------------------------------------------------------------
 
 TEST(Discover, OptionsOutrankWhatIsFound) {
   TempTree tree;
@@ -367,10 +377,14 @@ TEST(Discover, TwoOfAKindIsAContradiction) {
   EXPECT_TRUE(has(fatal(plan_of({a, b})), "--base BASE_MODEL --model TRAINED_MODEL"));
   EXPECT_EQ(fatal(plan_of({a, a})), fatal(plan_of({a, a + "/"})));
   RunOptions two;
-  two.adapters = {fixture("runs/mixtral-qlora-broken/checkpoint-5"), fixture("runs/mixtral-qlora-broken/checkpoint-10")};
+  two.adapters = {fixture("runs/mixtral-qlora-broken/checkpoint-5"),
+                  fixture("runs/mixtral-qlora-broken/checkpoint-10")};
   EXPECT_TRUE(has(fatal(plan_of({}, two)), "second adapter"));
-  EXPECT_TRUE(has(fatal(plan_of({fixture("runs/mixtral-qlora-broken"), fixture("runs/mixtral-sft-trl")})), "second run folder"));
-  EXPECT_TRUE(has(fatal(plan_of({fixture("runs/mixtral-qlora-broken/checkpoint-5"), fixture("runs/mixtral-qlora-healthy/checkpoint-5")})), "second adapter"));
+  EXPECT_TRUE(has(fatal(plan_of({fixture("runs/mixtral-qlora-broken"), fixture("runs/mixtral-sft-trl")})),
+                  "second run folder"));
+  EXPECT_TRUE(has(fatal(plan_of({fixture("runs/mixtral-qlora-broken/checkpoint-5"),
+                                 fixture("runs/mixtral-qlora-healthy/checkpoint-5")})),
+                  "second adapter"));
 }
 
 TEST(Discover, OptionsThatNameNothing) {

@@ -17,7 +17,8 @@ namespace {
 using Json = nlohmann::json;
 
 const Json& golden() {
-  static const Json g = Json::parse(std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR) + "/tests/unit/inputs/golden.json"));
+  static const Json g =
+      Json::parse(std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR) + "/tests/unit/inputs/golden.json"));
   return g;
 }
 std::string at(const std::string& path) { return std::string(MOE_AUDIT_SOURCE_DIR) + "/" + path; }
@@ -112,7 +113,8 @@ TEST(Golden, TrainingArguments) {
     expect_places(m, false, at(path));
     // Axolotl's own class runs transformers' loop, which resolve() says; the other two say it themselves.
     const std::string name = want["class"];
-    const bool sft = name == "trl.trainer.sft_config.SFTConfig", axolotl = name == "axolotl.core.trainer_builder.AxolotlTrainingArguments";
+    const bool sft = name == "trl.trainer.sft_config.SFTConfig",
+               axolotl = name == "axolotl.core.trainer_builder.AxolotlTrainingArguments";
     EXPECT_TRUE(sft || axolotl || name == "transformers.training_args.TrainingArguments") << name;
     EXPECT_EQ(m.framework, sft ? "trl" : axolotl ? "axolotl" : "transformers") << path;
     EXPECT_EQ(m.trainer, sft ? "SFTTrainer" : axolotl ? "" : "Trainer") << path;
@@ -190,10 +192,14 @@ TEST(Golden, IsComplete) {
     const std::string name = entry.path().filename().string();
     const bool run = path.starts_with("fixtures/runs/");
     const std::string ending = entry.path().extension().string();
-    const std::pair<const char*, const char*> kinds[] = {{"training_args.bin", "training_args"}, {"trainer_state.json", "trainer_state"},
-                                                         {"adapter_config.json", "adapter"}, {"requirements.txt", "requirements"}};
+    const std::pair<const char*, const char*> kinds[] = {{"training_args.bin", "training_args"},
+                                                         {"trainer_state.json", "trainer_state"},
+                                                         {"adapter_config.json", "adapter"},
+                                                         {"requirements.txt", "requirements"}};
     for (const auto& [file, kind] : kinds) {
-      if (run && name == file) { EXPECT_TRUE(golden()[kind].contains(path)) << path; }
+      if (run && name == file) {
+        EXPECT_TRUE(golden()[kind].contains(path)) << path;
+      }
     }
     if (path.starts_with("fixtures/configs/") && ending.starts_with(".y") && !name.starts_with("accelerate__")) {
       EXPECT_TRUE(golden()["configs"].contains(path)) << path;

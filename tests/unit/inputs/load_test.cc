@@ -91,15 +91,15 @@ TEST(Load, VersionsByAuthority) {
     return (run.facts.*fact).known() ? to_text((run.facts.*fact).value()) : "unknown";
   };
   RunOptions o;
-  EXPECT_EQ(version(o, &FactSheet::transformers), "5.23.0");    // the model card, not the file that lies there
-  EXPECT_EQ(version(o, &FactSheet::peft), "0.21.2");            // a release, not a range
-  EXPECT_EQ(version(o, &FactSheet::accelerate), "1.2.3");       // nobody else says
+  EXPECT_EQ(version(o, &FactSheet::transformers), "5.23.0");  // the model card, not the file that lies there
+  EXPECT_EQ(version(o, &FactSheet::peft), "0.21.2");          // a release, not a range
+  EXPECT_EQ(version(o, &FactSheet::accelerate), "1.2.3");     // nobody else says
   o.envs = {tree.write("freeze.txt", "transformers==4.50.0\npeft>=0.20\n")};
   EXPECT_EQ(version(o, &FactSheet::transformers), "4.50.0");
   EXPECT_EQ(version(o, &FactSheet::peft), "0.21.2");
   o.assume = {{"transformers", "4.51.0"}, {"peft", ">=0.17"}};
   EXPECT_EQ(version(o, &FactSheet::transformers), "4.51.0");
-  EXPECT_EQ(version(o, &FactSheet::peft), ">=0.17");            // the command line is taken at its word
+  EXPECT_EQ(version(o, &FactSheet::peft), ">=0.17");  // the command line is taken at its word
 }
 
 TEST(Load, BaseModelInEveryPlace) {
@@ -200,7 +200,8 @@ TEST(Load, AllShippedConfigs) {
       const LoadedRun run = load({entry.path().string()}, options);
       EXPECT_EQ(fatal(run), "") << entry.path();
       if (run.facts.ignored_keys.known()) {
-        for (const IgnoredKey& key : run.facts.ignored_keys.value()) ADD_FAILURE() << entry.path() << ": " << key.key << " " << key.why;
+        for (const IgnoredKey& key : run.facts.ignored_keys.value())
+          ADD_FAILURE() << entry.path() << ": " << key.key << " " << key.why;
       }
       ++n;
     }

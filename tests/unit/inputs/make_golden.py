@@ -53,7 +53,11 @@ def axolotl(d):
     for k, v in (d.get("model_config") or {}).items():
         s["model_config." + k] = v
     other = [k for k in d if k not in AXOLOTL and k not in AXOLOTL_OTHER and k != "bnb_config_kwargs"]
-    other += ["bnb_config_kwargs." + k for k in d.get("bnb_config_kwargs", {})]
+    for k, v in d.get("bnb_config_kwargs", {}).items():
+        if k in ("bnb_4bit_quant_type", "llm_int8_skip_modules"):
+            s[k] = v
+        else:
+            other.append("bnb_config_kwargs." + k)
     return dict(framework="axolotl", base=d["base_model"], settings=s, other=sorted(other))
 
 

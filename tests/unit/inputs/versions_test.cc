@@ -65,7 +65,9 @@ TEST(Versions, WhatARequirementDoesNotTellIsSaid) {
 }
 
 TEST(Versions, PipList) {
-  const Material m = read("packages.txt", "Package           Version\n----------------- -----------\ntransformers      4.57.1\ntorch             2.5.1+cu124\n");
+  const Material m = read("packages.txt",
+                          "Package           Version\n----------------- -----------\ntransformers      4.57.1\ntorch   "
+                          "          2.5.1+cu124\n");
   expect_exact(m, "transformers", "4.57.1");
   expect_exact(m, "torch", "2.5.1");
 }
@@ -73,7 +75,8 @@ TEST(Versions, PipList) {
 TEST(Versions, UvLock) {
   const Material m = read("uv.lock",
                           "version = 1\nrequires-python = \">=3.11\"\n\n"
-                          "[[package]]\nname = \"transformers\"\nversion = \"4.57.1\"\nsource = { registry = \"https://example.invalid\" }\n"
+                          "[[package]]\nname = \"transformers\"\nversion = \"4.57.1\"\nsource = { registry = "
+                          "\"https://example.invalid\" }\n"
                           "dependencies = [\n    { name = \"numpy\", version = \"9.9.9\" },\n]\n\n"
                           "[package.metadata]\nversion = \"0.0.0\"\n\n"
                           "[[package]]\nname = \"torch\"\nversion = \"2.5.1\"\n\n"
@@ -87,7 +90,8 @@ TEST(Versions, UvLock) {
 
 TEST(Versions, PoetryLock) {
   const Material m = read("poetry.lock",
-                          "[[package]]\nname = \"peft\"\nversion = \"0.18.0\"\ndescription = \"x\"\n\n[package.dependencies]\ntorch = \">=1.13\"\n");
+                          "[[package]]\nname = \"peft\"\nversion = \"0.18.0\"\ndescription = "
+                          "\"x\"\n\n[package.dependencies]\ntorch = \">=1.13\"\n");
   expect_exact(m, "peft", "0.18.0");
   EXPECT_EQ(m.versions.size(), 1u);
 }
@@ -96,12 +100,16 @@ TEST(Versions, ModelCards) {
   const Material peft = read("README.md", "# Card\n- PEFT 9.9\n\n### Framework versions\n\n- PEFT 0.14.0");
   expect_exact(peft, "peft", "0.14.0");
   EXPECT_EQ(peft.versions.size(), 1u);  // the line above the heading is prose
-  const Material trl = read("README.md", "### Framework versions\n\n- TRL: 1.16.0\n- Transformers: 5.23.0\n- Pytorch: 2.13.0+cpu\n\n## Citations\n- TRL: 0.0\n");
+  const Material trl = read("README.md",
+                            "### Framework versions\n\n- TRL: 1.16.0\n- Transformers: 5.23.0\n- Pytorch: "
+                            "2.13.0+cpu\n\n## Citations\n- TRL: 0.0\n");
   expect_exact(trl, "trl", "1.16.0");
   expect_exact(trl, "transformers", "5.23.0");
   expect_exact(trl, "torch", "2.13.0");
   EXPECT_EQ(trl.versions.size(), 3u);
-  const Material axolotl = read("README.md", "<details><summary>See axolotl config</summary>\n\naxolotl version: `0.9.2`\n```yaml\nbase_model: x\n```\n");
+  const Material axolotl =
+      read("README.md",
+           "<details><summary>See axolotl config</summary>\n\naxolotl version: `0.9.2`\n```yaml\nbase_model: x\n```\n");
   expect_exact(axolotl, "axolotl", "0.9.2");
   read("README.md", "# just a readme\n- transformers 4.0\n", false);
 }

@@ -80,8 +80,9 @@ TEST(AdapterTensors, TheExpertsThatGotNoToken) {
   const AdapterTensors t = measure("runs/expert-untrained/checkpoint-10").facts.adapter_tensors.value();
   std::map<std::pair<int, int>, int> zeros;
   for (std::size_t i = 0; i < t.module.size(); ++i) {
-    if (t.b_zero[i]) ++zeros[{t.layer[i], t.expert[i]}];
-    if (t.b_zero[i]) EXPECT_EQ(t.part[i], Part::kRoutedExpert);
+    if (!t.b_zero[i]) continue;
+    ++zeros[{t.layer[i], t.expert[i]}];
+    EXPECT_EQ(t.part[i], Part::kRoutedExpert);
   }
   EXPECT_EQ(zeros, (std::map<std::pair<int, int>, int>{{{1, 3}, 3}, {{2, 0}, 3}, {{2, 5}, 3}}));  // w1, w2, w3 of each
 }

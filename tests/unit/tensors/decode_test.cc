@@ -18,7 +18,8 @@ using nlohmann::json;
 /// A view of `values`, one byte off any alignment.
 template <class T>
 struct Misaligned {
-  explicit Misaligned(DType dtype, const std::vector<T>& values) : bytes(values.size() * sizeof(T) + 1), extent(static_cast<std::int64_t>(values.size())) {
+  explicit Misaligned(DType dtype, const std::vector<T>& values)
+      : bytes(values.size() * sizeof(T) + 1), extent(static_cast<std::int64_t>(values.size())) {
     std::memcpy(bytes.data() + 1, values.data(), values.size() * sizeof(T));
     view.dtype = dtype;
     view.shape = {&extent, 1};
@@ -41,7 +42,8 @@ void expect_same(double got, double want, std::int64_t pattern) {
   if (std::isnan(want)) {
     EXPECT_TRUE(std::isnan(got)) << pattern;
   } else {
-    EXPECT_EQ(std::bit_cast<std::uint64_t>(got), std::bit_cast<std::uint64_t>(want)) << pattern << ": " << got << ", want " << want;
+    EXPECT_EQ(std::bit_cast<std::uint64_t>(got), std::bit_cast<std::uint64_t>(want))
+        << pattern << ": " << got << ", want " << want;
   }
 }
 
@@ -96,10 +98,13 @@ TEST(Decode, IntegersAndWideFloats) {
   EXPECT_EQ(decoded<double>(DType::kU8, std::vector<std::uint8_t>{255}), (std::vector<double>{255}));
   EXPECT_EQ(decoded<double>(DType::kI16, std::vector<std::int16_t>{-32768}), (std::vector<double>{-32768}));
   EXPECT_EQ(decoded<double>(DType::kU16, std::vector<std::uint16_t>{65535}), (std::vector<double>{65535}));
-  EXPECT_EQ(decoded<double>(DType::kI32, std::vector<std::int32_t>{-2147483647 - 1}), (std::vector<double>{-2147483648.0}));
+  EXPECT_EQ(decoded<double>(DType::kI32, std::vector<std::int32_t>{-2147483647 - 1}),
+            (std::vector<double>{-2147483648.0}));
   EXPECT_EQ(decoded<double>(DType::kU32, std::vector<std::uint32_t>{4294967295u}), (std::vector<double>{4294967295.0}));
-  EXPECT_EQ(decoded<double>(DType::kI64, std::vector<std::int64_t>{-(1LL << 53)}), (std::vector<double>{-9007199254740992.0}));
-  EXPECT_EQ(decoded<double>(DType::kU64, std::vector<std::uint64_t>{1ULL << 63}), (std::vector<double>{9223372036854775808.0}));
+  EXPECT_EQ(decoded<double>(DType::kI64, std::vector<std::int64_t>{-(1LL << 53)}),
+            (std::vector<double>{-9007199254740992.0}));
+  EXPECT_EQ(decoded<double>(DType::kU64, std::vector<std::uint64_t>{1ULL << 63}),
+            (std::vector<double>{9223372036854775808.0}));
   EXPECT_EQ(decoded<double>(DType::kBool, std::vector<std::uint8_t>{0, 1, 7}), (std::vector<double>{0, 1, 1}));
   EXPECT_EQ(decoded<double>(DType::kF64, std::vector<double>{0.1, -0.0}), (std::vector<double>{0.1, -0.0}));
   EXPECT_EQ(decoded<float>(DType::kF64, std::vector<double>{0.1}), (std::vector<float>{0.1f}));  // rounded to nearest
@@ -126,11 +131,13 @@ TEST(Decode, RefusesWhatItCannotReadAndWhatIsNotThere) {
 }
 
 TEST(Decode, SizesAgreeWithTheFormat) {
-  for (const char* name : {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64"}) {
+  for (const char* name : {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I32", "I16", "I8",
+                           "U64", "U32", "U16", "U8", "BOOL", "C64"}) {
     EXPECT_EQ(size_of(dtype_info(name).dtype) * 8, dtype_info(name).bits) << name;
     EXPECT_STREQ(name_of(dtype_info(name).dtype), name);
   }
-  for (const char* name : {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "X"}) EXPECT_EQ(size_of(dtype_info(name).dtype), 0) << name;
+  for (const char* name : {"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "X"})
+    EXPECT_EQ(size_of(dtype_info(name).dtype), 0) << name;
 }
 
 }  // namespace

@@ -20,7 +20,8 @@ const std::string kModels = MOE_AUDIT_SOURCE_DIR "/fixtures/models/";
 class TensorFolder : public testing::Test {
  protected:
   void SetUp() override {
-    root_ = fs::path(testing::TempDir()) / ("tensor_store_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
+    root_ = fs::path(testing::TempDir()) /
+            ("tensor_store_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
     fs::remove_all(root_);
     fs::create_directories(root_);
   }
@@ -37,8 +38,8 @@ class TensorFolder : public testing::Test {
     for (const auto& [tensor, value] : tensors) {
       const std::size_t at = data.size();
       data.append(reinterpret_cast<const char*>(&value), sizeof value);
-      header += (header.size() > 1 ? ",\"" : "\"") + tensor + R"(":{"dtype":"F32","shape":[1],"data_offsets":[)" + std::to_string(at) + "," +
-                std::to_string(data.size()) + "]}";
+      header += (header.size() > 1 ? ",\"" : "\"") + tensor + R"(":{"dtype":"F32","shape":[1],"data_offsets":[)" +
+                std::to_string(at) + "," + std::to_string(data.size()) + "]}";
     }
     header += "}";
     const std::uint64_t length = header.size();
@@ -61,7 +62,8 @@ class TensorFolder : public testing::Test {
 TEST_F(TensorFolder, SingleFileAndShardsOfTheSameModelAgree) {
   const TensorStore whole = TensorStore::open(kModels + "mixtral-tf4", "model", &problems_);
   const TensorStore shards = TensorStore::open(kModels + "mixtral-tf4-sharded", "model", &problems_);
-  const TensorStore by_index = TensorStore::open(kModels + "mixtral-tf4-sharded/model.safetensors.index.json", "model", &problems_);
+  const TensorStore by_index =
+      TensorStore::open(kModels + "mixtral-tf4-sharded/model.safetensors.index.json", "model", &problems_);
   EXPECT_TRUE(problems_.empty());
   ASSERT_GT(whole.size(), 100u);
   EXPECT_EQ(whole.size(), shards.size());
@@ -80,7 +82,8 @@ TEST_F(TensorFolder, SingleFileAndShardsOfTheSameModelAgree) {
     EXPECT_EQ(whole.find(a.name), &a);
   }
   for (std::size_t i = 1; i < shards.size(); ++i) {
-    EXPECT_TRUE(shards[i - 1].file < shards[i].file || (shards[i - 1].file == shards[i].file && shards[i - 1].offset < shards[i].offset));
+    EXPECT_TRUE(shards[i - 1].file < shards[i].file ||
+                (shards[i - 1].file == shards[i].file && shards[i - 1].offset < shards[i].offset));
   }
   EXPECT_EQ(whole.find("model.layers.0"), nullptr);
   EXPECT_EQ(whole.find(""), nullptr);
@@ -154,15 +157,17 @@ TEST_F(TensorFolder, NameTwiceInOneFile) {
 TEST_F(TensorFolder, ShardMissingTensorMissingAndTensorElsewhere) {
   write_floats("model-00001-of-00003.safetensors", {{"a", 1}, {"c", 4}});
   write_floats("model-00002-of-00003.safetensors", {{"b", 2}});
-  write("model.safetensors.index.json", R"({"metadata":{"total_size":1e3},"weight_map":{"a":"model-00001-of-00003.safetensors",
+  write("model.safetensors.index.json",
+        R"({"metadata":{"total_size":1e3},"weight_map":{"a":"model-00001-of-00003.safetensors",
     "b":"model-00001-of-00003.safetensors","c":"model-00001-of-00003.safetensors","d":"model-00002-of-00003.safetensors",
     "e":"model-00003-of-00003.safetensors","f":"model-00002-of-00003.safetensors"}})");
   const TensorStore store = open();
   EXPECT_EQ(store.size(), 3u);
   EXPECT_EQ(store.files().size(), 2u);
-  EXPECT_EQ(store.missing_in_index(), (std::vector<std::pair<std::string, std::string>>{{"d", "model-00002-of-00003.safetensors"},
-                                                                                       {"e", "model-00003-of-00003.safetensors"},
-                                                                                       {"f", "model-00002-of-00003.safetensors"}}));
+  EXPECT_EQ(store.missing_in_index(),
+            (std::vector<std::pair<std::string, std::string>>{{"d", "model-00002-of-00003.safetensors"},
+                                                              {"e", "model-00003-of-00003.safetensors"},
+                                                              {"f", "model-00002-of-00003.safetensors"}}));
   ASSERT_EQ(problems_.size(), 2u);
   EXPECT_EQ(problems_[0].file, (root_ / "model-00003-of-00003.safetensors").string());
   EXPECT_NE(problems_[0].what.find("missing"), std::string::npos);
@@ -186,12 +191,14 @@ TEST_F(TensorFolder, ShardsOutsideOfTheFolderAreNotOpened) {
 
 TEST_F(TensorFolder, BrokenIndex) {
   const std::pair<const char*, const char*> cases[] = {
-      {"{", "the index is not JSON (line 1, column 2): expected a key in double quotes or '}', found the end of the text"},
+      {"{",
+       "the index is not JSON (line 1, column 2): expected a key in double quotes or '}', found the end of the text"},
       {"{}", "the index has no weight_map"},
       {"[]", "the index has no weight_map"},
       {R"({"weight_map":[]})", "weight_map is not a JSON object"},
       {R"({"weight_map":{"a":1}})", "weight_map has a value that is not a file name, for a"},
-      {R"({"weight_map":{}} x)", "the index is not JSON (line 1, column 19): text after the end of the JSON value, from 'x' on"},
+      {R"({"weight_map":{}} x)",
+       "the index is not JSON (line 1, column 19): text after the end of the JSON value, from 'x' on"},
   };
   for (const auto& [text, what] : cases) {
     write("model.safetensors.index.json", text);
@@ -229,7 +236,8 @@ TEST_F(TensorFolder, MovedStoreKeepsItsViews) {
 
 TEST(NameIndex, FindsEveryNameAndNoOther) {
   std::vector<std::string> text;
-  for (int i = 0; i < 20'000; ++i) text.push_back("model.layers." + std::to_string(i % 61) + ".mlp.experts." + std::to_string(i) + ".up_proj.weight");
+  for (int i = 0; i < 20'000; ++i)
+    text.push_back("model.layers." + std::to_string(i % 61) + ".mlp.experts." + std::to_string(i) + ".up_proj.weight");
   std::vector<std::string_view> names(text.begin(), text.end());
   NameIndex index;
   index.build(names);

@@ -1,5 +1,5 @@
-// parse_yaml against what PyYAML's safe_load returned (fixtures/make/yaml_golden.py). MOE_AUDIT_YAML_GOLDEN names another
-// golden file, for a run over many more random texts than are committed.
+// parse_yaml against what PyYAML's safe_load returned (fixtures/make/yaml_golden.py). MOE_AUDIT_YAML_GOLDEN names
+// another golden file, for a run over many more random texts than are committed.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -19,11 +19,13 @@ std::string difference(const Node& node, const json& want, const std::string& pa
   const auto differs = [&](const std::string& what) { return path + ": " + what + ", want " + want.dump(); };
   if (want.is_null()) return node.is_null() ? "" : differs("not null");
   if (want.is_boolean()) return node.as_bool() == want.get<bool>() ? "" : differs("another boolean");
-  if (want.is_string()) return node.is_string() && node.text == want.get<std::string>() ? "" : differs("'" + node.text + "'");
+  if (want.is_string())
+    return node.is_string() && node.text == want.get<std::string>() ? "" : differs("'" + node.text + "'");
   if (want.is_array()) {
     if (!node.is_list() || node.items.size() != want.size()) return differs("no list of that size");
     for (std::size_t i = 0; i < want.size(); ++i) {
-      if (std::string d = difference(node.items[i], want[i], path + "[" + std::to_string(i) + "]"); !d.empty()) return d;
+      if (std::string d = difference(node.items[i], want[i], path + "[" + std::to_string(i) + "]"); !d.empty())
+        return d;
     }
     return "";
   }
@@ -32,7 +34,9 @@ std::string difference(const Node& node, const json& want, const std::string& pa
     const std::string text = want["int"];
     if (!node.is_number()) return differs("not a number: '" + node.text + "'");
     if (text.size() < 19) return node.as_int() == std::stoll(text) ? "" : differs("'" + node.text + "'");
-    return node.as_double() == std::strtod(text.c_str(), nullptr) ? "" : differs("'" + node.text + "'");  // as a float, at least
+    return node.as_double() == std::strtod(text.c_str(), nullptr)
+               ? ""
+               : differs("'" + node.text + "'");  // as a float, at least
   }
   if (want.contains("float")) {
     const std::string text = want["float"];
@@ -41,9 +45,11 @@ std::string difference(const Node& node, const json& want, const std::string& pa
     return got && (*got == value || (std::isnan(*got) && std::isnan(value))) ? "" : differs("'" + node.text + "'");
   }
   const json& pairs = want["map"];
-  if (!node.is_map() || node.keys.size() != pairs.size() || node.items.size() != pairs.size()) return differs("no mapping of that size");
+  if (!node.is_map() || node.keys.size() != pairs.size() || node.items.size() != pairs.size())
+    return differs("no mapping of that size");
   for (std::size_t i = 0; i < pairs.size(); ++i) {
-    if (pairs[i][0].is_string() && node.keys[i] != pairs[i][0].get<std::string>()) return differs("key '" + node.keys[i] + "'");
+    if (pairs[i][0].is_string() && node.keys[i] != pairs[i][0].get<std::string>())
+      return differs("key '" + node.keys[i] + "'");
     if (std::string d = difference(node.items[i], pairs[i][1], path + "." + node.keys[i]); !d.empty()) return d;
   }
   return "";
@@ -55,8 +61,8 @@ std::string check(const std::string& text, const json& want) {
   const bool ok = parse_yaml(text, &root, nullptr, &error);
   if (ok != want["ok"].get<bool>()) {
     return ok ? "accepted, PyYAML raises " + want["why"].get<std::string>()
-              : "refused (" + std::to_string(error.line) + ":" + std::to_string(error.column) + " " + error.what + "), PyYAML reads " +
-                    want["value"].dump();
+              : "refused (" + std::to_string(error.line) + ":" + std::to_string(error.column) + " " + error.what +
+                    "), PyYAML reads " + want["value"].dump();
   }
   return ok ? difference(root, want["value"], "$") : error.what.empty() ? "refused without a reason" : "";
 }

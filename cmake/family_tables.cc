@@ -1,0 +1,282 @@
+// audit/families/*.yaml -> the source of kFamilies and kHubModels (compile_tables.cc). Schema: docs/add_a_family.md.
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cmake/table_yaml.h"
+
+namespace tables {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::set<std::string> kFactNames = {
+#define FACT(member, type, name, meaning, supply) name,
+#include "audit/facts/fact_list.inc"
+#undef FACT
+};
+
+// What every family must say: in keys:, or in absent: (the family has no such thing), or in unknown:.
+const std::vector<std::string> kRequiredFacts = {
+    "model.num_layers",         "model.moe_layers",    "model.hidden_size",     "model.expert_width",
+    "model.num_shared_experts", "router.num_experts",  "router.top_k",          "router.num_groups",
+    "router.top_groups",        "router.renormalised", "router.routed_scaling", "balance.aux_flag",
+    "balance.aux_coefficient"};
+
+const Words kParts = {{"router", "kRouter"},
+                      {"routed_expert", "kRoutedExpert"},
+                      {"shared_expert", "kSharedExpert"},
+                      {"shared_expert_gate", "kSharedExpertGate"},
+                      {"dense_mlp", "kDenseMlp"},
+                      {"attention", "kAttention"},
+                      {"embedding", "kEmbedding"},
+                      {"head", "kHead"},
+                      {"norm", "kNorm"},
+                      {"other", "kOther"}};
+const Words kLayers = {{"moe", "kMoe"}, {"dense", "kDense"}, {"all", "kAll"}, {"none", "kNone"}};
+const Words kWhere = {{"hub", "kHub"}, {"memory", "kMemory"}, {"both", ""}};
+const Words kScoring = {{"softmax", "kSoftmax"}, {"sigmoid", "kSigmoid"}, {"sqrtsoftplus", "kSqrtSoftplus"}};
+const Words kGroupScore = {{"none", "kNone"}, {"max", "kMax"}, {"top2_sum", "kTop2Sum"}};
+const Words kBalance = {
+    {"aux_loss", "kAuxLoss"}, {"bias_update", "kBiasUpdate"}, {"bias_frozen", "kBiasFrozen"}, {"none", "kNone"}};
+const Words kDTypes = {{"activations", "kUnknown"}, {"logits", "kUnknown"}, {"float32", "kF32"}, {"bfloat16", "kBF16"}};
+const Words kRenormalise = {{"always", ""}, {"never", ""}, {"config", ""}};
+const Words kMoeLayerRules = {{"all", ""}, {"from first_k_dense_replace", ""}, {"decoder_sparse_step", ""}};
+struct FamilyTables {
+  Writer writer;
+  std::vector<std::string> families, hub_models;
+  std::map<std::string, std::string> owner_of_model_type;
+  std::map<std::string, std::set<std::string>> config_keys;  // family -> every spelling of every key
+  std::set<std::string> hub_ids;
+};
+
+/// `keys:` fact -> spellings and default. No spelling: the default is a constant of the family.
+std::string family_keys(Map& top, const Sources& sources, FamilyTables& t, const std::string& family,
+                        std::set<std::string>* given) {
+  std::vector<std::string> rows;
+  const YAML::Node keys = top.node("keys");
+  if (!keys.IsMap()) fail(top.file(), keys.Mark(), "'keys' must be a mapping from fact to spellings");
+  for (const auto& entry : keys) {
+    const std::string fact = entry.first.Scalar();
+    if (!kFactNames.count(fact))
+      fail(top.file(), entry.first.Mark(), "'" + fact + "' is no fact of audit/facts/fact_list.inc");
+    if (!given->insert(fact).second) fail(top.file(), entry.first.Mark(), "fact '" + fact + "' is given twice");
+    Map row(top.file(), entry.second);
+    const std::vector<std::string> spellings = row.list("keys", false);
+    const std::string fallback = row.has("default") ? row.text("default") : "";
+    if (spellings.empty() && fallback.empty())
+      fail(top.file(), entry.first.Mark(), "'" + fact + "' has neither keys nor a default");
+    rows.push_back("{" + quoted(fact) + ", " + t.writer.strings(spellings) + ", " + quoted(fallback) + ", " +
+                   quoted(sources.cite(row)) + "}");
+    t.config_keys[family].insert(spellings.begin(), spellings.end());
+    row.done();
+  }
+  return t.writer.array("FamilyKey", rows);
+}
+
+/// Every dimension: a product of symbols and numbers, or "?".
+std::string shape_of(Map& row) {
+  const std::vector<std::string> dims = row.list("shape", true);
+  for (const std::string& dim : dims) {
+    if (dim == "?") continue;
+    std::stringstream stream(dim);
+    for (std::string factor; std::getline(stream, factor, '*');) {
+      const bool symbol = factor.size() == 1 && std::string("EHISV").find(factor[0]) != std::string::npos;
+      const bool digits = !factor.empty() && factor.find_first_not_of("0123456789") == std::string::npos;
+      if (!symbol && !digits) {
+        fail(row.file(), row.node("shape").Mark(),
+             "shape '" + dim + "': write E, H, I, S, V, numbers, products like 2*I, or ?");
+      }
+    }
+  }
+  return joined(dims, ",");
+}
+
+std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* names) {
+  struct Seen {
+    std::string instead;
+    YAML::Mark mark;
+  };
+  std::vector<std::string> rows;
+  std::vector<Seen> alternatives;
+  for (const auto& entry : top.node("tensors")) {
+    Map row(top.file(), entry);
+    const std::string name = row.text("name"), layers = row.word("layers", kLayers), where = row.word("where", kWhere);
+    const bool layered = name.find("{L}") != std::string::npos;
+    if (layered == (layers == "kNone"))
+      fail(top.file(), entry.Mark(), "'" + name + "': {L} and 'layers: none' exclude each other, and one is needed");
+    const std::string instead = row.text_or("instead", ""), when = row.text_or("optional", "");
+    if (!instead.empty()) alternatives.push_back({instead, entry.Mark()});
+    const std::string shape = shape_of(row), part = row.word("part", kParts);
+    for (const char* w : {"kHub", "kMemory"}) {
+      if (!where.empty() && where != w) continue;
+      if (!names->insert(std::string(w) + name).second)
+        fail(top.file(), entry.Mark(), "tensor '" + name + "' is listed twice");
+      const std::string why = instead.empty() ? when : "the checkpoint has " + instead + " instead";
+      rows.push_back("{" + quoted(name) + ", " + quoted(shape) + ", Part::" + part + ", FamilyTensor::Where::" + w +
+                     ", FamilyTensor::Layers::" + layers + ", " + (why.empty() ? "false" : "true") + ", " +
+                     quoted(why) + ", " + quoted(instead) + "}");
+    }
+    row.done();
+  }
+  for (const Seen& a : alternatives) {
+    if (!names->count("kHub" + a.instead) && !names->count("kMemory" + a.instead))
+      fail(top.file(), a.mark, "instead: '" + a.instead + "' is no tensor of this family");
+  }
+  return t.writer.array("FamilyTensor", rows);
+}
+
+/// The routing conventions, as the initialiser of audit/facts/values.h Routing.
+std::string family_routing(Map& top, const Sources& sources, const std::set<std::string>& tensors,
+                           std::string* renormalise) {
+  Map m(top.file(), top.node("routing"));
+  m.word("renormalise", kRenormalise);
+  *renormalise = m.text("renormalise");
+  auto tensor = [&](const std::string& key, bool required) {
+    if (!required && !m.has(key)) return std::string("{}");
+    const std::string name = m.text(key);
+    if (!tensors.count("kHub" + name))
+      fail(top.file(), m.node(key).Mark(), key + ": '" + name + "' is no hub tensor of this family");
+    return quoted(name);
+  };
+  auto yes = [&](const std::string& key) { return m.flag(key, false) ? std::string("true") : std::string("false"); };
+  const std::string bias = yes("linear_bias"), correction = yes("correction_bias");
+  std::string out = "{.scoring = Scoring::" + m.word("scoring", kScoring) +
+                    ", .softmax_after_top_k = " + yes("softmax_after_top_k") + ", .linear_bias = " + bias +
+                    ", .correction_bias = " + correction;
+  if (m.has("group_score")) out += ", .group_score = GroupScore::" + m.word("group_score", kGroupScore);
+  out += ", .renormalise = " + std::string(*renormalise == "always" ? "true" : "false") +
+         ", .renormalise_eps = " + m.number("renormalise_eps", "0");
+  out += ", .logits_dtype = DType::" + m.word("logits_dtype", kDTypes) +
+         ", .scores_dtype = DType::" + m.word("scores_dtype", kDTypes);
+  out += ", .weight_tensor = " + tensor("weight", true) +
+         ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
+         ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
+         ", .input_norm_tensor = " + tensor("input_norm", true) + "}";
+  sources.cite(m);
+  m.done();
+  return out;
+}
+
+void check_complete(Map& top, const std::set<std::string>& given, const std::vector<std::string>& unknown) {
+  std::set<std::string> said = given;
+  for (const std::string& fact : top.list("absent", false)) {
+    if (!kFactNames.count(fact))
+      fail(top.file(), top.node("absent").Mark(), "absent: '" + fact + "' is no fact of fact_list.inc");
+    if (!said.insert(fact).second)
+      fail(top.file(), top.node("absent").Mark(), "absent: '" + fact + "' is also given in keys:");
+  }
+  said.insert(unknown.begin(), unknown.end());
+  for (const std::string& fact : kRequiredFacts) {
+    if (!said.count(fact))
+      fail(top.file(), top.mark(),
+           "nothing is said of '" + fact + "': give it in keys:, or list it under absent: or unknown:");
+  }
+}
+
+void read_family(const fs::path& path, FamilyTables& t) {
+  Map top(path.string(), load(path));
+  const std::string name = top.text("family");
+  if (name != path.stem().string())
+    fail(top.file(), top.node("family").Mark(), "family '" + name + "' must live in " + name + ".yaml");
+  const Sources sources(top);
+  const std::vector<std::string> model_types = top.list("model_types", true), unknown = top.list("unknown", false);
+  for (const std::string& type : model_types) {
+    const auto [found, added] = t.owner_of_model_type.emplace(type, path.string());
+    if (!added)
+      fail(top.file(), top.node("model_types").Mark(),
+           "model_type '" + type + "' belongs to " + found->second + " already");
+  }
+  std::set<std::string> given, tensor_names;
+  const std::string keys = family_keys(top, sources, t, name, &given);
+  const std::string tensors = family_tensors(top, t, &tensor_names);
+  std::string renormalise;
+  const std::string routing = family_routing(top, sources, tensor_names, &renormalise);
+  if ((renormalise == "config") != (given.count("router.renormalised") != 0)) {
+    fail(top.file(), top.node("routing").Mark(),
+         "renormalise: config and a key for router.renormalised belong together");
+  }
+  if (renormalise != "config") given.insert("router.renormalised");
+  check_complete(top, given, unknown);
+
+  top.word("moe_layer_rule", kMoeLayerRules);
+  Map balance(top.file(), top.node("balance"));
+  const std::string kind = balance.word("kind", kBalance), per_k = balance.number("uniform_value_per_k", "0");
+  if (kind == "kAuxLoss" && !balance.has("uniform_value_per_k"))
+    fail(top.file(), balance.mark(),
+         "an auxiliary loss needs uniform_value_per_k (1: uniform routing gives k; 0: gives 1)");
+  sources.cite(balance);
+  balance.done();
+  Map fp32(top.file(), top.node("documented_fp32_router"));
+  const bool documented = fp32.flag("value", false);
+  const std::string fp32_cite = sources.cite(fp32);
+  fp32.node("value");
+  fp32.done();
+  std::vector<std::string> cites;
+  for (const std::string& c : top.list("cites", true)) cites.push_back(sources.expand(c, top.node("cites").Mark()));
+
+  Writer& w = t.writer;
+  std::ostringstream out;
+  out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
+      << keys << ", " << tensors << ",\n     " << quoted(top.text("moe_layer_rule")) << ", " << routing << ",\n     "
+      << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << (documented ? "true" : "false")
+      << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
+      << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "
+      << w.strings(top.list("extras", false)) << ", " << w.strings(unknown) << ", " << w.strings(cites) << "}";
+  top.done();
+  t.families.push_back(out.str());
+}
+
+void read_hub_ids(const fs::path& path, FamilyTables& t) {
+  Map top(path.string(), load(path));
+  const Sources sources(top);
+  for (const auto& entry : top.node("models")) {
+    Map m(top.file(), entry);
+    const std::string family = m.text("family");
+    const auto keys = t.config_keys.find(family);
+    if (keys == t.config_keys.end()) fail(top.file(), m.node("family").Mark(), "family '" + family + "' has no file");
+    std::vector<std::string> config;
+    Map values(top.file(), m.node("config"));
+    for (const auto& value : m.node("config")) {
+      const std::string key = value.first.Scalar();
+      if (!keys->second.count(key))
+        fail(top.file(), value.first.Mark(), "'" + key + "' is no config key of family '" + family + "'");
+      config.push_back("{" + quoted(key) + ", " + quoted(values.text(key)) + "}");
+    }
+    const std::string cite = sources.cite(m);
+    for (const std::string& id : m.list("ids", true)) {
+      std::string lower = id;
+      std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+      if (!t.hub_ids.insert(lower).second)
+        fail(top.file(), m.node("ids").Mark(), "hub id '" + id + "' is listed twice");
+      t.hub_models.push_back("{" + quoted(id) + ", " + quoted(family) + ", " + t.writer.array("KeyValue", config) +
+                             ", " + quoted(cite) + "}");
+    }
+    m.done();
+  }
+  top.done();
+}
+
+}  // namespace
+
+std::string families_source(const fs::path& dir) {
+  FamilyTables t;
+  for (const fs::path& path : yaml_files(dir)) {
+    if (path.filename() != "hub_ids.yaml") read_family(path, t);
+  }
+  if (fs::exists(dir / "hub_ids.yaml")) read_hub_ids(dir / "hub_ids.yaml", t);
+  return "// Generated by cmake/compile_tables.cc from audit/families. Do not edit.\n#include "
+         "\"audit/families/family.h\"\n\n"
+         "namespace moeaudit {\nnamespace {\nusing KeyValue = std::pair<std::string_view, std::string_view>;\n" +
+         t.writer.text() + "}  // namespace\n\nconst Family kFamilies[] = {\n    " + joined(t.families, ",\n    ") +
+         "};\nconst int kNumFamilies = " + std::to_string(t.families.size()) +
+         ";\n\nconstexpr HubModel kHubModels[] = {\n    " +
+         (t.hub_models.empty() ? "{}" : joined(t.hub_models, ",\n    ")) +
+         "};\nconst int kNumHubModels = " + std::to_string(t.hub_models.size()) + ";\n}  // namespace moeaudit\n";
+}
+
+}  // namespace tables

@@ -1,0 +1,192 @@
+// From logits to chosen experts: one warp per token, the token's scores and choices in shared memory.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/router.h"
+#include "kernels/host/elementary.h"
+
+namespace moeaudit::kernels::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class T>
+__device__ T minus_infinity() {
+  return static_cast<T>(-__longlong_as_double(0x7ff0000000000000ll));
+}
+
+/// Strictly better: larger, NaN largest of all; among equals the lower index. A total order, so any reduction tree agrees.
+template <class T>
+__device__ bool better(T a, int at_a, T b, int at_b) {
+  if (a > b || (a != a && b == b)) return true;
+  return (a == b || (a != a && b != b)) && at_a < at_b;
+}
+
+/// Index of the best of values[0, n) that is not in this lane's mask `taken` (bit i: index lane + 32 i); every lane gets it.
+template <class T>
+__device__ int best_left(const T* values, int n, unsigned* taken) {
+  const int lane = threadIdx.x % kWarp;
+  T best = 0;
+  int at = -1;
+  for (int e = lane, i = 0; e < n; e += kWarp, ++i) {
+    if (*taken >> i & 1u) continue;
+    if (at < 0 || better(values[e], e, best, at)) best = values[e], at = e;
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kAll, best, step);
+    const int other_at = __shfl_xor_sync(kAll, at, step);
+    if (other_at >= 0 && (at < 0 || better(other, other_at, best, at))) best = other, at = other_at;
+  }
+  if (at >= 0 && at % kWarp == lane) *taken |= 1u << (at / kWarp);
+  return at;
+}
+
+template <class T>
+__device__ T rounded(T v, Float dtype) {
+  return dtype == Float::kF64 ? v : static_cast<T>(round_to(static_cast<double>(v), dtype));
+}
+
+/// out = softmax(in); each lane does its own elements, every lane adds up all of them in index order.
+template <class T>
+__device__ void softmax(const T* in, int n, Float dtype, T* out) {
+  const int lane = threadIdx.x % kWarp;
+  T largest = in[0];
+  bool has_nan = false;
+  for (int e = 0; e < n; ++e) {
+    largest = in[e] > largest ? in[e] : largest;
+    has_nan |= in[e] != in[e];
+  }
+  __syncwarp();  // in and out may be the same memory
+  for (int e = lane; e < n; e += kWarp) {
+    out[e] = static_cast<T>(exp_exact_order(static_cast<double>(static_cast<T>(in[e] - largest))));
+  }
+  __syncwarp();
+  T sum = 0;
+  for (int e = 0; e < n; ++e) sum += out[e];
+  __syncwarp();
+  for (int e = lane; e < n; e += kWarp) {
+    out[e] = has_nan ? static_cast<T>(__longlong_as_double(0x7ff8000000000000ll)) : rounded(out[e] / sum, dtype);
+  }
+  __syncwarp();
+}
+
+template <class T>
+__device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
+  const int lane = threadIdx.x % kWarp, experts = static_cast<int>(a.experts);
+  if (a.score == Score::kSoftmax && !a.softmax_after_top_k) return softmax(logits, experts, a.tensor_dtype, scores);
+  for (int e = lane; e < experts; e += kWarp) {
+    const double l = static_cast<double>(logits[e]);
+    if (a.softmax_after_top_k) {
+      scores[e] = logits[e];
+    } else {
+      const double s = a.score == Score::kSigmoid ? sigmoid_exact_order(l) : sqrt_softplus_exact_order(l);
+      scores[e] = rounded(static_cast<T>(s), a.tensor_dtype);
+    }
+  }
+  __syncwarp();
+}
+
+/// Lane g scores group g; then the groups that are not among the best are masked.
+template <class T>
+__device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
+  const int lane = threadIdx.x % kWarp, groups = static_cast<int>(a.groups), size = static_cast<int>(a.experts / a.groups);
+  for (int g = lane; g < groups; g += kWarp) {
+    const T* members = choice + g * size;
+    int first = 0;
+    for (int e = 1; e < size; ++e) first = better(members[e], e, members[first], first) ? e : first;
+    group[g] = members[first];
+    if (a.group_score == GroupScore::kTop2Sum) {
+      int second = first == 0 ? 1 : 0;
+      for (int e = 0; e < size; ++e) second = e != first && better(members[e], e, members[second], second) ? e : second;
+      group[g] = rounded(members[first] + members[second], a.tensor_dtype);
+    }
+  }
+  __syncwarp();
+  unsigned kept = 0;  // of this lane's groups
+  for (std::int64_t i = 0; i < a.top_groups; ++i) best_left(group, groups, &kept);
+  for (int g = 0; g < groups; ++g) {
+    const bool keep = __shfl_sync(kAll, kept, g % kWarp) >> (g / kWarp) & 1u;
+    for (int e = lane; e < size && !keep; e += kWarp) choice[g * size + e] = a.group_mask_is_zero ? T(0) : minus_infinity<T>();
+  }
+  __syncwarp();
+}
+
+/// Weights of the chosen experts; `gathered` has room for top_k values.
+template <class T>
+__device__ void weigh(const RouteArgs<T>& a, const T* scores, const std::int32_t* chosen, T* gathered, T* weights) {
+  const int lane = threadIdx.x % kWarp, k = static_cast<int>(a.top_k);
+  for (int j = lane; j < k; j += kWarp) gathered[j] = scores[chosen[j]];
+  __syncwarp();
+  if (a.softmax_after_top_k) softmax(gathered, k, a.tensor_dtype, gathered);
+  T sum = 0;
+  for (int j = 0; j < k; ++j) sum += gathered[j];
+  sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
+  for (int j = lane; j < k; j += kWarp) {
+    T w = gathered[j];
+    if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
+    weights[j] = rounded(w * a.scaling, a.tensor_dtype);
+  }
+}
+
+template <class T>
+__global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_warp) {
+  extern __shared__ double shared[];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int experts = static_cast<int>(a.experts);
+  T* scores = reinterpret_cast<T*>(shared) + static_cast<std::int64_t>(warp) * values_per_warp;
+  T* choice = scores + experts;
+  T* scratch = choice + experts;
+  for (std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * warps + warp; t < a.tokens;
+       t += static_cast<std::int64_t>(gridDim.x) * warps) {
+    scores_of(a, a.logits + t * experts, scores);
+    for (int e = lane; e < experts; e += kWarp) {
+      choice[e] = a.correction_bias == nullptr ? scores[e] : scores[e] + a.correction_bias[e];
+    }
+    __syncwarp();
+    if (a.group_score != GroupScore::kNone) mask_groups(a, choice, scratch);
+    unsigned taken = 0;
+    std::int32_t* chosen = r.chosen + t * a.top_k;
+    for (std::int64_t j = 0; j < a.top_k; ++j) {
+      const int at = best_left(choice, experts, &taken);
+      if (lane == 0) chosen[j] = at;
+    }
+    const int next = best_left(choice, experts, &taken);
+    if (lane == 0 && r.runner_up != nullptr) r.runner_up[t] = next;
+    if (r.choice != nullptr) {
+      for (int e = lane; e < experts; e += kWarp) r.choice[t * experts + e] = choice[e];
+    }
+    __syncwarp();
+    if (r.weights != nullptr) weigh(a, scores, chosen, scratch, r.weights + t * a.top_k);
+    __syncwarp();  // the next token overwrites the shared memory
+  }
+}
+
+template <class T>
+Status launch(const RouteArgs<T>& a, const RouteResult<T>& r, CUstream_st* stream) {
+  const Status status = check_route(a, r);
+  if (status != Status::kOk) return status;
+  if (a.experts > kMostExperts) return Status::kBadShape;
+  if (a.tokens == 0) return Status::kOk;
+  constexpr std::int64_t kSharedBytes = 48 << 10;  // what every device gives without asking
+  const std::int64_t groups = a.group_score == GroupScore::kNone ? 1 : a.groups;
+  const std::int64_t scratch = groups > a.top_k ? groups : a.top_k;
+  const std::int64_t values = 2 * a.experts + scratch;
+  const std::int64_t fits = kSharedBytes / (values * static_cast<std::int64_t>(sizeof(T)));
+  const int warps = static_cast<int>(fits < 4 ? fits : 4);  // at least one: 3 * 1024 doubles are 24 KiB
+  const std::int64_t blocks = (a.tokens + warps - 1) / warps;
+  const std::int64_t grid = blocks < (1 << 20) ? blocks : 1 << 20;
+  const auto bytes = static_cast<std::size_t>(warps * values) * sizeof(T);
+  route_tokens<T><<<static_cast<unsigned>(grid), warps * kWarp, bytes, stream>>>(a, r, static_cast<int>(values));
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+}  // namespace
+
+Status route(const RouteArgs<float>& args, const RouteResult<float>& result, CUstream_st* stream) {
+  return launch(args, result, stream);
+}
+Status route(const RouteArgs<double>& args, const RouteResult<double>& result, CUstream_st* stream) {
+  return launch(args, result, stream);
+}
+
+}  // namespace moeaudit::kernels::cuda
