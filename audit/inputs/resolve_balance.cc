@@ -10,15 +10,16 @@ void apply_trl_override(Resolver& r) {
   FactSheet& f = r.facts;
   if (r.material.framework != "trl" || !f.aux_flag_key.known()) return;
   const BehaviourAnswer overrides = r.ask_about("trl", "overrides_aux_flag");
-  if (!overrides.value) {
-    f.aux_flag.explain_unknown(overrides.why);
-    return;
-  }
-  if (*overrides.value != "true") return;
+  if (!overrides.value || *overrides.value != "true") return;  // unknown: resolve_added() says so
   Fact<double> coefficient(&fact_info::aux_coefficient);
   r.apply(coefficient, "trl.router_aux_loss_coef", node_double);
   const BehaviourAnswer fallback = r.ask_about("trl", "default.router_aux_loss_coef");
-  if (fallback.value) {
+  if (fallback.value && *fallback.value == "config") {
+    // Since 1.14.0 the default is the model's own coefficient, and the flag follows from it.
+    if (!coefficient.known() && f.aux_coefficient.known()) {
+      f.aux_flag.set(f.aux_coefficient.value() != 0.0, Origin::kDerived, source_of(overrides));
+    }
+  } else if (fallback.value) {
     Node n;
     n.kind = Node::Kind::kString;
     n.text = *fallback.value;
@@ -56,6 +57,13 @@ void resolve_added(Resolver& r) {
     }
     if (*path.value == "none") {
       f.aux_added.set(false, Origin::kFrameworkDefault, source_of(path));
+      return;
+    }
+  }
+  if (r.material.framework == "trl" && f.aux_flag_key.known()) {
+    const BehaviourAnswer overrides = r.ask_about("trl", "overrides_aux_flag");
+    if (!overrides.value) {
+      f.aux_added.explain_unknown("whether TRL overwrites the flag: " + overrides.why);
       return;
     }
   }
@@ -110,7 +118,10 @@ void resolve_factors(Resolver& r) {
     f.loss_factor.set(formula.times_ga ? ga : formula.over_ga ? 1 / ga : 1.0, Origin::kDerived, source_of(loss));
   }
 
-  const BehaviourAnswer aux = r.ask_about("transformers", "aux_multiplier");
+  // TRL's own rows first: since 1.16.0 it divides the balance loss by the accumulation steps itself; "transformers" means
+  // that the model adds the loss and the rows of transformers hold.
+  BehaviourAnswer aux = r.ask_about(r.material.framework == "trl" ? "trl" : "transformers", "aux_multiplier");
+  if (aux.value && *aux.value == "transformers") aux = r.ask_about("transformers", "aux_multiplier");
   if (engine_scales) {
     f.aux_multiplier.explain_unknown(unmeasured);
   } else if (!aux.value || !aux.measured) {

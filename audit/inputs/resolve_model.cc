@@ -106,10 +106,20 @@ void apply_family(Resolver& r) {
     Source s = source;
     s.cite = std::string(row.cite);
     s.key = row.keys.empty() ? std::string() : std::string(row.keys[0]);
-    if (row.fact == "balance.aux_coefficient") {
-      set_by_name(f, "balance.aux_coefficient_default", text_node(row.default_value), Origin::kFrameworkDefault, s, true);
+    std::string value(row.default_value);
+    if (row.fact == "balance.aux_coefficient" && !row.keys.empty()) {
+      // Some classes changed this default between releases (gpt_oss: 0.9, then 0.001).
+      const BehaviourAnswer by_version = r.ask_about("transformers", "config_default." + std::string(row.keys[0]));
+      if (by_version.value) {
+        value = *by_version.value;
+        s.cite = by_version.cite;
+      } else if (!by_version.rows.empty()) {
+        f.aux_coefficient.explain_unknown(by_version.why);
+        continue;
+      }
+      set_by_name(f, "balance.aux_coefficient_default", text_node(value), Origin::kFrameworkDefault, s, true);
     }
-    set_by_name(f, row.fact, text_node(row.default_value), Origin::kFrameworkDefault, s, true);
+    set_by_name(f, row.fact, text_node(value), Origin::kFrameworkDefault, s, true);
   }
   for (const FamilyKey& row : r.family->keys) {
     if (row.keys.empty()) continue;
