@@ -1,5 +1,6 @@
 // The report for people: verdict first, findings by rule, then what was checked and what could not be judged.
 #include <algorithm>
+#include <cstdio>
 #include <map>
 #include <ostream>
 
@@ -96,6 +97,25 @@ void write_finding(const RuleResult& rule, const Finding& f, const Paint& paint,
   if (!f.sources.empty()) fill(out, "Sources: " + join(f.sources, "; "), 2, width);
 }
 
+/// One line a mode: the layer in which most tokens change experts.
+void write_precision(const PrecisionTable& t, int width, std::ostream& out) {
+  std::vector<std::string> modes;
+  std::map<std::string, std::size_t> worst;  // mode -> row
+  for (std::size_t i = 0; i < t.mode.size(); ++i) {
+    const auto [it, fresh] = worst.emplace(t.mode[i], i);
+    if (fresh) modes.push_back(t.mode[i]);
+    else if (t.flipped[i] > t.flipped[it->second]) it->second = i;
+  }
+  for (const std::string& mode : modes) {
+    const std::size_t i = worst[mode];
+    char share[96];
+    std::snprintf(share, sizeof share, "%.3g %% of %lld tokens change experts (95 %% interval %.3g to %.3g)", 100 * t.flipped[i],
+                  static_cast<long long>(t.tokens[i]), 100 * t.low[i], 100 * t.high[i]);
+    fill(out, "router in " + mode + ": " + share + ", layer " + std::to_string(t.layer[i]) + ", the worst of " +
+                  std::to_string(t.mode.size() / modes.size()), 4, width);
+  }
+}
+
 void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
   std::vector<std::string> passed, not_applicable;
   std::map<std::string, std::vector<std::string>> waiting;  // what would settle it -> rules
@@ -115,6 +135,7 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   for (const MeasureRecord& m : run.measures) {
     fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
   }
+  if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
   for (const RuleResult* rule : undecided) {

@@ -102,6 +102,11 @@ std::string at(const Source& source) {
   return " (" + source.file + (source.line > 0 ? ":" + std::to_string(source.line) : "") + ")";
 }
 
+std::string whence(Origin origin, const Source& source) {
+  const bool is_default = origin == Origin::kFrameworkDefault || origin == Origin::kFamily;
+  return source.file.empty() && is_default ? " (a default)" : at(source);
+}
+
 std::string some(const std::vector<std::string>& items, std::size_t most) {
   std::string text;
   for (std::size_t i = 0; i < items.size() && i < most; ++i) text += (i == 0 ? "" : ", ") + items[i];

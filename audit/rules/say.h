@@ -22,6 +22,9 @@ std::string literal(double v);
 /// " (axolotl.yml:4)"; "" if nothing is known of the place.
 std::string at(const Source& source);
 
+/// The same; where no file says so, " (a default)" if it is one.
+std::string whence(Origin origin, const Source& source);
+
 /// The first `most` items, then "and 9 more".
 std::string some(const std::vector<std::string>& items, std::size_t most = 3);
 

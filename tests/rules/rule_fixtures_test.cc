@@ -54,6 +54,7 @@ struct Case {
   std::string id, name;
   fs::path folder;
 };
+void PrintTo(const Case& c, std::ostream* out) { *out << c.folder.lexically_relative(kSource).string(); }
 
 std::vector<fs::path> folders(const fs::path& parent) {
   std::vector<fs::path> found;

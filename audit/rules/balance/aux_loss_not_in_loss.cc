@@ -40,7 +40,7 @@ std::string cause(Facts& f) {
     return "label_smoothing_factor is " + say::number(*smoothing) + say::at(f->label_smoothing.source()) +
            ", and Trainer then takes the labels away before the model could add it";
   }
-  if (flag && !*flag) return key + " is false" + say::at(f->aux_flag.source());
+  if (flag && !*flag) return key + " is false" + say::whence(f->aux_flag.origin(), f->aux_flag.source());
   const std::string who = trainer ? *trainer : "this trainer";
   return "the loss of " + who + " leaves it out, although " + key + " is " + (flag ? "true" : "not known");
 }
@@ -76,7 +76,8 @@ Outcome check(Facts& f) {
   Finding finding;
   const bool chosen = say::chosen_for_training(f->aux_coefficient.origin(), said);
   finding.severity = chosen ? Severity::kError : Severity::kWarning;
-  finding.message = aux::coefficient_key(f) + " is " + say::number(*coefficient) + say::at(said) +
+  finding.message = aux::coefficient_key(f) + " is " + say::number(*coefficient) +
+                    say::whence(f->aux_coefficient.origin(), said) +
                     ", but nothing adds the balance loss to the loss: " + cause(f) + ". The routers train without it.";
   finding.evidence = {say::evidence(f->aux_coefficient), say::evidence(f->aux_added), say::evidence(f->router_trains)};
   if (f.want(f->aux_flag)) finding.evidence.push_back(say::evidence(f->aux_flag));

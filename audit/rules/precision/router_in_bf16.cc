@@ -29,6 +29,7 @@ checkpoint and input, not for its effect on quality. Lowered by autocast althoug
 )md";
 
 Outcome check(Facts& f) {
+  f.want(f->router_precision);  // measured in any case: the report shows what each precision would change
   const DType* dtype = f.require(f->router_dtype);
   if (f.missing()) return f.cannot_tell();
   if (*dtype == DType::kF16) return Outcome::not_applicable("the router computes in F16, which PR001 judges");

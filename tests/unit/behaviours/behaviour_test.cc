@@ -92,6 +92,19 @@ TEST(Ask, ReleaseCandidatesAndDevelopmentBuilds) {
   EXPECT_EQ(ask_at("transformers", "router_is_linear", kMixtral, "4.57.6+cu124").value, "true");
 }
 
+TEST(Ask, WhatRunsTrainerInItsOwnWayIsMeasuredOnItsOwn) {
+  Subject subject = kMixtral;
+  subject[3].second = "axolotl";
+  EXPECT_EQ(ask_at("transformers", "loss_factor", subject, "4.48.0").value, "GA");  // fixtures/oracle/axolotl.json
+  EXPECT_FALSE(ask_at("transformers", "loss_factor", subject, "4.57.6").value);
+  subject[3].second = "llama-factory";
+  EXPECT_FALSE(ask_at("transformers", "loss_factor", subject, "4.48.0").value);
+  const Subject sft = {{"family", "mixtral"}, {"trainer", "SFTTrainer"}, {"framework", "trl"}, {"peft_wrapped", "false"}};
+  EXPECT_EQ(ask_at("trl", "aux_multiplier", sft, "1.14.2").value, "transformers");
+  EXPECT_EQ(ask_at("transformers", "aux_multiplier", sft, "5.15.1").value, "GA*W");
+  EXPECT_EQ(ask_at("trl", "aux_multiplier", sft, "1.16.0").value, "1");
+}
+
 TEST(Ask, SaysWhatTheAnswerRestsOn) {
   const BehaviourAnswer measured = ask_at("transformers", "loss_factor", kMixtral, "4.48.0");
   EXPECT_TRUE(measured.measured);
