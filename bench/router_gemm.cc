@@ -1,6 +1,7 @@
-// The gate GEMM and the route stage on one core. The GEMM is given as a share of this core's own multiply-add peak, measured
-// right before it (of_peak: 2 E d T flops over the fused peak of the sum's type), and as a share of the core's own read
-// bandwidth (of_read: bytes of x over that), whichever limit is nearer. Absolute numbers of a shared machine mean little.
+// The gate GEMM and the route stage on one core. The GEMM is given as a share of this core's own multiply-add peak,
+// measured right before it (of_peak: 2 E d T flops over the fused peak of the sum's type), and as a share of the core's
+// own read bandwidth (of_read: bytes of x over that), whichever limit is nearer. Absolute numbers of a shared machine
+// mean little.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "bench/router_gemm.cc"
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
@@ -14,7 +15,8 @@ HWY_BEFORE_NAMESPACE();
 namespace moeaudit::bench::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// `rounds` rounds of 12 independent multiply-adds; returns flops. The starts differ, or the compiler would do one of them.
+/// `rounds` rounds of 12 independent multiply-adds; returns flops. The starts differ, or the compiler would do one of
+/// them.
 template <class T>
 double multiply_adds(std::int64_t rounds, T* seed) {
   const hn::CappedTag<T, 64 / sizeof(T)> d;
@@ -71,7 +73,8 @@ namespace {
 
 namespace k = kernels;
 
-/// Seconds of this thread's processor time, as Google Benchmark counts its rates: neighbours on the machine do not show.
+/// Seconds of this thread's processor time, as Google Benchmark counts its rates: neighbours on the machine do not
+/// show.
 template <class F>
 double seconds(F&& f) {
   const auto now = [] {
@@ -92,8 +95,10 @@ double peak_flops() {
   for (int i = 0; i < 5; ++i) {
     double flops = 0;
     const double s = seconds([&] {
-      if constexpr (std::is_same_v<Sum, float>) flops = HWY_DYNAMIC_DISPATCH(multiply_adds_f32)(1'500'000, seed);
-      else flops = HWY_DYNAMIC_DISPATCH(multiply_adds_f64)(1'500'000, seed);
+      if constexpr (std::is_same_v<Sum, float>)
+        flops = HWY_DYNAMIC_DISPATCH(multiply_adds_f32)(1'500'000, seed);
+      else
+        flops = HWY_DYNAMIC_DISPATCH(multiply_adds_f64)(1'500'000, seed);
     });
     best = std::max(best, flops / s);
   }
@@ -105,7 +110,9 @@ double read_bandwidth() {
   static const std::vector<float> data(std::size_t{64} << 20, 1.0f);  // 256 MiB, beyond every cache
   double best = 0;
   for (int i = 0; i < 5; ++i) {
-    const double s = seconds([&] { benchmark::DoNotOptimize(HWY_DYNAMIC_DISPATCH(read_all)(data.data(), static_cast<std::int64_t>(data.size()))); });
+    const double s = seconds([&] {
+      benchmark::DoNotOptimize(HWY_DYNAMIC_DISPATCH(read_all)(data.data(), static_cast<std::int64_t>(data.size())));
+    });
     best = std::max(best, 4.0 * static_cast<double>(data.size()) / s);
   }
   return best;
@@ -141,14 +148,19 @@ void gate(benchmark::State& state) {
 }
 
 void shapes(benchmark::internal::Benchmark* b) {
-  b->Args({8, 4096, 2048})->Args({64, 2048, 1024})->Args({128, 2048, 1024})->Args({256, 7168, 384})->Unit(benchmark::kMillisecond);
+  b->Args({8, 4096, 2048})
+      ->Args({64, 2048, 1024})
+      ->Args({128, 2048, 1024})
+      ->Args({256, 7168, 384})
+      ->Unit(benchmark::kMillisecond);
 }
 BENCHMARK(gate<float>)->Name("gate_float32")->Apply(shapes);
 BENCHMARK(gate<double>)->Name("gate_wide")->Apply(shapes);
 
 void route(benchmark::State& state) {
   const std::int64_t experts = state.range(0), top_k = state.range(1), tokens = 4096;
-  std::vector<float> logits(static_cast<std::size_t>(tokens * experts)), weights(static_cast<std::size_t>(tokens * top_k));
+  std::vector<float> logits(static_cast<std::size_t>(tokens * experts)),
+      weights(static_cast<std::size_t>(tokens * top_k));
   k::unit_gaussians(1, 2, 0, tokens * experts, logits.data());
   std::vector<std::int32_t> chosen(weights.size());
   k::RouteArgs<float> a;
@@ -157,7 +169,8 @@ void route(benchmark::State& state) {
     k::route(a, k::RouteResult<float>{chosen.data(), weights.data(), nullptr, nullptr});
     benchmark::ClobberMemory();
   }
-  state.counters["tokens"] = benchmark::Counter(static_cast<double>(tokens), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["tokens"] =
+      benchmark::Counter(static_cast<double>(tokens), benchmark::Counter::kIsIterationInvariantRate);
   state.SetLabel(k::host_backend());
 }
 BENCHMARK(route)->Args({8, 2})->Args({64, 8})->Args({128, 8})->Args({256, 8})->Unit(benchmark::kMillisecond);

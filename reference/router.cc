@@ -24,7 +24,8 @@ at::Tensor best(const at::Tensor& v, std::int64_t n) {
 
 at::Tensor mask_groups(const at::Tensor& choice, const RouteOptions& o) {
   const std::int64_t tokens = choice.size(0), experts = choice.size(1);
-  TORCH_CHECK(o.groups >= 1 && experts % o.groups == 0, "groups (", o.groups, ") must divide the experts (", experts, ")");
+  TORCH_CHECK(o.groups >= 1 && experts % o.groups == 0, "groups (", o.groups, ") must divide the experts (", experts,
+              ")");
   TORCH_CHECK(o.top_groups >= 1 && o.top_groups <= o.groups, "top_groups must lie in 1..groups");
   const at::Tensor members = choice.reshape({tokens, o.groups, experts / o.groups});
   const std::int64_t taken = o.group_score == GroupScore::kTop2Sum ? 2 : 1;
@@ -41,7 +42,8 @@ at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "x must be [T, d] and w [E, d]");
   const at::Tensor a = x.to(at::kDouble), b = w.to(at::kDouble);
   at::Tensor logits = at::zeros({a.size(0), b.size(0)}, a.options());
-  for (std::int64_t i = 0; i < a.size(1); ++i) logits = logits + a.select(1, i).unsqueeze(1) * b.select(1, i).unsqueeze(0);
+  for (std::int64_t i = 0; i < a.size(1); ++i)
+    logits = logits + a.select(1, i).unsqueeze(1) * b.select(1, i).unsqueeze(0);
   if (!bias.defined()) return logits;
   TORCH_CHECK(bias.dim() == 1 && bias.size(0) == b.size(0), "bias must be [E]");
   return logits + bias.to(at::kDouble);
@@ -57,7 +59,8 @@ at::Tensor scores(const at::Tensor& logits, Score score) {
 
 Routed route(const at::Tensor& logits, const RouteOptions& o, const at::Tensor& correction_bias) {
   TORCH_CHECK(logits.dim() == 2, "logits must be [T, E]");
-  TORCH_CHECK(o.top_k >= 1 && o.top_k <= logits.size(1), "top_k (", o.top_k, ") must lie in 1..E (", logits.size(1), ")");
+  TORCH_CHECK(o.top_k >= 1 && o.top_k <= logits.size(1), "top_k (", o.top_k, ") must lie in 1..E (", logits.size(1),
+              ")");
   TORCH_CHECK(!o.softmax_after_top_k || (o.score == Score::kSoftmax && o.group_score == GroupScore::kNone),
               "softmax_after_top_k goes with softmax and no groups");
   const at::Tensor l = logits.to(at::kDouble);

@@ -13,7 +13,8 @@ namespace moeaudit::reference {
 enum class Score {
   kSoftmax,       // p_e = exp(l_e - max l) / sum_j exp(l_j - max l); modeling_mixtral.py:96 (MixtralTopKRouter)
   kSigmoid,       // 1 / (1 + exp(-l_e)); DeepSeek-V3 report, arXiv:2412.19437, equation 15; modeling_deepseek_v3.py:212
-  kSqrtSoftplus,  // sqrt(softplus(l_e)), softplus(l) = l above 20 (torch.nn.functional.softplus); modeling_deepseek_v4.py:1024
+  kSqrtSoftplus,  // sqrt(softplus(l_e)), softplus(l) = l above 20 (torch.nn.functional.softplus);
+                  // modeling_deepseek_v4.py:1024
 };
 
 /// How a group of experts is scored in group-limited selection.
@@ -26,14 +27,14 @@ enum class GroupScore {
 struct RouteOptions {
   std::int64_t top_k = 1;
   Score score = Score::kSoftmax;
-  /// Top-k of the logits themselves, then softmax over the k; modeling_gpt_oss.py:117 (GptOssTopKRouter). Only with kSoftmax
-  /// and without groups.
+  /// Top-k of the logits themselves, then softmax over the k; modeling_gpt_oss.py:117 (GptOssTopKRouter). Only with
+  /// kSoftmax and without groups.
   bool softmax_after_top_k = false;
   GroupScore group_score = GroupScore::kNone;
   std::int64_t groups = 1;      // equal runs of experts; must divide E
   std::int64_t top_groups = 1;  // groups a token may use
-  /// Experts of other groups get choice 0 instead of -inf: transformers before cb0adddc3682 (#45441, 5.6.0.dev0), where a
-  /// negative choice inside a kept group loses against them; intended in modeling_deepseek_v2.py.
+  /// Experts of other groups get choice 0 instead of -inf: transformers before cb0adddc3682 (#45441, 5.6.0.dev0), where
+  /// a negative choice inside a kept group loses against them; intended in modeling_deepseek_v2.py.
   bool group_mask_is_zero = false;
   bool renormalise = false;      // divide the k weights by their sum
   double renormalise_eps = 0.0;  // added to that sum; 1e-20 in modeling_deepseek_v3.py:212
@@ -46,16 +47,17 @@ struct Routed {
   at::Tensor choice;   // float64 [T, E], what the selection saw: after correction bias and group mask
 };
 
-/// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e], i in index order. x [T, d], w [E, d], bias [E] or undefined; any floating
-/// dtype, computed in float64; differentiable. Throws c10::Error on shapes that do not fit.
+/// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e], i in index order. x [T, d], w [E, d], bias [E] or undefined; any
+/// floating dtype, computed in float64; differentiable. Throws c10::Error on shapes that do not fit.
 at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias = {});
 
 /// Scores of all experts, float64 [T, E]; sums over experts run in index order.
 at::Tensor scores(const at::Tensor& logits, Score score);
 
-/// choice = scores + correction_bias (used for the choice only, arXiv:2412.19437 equation 16); group mask; top-k of choice;
-/// weights = scores gathered; renormalised; scaled. logits [T, E]; correction_bias [E] or undefined. Differentiable through
-/// the weights. The k weights are summed in the order of rank. Throws c10::Error on options that do not fit.
+/// choice = scores + correction_bias (used for the choice only, arXiv:2412.19437 equation 16); group mask; top-k of
+/// choice; weights = scores gathered; renormalised; scaled. logits [T, E]; correction_bias [E] or undefined.
+/// Differentiable through the weights. The k weights are summed in the order of rank. Throws c10::Error on options that
+/// do not fit.
 Routed route(const at::Tensor& logits, const RouteOptions& options, const at::Tensor& correction_bias = {});
 
 }  // namespace moeaudit::reference

@@ -183,7 +183,11 @@ void resolve(const Material& material, const RunOptions& options, FactSheet* fac
   }
   const bool read_a_config = !material.settings.empty() || !material.configs.empty();
   if (read_a_config) {
-    facts->ignored_keys.set(material.ignored_keys, Origin::kDerived, derived_from("keys of the files read"));
+    if (material.ignored_keys.empty() && !material.keys_not_compared.empty()) {
+      facts->ignored_keys.explain_unknown(material.keys_not_compared);
+    } else {
+      facts->ignored_keys.set(material.ignored_keys, Origin::kDerived, derived_from("keys of the files read"));
+    }
     facts->unread_keys.set(material.unread_keys, Origin::kDerived, derived_from("keys of the files read"));
   }
 }

@@ -71,11 +71,19 @@ void resolve_adapter(Resolver& r) {
   });
   // Axolotl collects the leaf names of every class with "Linear" in its name (loaders/adapter.py find_all_linear_names).
   const Setting* linear = r.last("lora_target_linear");
-  if (linear && node_bool(linear->value).value_or(false) && !f.target_modules.known()) {
+  const bool modules_said = f.target_modules.known() && !f.target_modules.value().empty();
+  if (linear && node_bool(linear->value).value_or(false) && !modules_said) {
     f.target_modules.set({"all-linear"}, Origin::kStated, linear->source);
     f.target_modules_is_pattern.set(true, Origin::kStated, linear->source);
   }
   if (!f.has_adapter.known() || !f.has_adapter.value()) return;
+  if (r.material.framework == "llama-factory") {
+    // Its own defaults (hparams/finetuning_args.py): alpha is 2 x rank, rank 8; PEFT's would be wrong.
+    Source source = r.material.framework_source;
+    source.cite = "LLaMA-Factory src/llamafactory/hparams/finetuning_args.py@ff6d4d12";
+    f.adapter_rank.set_if_unknown(8, Origin::kFrameworkDefault, source);
+    f.adapter_alpha.set_if_unknown(2.0 * static_cast<double>(f.adapter_rank.value()), Origin::kFrameworkDefault, source);
+  }
   r.apply_default(f.adapter_rank, "peft", "r");
   r.apply_default(f.adapter_alpha, "peft", "lora_alpha");
   r.apply_default(f.adapter_dropout, "peft", "lora_dropout");
@@ -178,7 +186,8 @@ void resolve_precision(Resolver& r) {
     f.precision.set(Precision::kAutocastBf16, Origin::kStated, bf16->source);
   } else if (h.value_or(false)) {
     f.precision.set(Precision::kAutocastFp16, Origin::kStated, fp16->source);
-  } else if (bf16 && bf16->value.is_string() && bf16->value.text == "auto") {
+  } else if ((bf16 && bf16->value.is_string() && bf16->value.text == "auto") ||
+             (!bf16 && !fp16 && r.material.framework == "axolotl")) {  // Axolotl's default is auto
     f.precision.explain_unknown("bf16: auto is decided on the training machine: bf16 where the GPU has it, else fp16");
   } else if (known_training(r) && f.load_dtype.known()) {
     // No autocast: everything runs in the dtype of the weights.

@@ -4,7 +4,8 @@
 #include <array>
 #include <charconv>
 #include <map>
-#include <set>
+#include <optional>
+#include <string_view>
 
 #include "audit/measures/adapter_file.h"
 #include "audit/measures/measure.h"
@@ -181,7 +182,11 @@ AdapterModules to_modules(const AdapterFile& file, const FactSheet& f) {
   return out;
 }
 
-std::set<std::string> paths_of(const AdapterModules& m) { return {m.module.begin(), m.module.end()}; }
+std::vector<std::string_view> sorted_paths(const AdapterModules& m) {
+  std::vector<std::string_view> paths(m.module.begin(), m.module.end());
+  std::sort(paths.begin(), paths.end());
+  return paths;
+}
 
 std::string summary(const std::map<Part, std::int64_t>& parts) {
   std::string text;
@@ -215,9 +220,11 @@ class Coverage {
     if (regimes_.empty()) return false;
     written_ = read_configuration(f_, written_in_training_config(f_));
     const Configuration strongest = read_configuration(f_, false);
+    const bool same = written_.targets == strongest.targets;
     for (const PeftRegime& regime : regimes_) {
       const ModuleTree& tree = tree_of(regime.layout);
-      Case c{&regime, &tree, resolve_targets(tree, written_.targets, regime.rules), resolve_targets(tree, strongest.targets, regime.rules), {}};
+      Case c{&regime, &tree, resolve_targets(tree, written_.targets, regime.rules), {}, {}};
+      c.resolved = same ? c.written : resolve_targets(tree, strongest.targets, regime.rules);
       const std::string& blind = !c.written.cannot_tell.empty() ? c.written.cannot_tell : c.resolved.cannot_tell;
       if (!blind.empty()) {
         *why = blind;
@@ -231,8 +238,10 @@ class Coverage {
 
   /// Stacks that cannot have written the adapter file are out; if none can, our resolution is wrong and judges nothing away.
   void keep_consistent_with(const AdapterModules& measured) {
-    const std::set<std::string> paths = paths_of(measured);
-    keep_if([&](const Case& c) { return c.resolved.refused.empty() && paths_of(c.modules) == paths; });
+    const std::vector<std::string_view> paths = sorted_paths(measured);
+    keep_if([&](const Case& c) {
+      return c.resolved.refused.empty() && c.modules.module.size() == paths.size() && sorted_paths(c.modules) == paths;
+    });
   }
   /// A run that took steps was not refused.
   void keep_accepted() {
@@ -274,11 +283,8 @@ class Coverage {
  private:
   template <class Keep>
   void keep_if(Keep keep) {
-    std::vector<Case> kept;
-    for (const Case& c : cases_) {
-      if (keep(c)) kept.push_back(c);
-    }
-    if (!kept.empty()) cases_ = std::move(kept);
+    const auto end = std::stable_partition(cases_.begin(), cases_.end(), keep);
+    if (end != cases_.begin()) cases_.erase(end, cases_.end());
   }
 
   const ModuleTree& tree_of(const MemoryLayout& layout) {

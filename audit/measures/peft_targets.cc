@@ -13,7 +13,7 @@ namespace {
 
 using Kind = ModelModule::Kind;
 
-constexpr std::int64_t kMaxSteps = 60'000'000;  // of all patterns over all paths, under a second; 46,000 paths take some 15 million
+constexpr std::int64_t kMaxSteps = 60'000'000;  // of all patterns over all paths, half a second; 60,000 paths take some 10 million
 
 bool ends_with(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;

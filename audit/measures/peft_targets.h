@@ -38,6 +38,7 @@ struct LoraTargets {
   std::int64_t rank = 8;
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern;  // regex anchored at the end -> rank, first hit wins
   double dropout = 0;
+  bool operator==(const LoraTargets&) const = default;
 };
 
 struct TargetHit {

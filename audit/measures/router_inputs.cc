@@ -21,12 +21,15 @@ bool all_finite(const float* values, std::int64_t count) {
 
 }  // namespace
 
-std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count, std::vector<float>* out) {
+std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count,
+                        std::vector<float>* out) {
   const TensorView* view = store.find(name);
   if (view == nullptr) return name + " is not in the weights";
-  if (!is_plain_float(view->dtype)) return name + " is stored as " + std::string(view->dtype_text) + ", which needs scales to read";
+  if (!is_plain_float(view->dtype))
+    return name + " is stored as " + std::string(view->dtype_text) + ", which needs scales to read";
   if (view->elements() != count) {
-    return name + " has " + std::to_string(view->elements()) + " elements where " + std::to_string(count) + " are expected";
+    return name + " has " + std::to_string(view->elements()) + " elements where " + std::to_string(count) +
+           " are expected";
   }
   out->resize(static_cast<std::size_t>(count));
   if (!decode(*view, 0, count, out->data())) return name + " cannot be decoded";

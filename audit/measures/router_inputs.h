@@ -14,23 +14,24 @@ namespace moeaudit {
 /// Whole tensor as float32, or (returned) what is wrong with it: absent, another size, quantised, not finite.
 std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count, std::vector<float>* out);
 
-/// f(index, worker) for every index below count, on up to `threads` threads. Each index owns its results, so who computed
-/// what does not show.
+/// f(index, worker) for every index below count, on up to `threads` threads. Each index owns its results, so who
+/// computed what does not show.
 void parallel_for(int threads, std::int64_t count, const std::function<void(std::int64_t, int)>& f);
 
 /// Probe: row t is a unit Gaussian row (kernels/host/gaussian.h, seed kProbeSeed, stream t), scaled to unit RMS; for a
-/// layer it is multiplied by the weight of the RMSNorm in front of the MoE block. All layers share the rows. A probe knows
-/// the router and the norm; it does not know what real tokens look like.
+/// layer it is multiplied by the weight of the RMSNorm in front of the MoE block. All layers share the rows. A probe
+/// knows the router and the norm; it does not know what real tokens look like.
 ///
 /// Hidden states: a safetensors file with one tensor [..., hidden] that all layers share, or one tensor a layer, named
-/// "layer.N", "layers.N" or "model.layers.N", bare or followed by ".anything"; float64, float32, bfloat16 or float16. With
-/// more rows than are wanted, evenly spaced rows are taken.
+/// "layer.N", "layers.N" or "model.layers.N", bare or followed by ".anything"; float64, float32, bfloat16 or float16.
+/// With more rows than are wanted, evenly spaced rows are taken.
 class RouterInputs {
  public:
   static constexpr std::uint64_t kProbeSeed = 20240607;
 
   /// No hidden states (an empty store): a probe. x is rounded once to `activations`.
-  RouterInputs(const TensorStore& hidden_states, kernels::Float activations) : store_(hidden_states), activations_(activations) {}
+  RouterInputs(const TensorStore& hidden_states, kernels::Float activations)
+      : store_(hidden_states), activations_(activations) {}
   bool probe() const { return store_.empty(); }
 
   /// Makes the rows of the probe, unless they are there already.
@@ -41,10 +42,10 @@ class RouterInputs {
   /// Rows of such a tensor; 0 if it does not have this width or dtype.
   static std::int64_t rows_of(const TensorView& view, std::int64_t hidden);
 
-  /// Rows first .. first + count of `of` wanted rows into x [count, hidden]: of the probe times `norm` [hidden], or, with a
-  /// view, of the hidden states. Rows that are not finite are left out; returns how many were written.
-  std::int64_t fill(const float* norm, const TensorView* view, std::int64_t hidden, std::int64_t first, std::int64_t count,
-                    std::int64_t of, float* x) const;
+  /// Rows first .. first + count of `of` wanted rows into x [count, hidden]: of the probe times `norm` [hidden], or,
+  /// with a view, of the hidden states. Rows that are not finite are left out; returns how many were written.
+  std::int64_t fill(const float* norm, const TensorView* view, std::int64_t hidden, std::int64_t first,
+                    std::int64_t count, std::int64_t of, float* x) const;
 
  private:
   const TensorStore& store_;

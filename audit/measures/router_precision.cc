@@ -5,8 +5,9 @@
 //
 // Modes: "fp32"; "bf16" and "fp16" (inputs of that dtype, exact products, wide sums, one rounding of the logits);
 // "nf4" and "int8" (weight through the quantiser and back, then as the activations' dtype), when the router is known to
-// be quantised; "executed": the dtype that router.dtype_executed resolved, with the weight in the dtype it is loaded in.
-// After the logits every mode follows the family: scores in float32, or in the logits' dtype where the family says so.
+// be quantised; "executed": the dtype that router.dtype_executed resolved, with the weight in the dtype it is loaded
+// in. After the logits every mode follows the family: scores in float32, or in the logits' dtype where the family says
+// so.
 #include "audit/measures/router_precision.h"
 
 #include <algorithm>
@@ -54,7 +55,8 @@ Float activation_dtype(const FactSheet& facts) {
   return Float::kBF16;
 }
 
-// ---- one router ----------------------------------------------------------------------------------------------------------
+// ---- one router
+// ----------------------------------------------------------------------------------------------------------
 
 std::string read_router(const MeasureContext& ctx, const Routing& routing, std::size_t row, Router* out) {
   const RouterTable& table = ctx.facts.routers.value();
@@ -68,13 +70,15 @@ std::string read_router(const MeasureContext& ctx, const Routing& routing, std::
     fault = read_floats(ctx.model, with_layer(routing.linear_bias_tensor, out->layer), out->experts, &out->linear_bias);
   }
   if (fault.empty() && routing.correction_bias) {
-    const std::string name = table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
+    const std::string name =
+        table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
     fault = read_floats(ctx.model, name, out->experts, &out->correction_bias);
   }
   return fault;
 }
 
-// ---- the measure -----------------------------------------------------------------------------------------------------------
+// ---- the measure
+// -----------------------------------------------------------------------------------------------------------
 
 void append_row(PrecisionTable* table, const Router& r, const std::string& mode, std::int64_t tokens, double max_logit,
                 const Tally& tally) {
@@ -108,7 +112,10 @@ std::vector<Mode> modes_of(const FactSheet& facts, Float activations) {
 class RouterPrecision {
  public:
   explicit RouterPrecision(MeasureContext& ctx)
-      : ctx_(ctx), routing_(ctx.facts.routing.value()), activations_(activation_dtype(ctx.facts)), inputs_(ctx.hidden_states, activations_),
+      : ctx_(ctx),
+        routing_(ctx.facts.routing.value()),
+        activations_(activation_dtype(ctx.facts)),
+        inputs_(ctx.hidden_states, activations_),
         modes_(modes_of(ctx.facts, activations_)) {}
 
   void run() {
@@ -156,11 +163,13 @@ class RouterPrecision {
     const std::int64_t tiles = (tokens + Scratch::kTile - 1) / Scratch::kTile;
     std::vector<TileTally> tallies(static_cast<std::size_t>(tiles));
     std::vector<Scratch> scratch;
-    for (int w = 0; w < std::clamp<std::int64_t>(ctx_.threads, 1, tiles); ++w) scratch.emplace_back(r.hidden, r.experts, top_k);
+    for (int w = 0; w < std::clamp<std::int64_t>(ctx_.threads, 1, tiles); ++w)
+      scratch.emplace_back(r.hidden, r.experts, top_k);
     parallel_for(ctx_.threads, tiles, [&](std::int64_t tile, int worker) {
       Scratch& s = scratch[static_cast<std::size_t>(worker)];
       const std::int64_t first = tile * Scratch::kTile;
-      const std::int64_t n = inputs_.fill(r.norm.data(), view, r.hidden, first, std::min(Scratch::kTile, tokens - first), tokens, s.x.data());
+      const std::int64_t n = inputs_.fill(r.norm.data(), view, r.hidden, first,
+                                          std::min(Scratch::kTile, tokens - first), tokens, s.x.data());
       if (n > 0) replay.run(n, s, &tallies[static_cast<std::size_t>(tile)]);
     });
     return report(r, replay.modes(), tallies, tokens);
@@ -168,7 +177,8 @@ class RouterPrecision {
 
   std::string prepare_probe(Router* r, std::int64_t tokens) {
     const std::string name = with_layer(routing_.input_norm_tensor, r->layer);
-    const std::string fault = name.empty() ? "the family names none" : read_floats(ctx_.model, name, r->hidden, &r->norm);
+    const std::string fault =
+        name.empty() ? "the family names none" : read_floats(ctx_.model, name, r->hidden, &r->norm);
     if (!fault.empty()) {
       r->norm.assign(static_cast<std::size_t>(r->hidden), 1.0f);
       ++without_norm_;
@@ -192,7 +202,8 @@ class RouterPrecision {
   /// The modes of all routers, and where loading changes this router's weight, the executed one apart.
   std::vector<Mode> modes_for(const Router& r) const {
     std::vector<Mode> modes = modes_;
-    const std::optional<Float> loaded = ctx_.facts.load_dtype.known() ? float_of(ctx_.facts.load_dtype.value()) : std::nullopt;
+    const std::optional<Float> loaded =
+        ctx_.facts.load_dtype.known() ? float_of(ctx_.facts.load_dtype.value()) : std::nullopt;
     if (const std::optional<Float> executed = executed_dtype(); executed && loaded && !survives(r, *loaded)) {
       modes.push_back({"executed", *executed, *loaded, Trip::kNone});
     }
@@ -212,7 +223,8 @@ class RouterPrecision {
       sum.max_abs_logit = std::max(sum.max_abs_logit, t.max_abs_logit);
       for (std::size_t m = 0; m < t.modes.size(); ++m) sum.modes[m].add(t.modes[m]);
     }
-    if (sum.tokens == 0) return "no row of the hidden states for " + r.tensor + " is finite in " + k::name_of(activations_);
+    if (sum.tokens == 0)
+      return "no row of the hidden states for " + r.tensor + " is finite in " + k::name_of(activations_);
     left_out_ += asked - sum.tokens;
     most_tokens_ = std::max(most_tokens_, sum.tokens);
     bool has_executed = false;
@@ -233,15 +245,16 @@ class RouterPrecision {
   void conclude() {
     std::string skipped;
     if (!faults_.empty()) {
-      skipped = std::to_string(faults_.size()) + " router" + (faults_.size() > 1 ? "s" : "") + " left out, the first because " +
-                faults_.front();
+      skipped = std::to_string(faults_.size()) + " router" + (faults_.size() > 1 ? "s" : "") +
+                " left out, the first because " + faults_.front();
     }
     std::string note = std::to_string(measured_) + " routers, " + std::to_string(most_tokens_) + " tokens each";
     table_.probe = inputs_.probe();
     Source source;
     if (inputs_.probe()) {
       table_.input = "probe: seeded unit Gaussian through the norm weight";
-      if (without_norm_ > 0) table_.input += " (norm weight not found for " + std::to_string(without_norm_) + " routers: taken as 1)";
+      if (without_norm_ > 0)
+        table_.input += " (norm weight not found for " + std::to_string(without_norm_) + " routers: taken as 1)";
       source = ctx_.facts.routers.source();
       source.role = Role::kModelWeights;
     } else {
@@ -276,7 +289,8 @@ void run(MeasureContext& ctx) {
     ctx.records.push_back({"router_precision", "", "skipped: " + why});
   };
   if (!ctx.replays) return skip("--static");
-  if (!ctx.facts.routers.known() || ctx.facts.routers.value().layer.empty()) return skip("no router found in the weights");
+  if (!ctx.facts.routers.known() || ctx.facts.routers.value().layer.empty())
+    return skip("no router found in the weights");
   if (!ctx.facts.routing.known()) return skip("the routing conventions of this model are not known");
   if (!ctx.facts.top_k.known()) return skip("router.top_k is not known");
   RouterPrecision(ctx).run();

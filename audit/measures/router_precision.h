@@ -15,11 +15,11 @@ struct RouterWork {
   std::int64_t routers = 0;
   std::int64_t experts = 0;
   std::int64_t hidden = 0;
-  int wide_modes = 0;    // GEMMs with float64 sums
-  int float_modes = 0;   // GEMMs in float32
+  int wide_modes = 0;   // GEMMs with float64 sums
+  int float_modes = 0;  // GEMMs in float32
 };
-/// Tokens per router, at most 4,096 and at least 48, so that the whole takes about 3 s on two cores (speeds below are of a
-/// 3.7 GHz AVX-512 core; no clock is asked, so the answer is the same everywhere).
+/// Tokens per router, at most 4,096 and at least 48, so that the whole takes about 3 s on two cores (speeds below are
+/// of a 3.7 GHz AVX-512 core; no clock is asked, so the answer is the same everywhere).
 std::int64_t affordable_tokens(const RouterWork& work);
 
 }  // namespace moeaudit

@@ -86,7 +86,10 @@ template k::RouteArgs<double> route_args<double>(const Routing&, std::int64_t, s
 
 RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, Float activations,
                            const std::vector<Mode>& modes)
-    : router_(router), routing_(routing), top_k_(top_k), activations_(activations),
+    : router_(router),
+      routing_(routing),
+      top_k_(top_k),
+      activations_(activations),
       truth_w_(k::packed_gate_size<double>(router.experts, router.hidden)),
       truth_bias_(router.linear_bias.begin(), router.linear_bias.end()),
       correction_wide_(router.correction_bias.begin(), router.correction_bias.end()) {
@@ -96,7 +99,8 @@ RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::in
 
 /// The last chosen and the first not chosen expert are closer than half a unit of the logits' dtype at each of them, so
 /// that rounding alone can bring them level.
-bool RouterReplay::near_tie(Float dtype, const double* logits, const double* choice, std::int32_t last, std::int32_t next) const {
+bool RouterReplay::near_tie(Float dtype, const double* logits, const double* choice, std::int32_t last,
+                            std::int32_t next) const {
   if (next < 0) return false;
   double reach_last = 0.5 * k::spacing(logits[last], dtype), reach_next = 0.5 * k::spacing(logits[next], dtype);
   if (correction_wide_.empty()) {  // the score grows with the logit: compare logits (a masked expert is not in reach)
@@ -114,7 +118,8 @@ void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& 
   const Float dtype = ready.mode.dtype;
   if (dtype == Float::kF32) {
     const float* bias = ready.bias_float.empty() ? nullptr : ready.bias_float.data();
-    k::gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts, s.narrow.data()});
+    k::gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts,
+                                             s.narrow.data()});
     return;
   }
   const float* x = s.x.data();
@@ -145,7 +150,8 @@ void RouterReplay::compare_token(std::int64_t t, Scratch& s, Tally* tally) const
       ++tally->flipped;
       return;
     }
-    worst = std::max(worst, std::fabs(static_cast<double>(s.narrow_weights[t * n + j]) - s.weights[t * n + (at - truth)]));
+    worst =
+        std::max(worst, std::fabs(static_cast<double>(s.narrow_weights[t * n + j]) - s.weights[t * n + (at - truth)]));
   }
   tally->weight_error = std::max(tally->weight_error, worst);
 }
@@ -165,7 +171,8 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
       tally->overflowed += !std::isfinite(s.narrow.data()[t * r.experts + e]) && std::isfinite(truth[e]) ? 1 : 0;
     }
     const std::int32_t last = s.chosen[static_cast<std::size_t>((t + 1) * top_k_ - 1)];
-    tally->near_ties += near_tie(ready.mode.dtype, truth, s.choice.data() + t * r.experts, last, s.runner_up[t]) ? 1 : 0;
+    tally->near_ties +=
+        near_tie(ready.mode.dtype, truth, s.choice.data() + t * r.experts, last, s.runner_up[t]) ? 1 : 0;
     compare_token(t, s, tally);
   }
 }
@@ -181,7 +188,8 @@ void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
   k::route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
   out->tokens = n;
-  for (std::int64_t i = 0; i < n * r.experts; ++i) out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));
+  for (std::int64_t i = 0; i < n * r.experts; ++i)
+    out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));
   out->modes.resize(modes_.size());
   for (std::size_t m = 0; m < modes_.size(); ++m) run_mode(modes_[m], n, s, &out->modes[m]);
 }

@@ -64,10 +64,17 @@ struct TileTally {
 struct Scratch {
   static constexpr std::int64_t kTile = 48;  // their x fits the second-level cache
   Scratch(std::int64_t hidden, std::int64_t experts, std::int64_t top_k)
-      : x(kTile * hidden), rounded_x(kTile * hidden), wide(kTile * experts), truth(kTile * experts), narrow(kTile * experts),
-        choice(static_cast<std::size_t>(kTile * experts)), weights(static_cast<std::size_t>(kTile * top_k)),
-        narrow_weights(static_cast<std::size_t>(kTile * top_k)), chosen(static_cast<std::size_t>(kTile * top_k)),
-        mode_chosen(static_cast<std::size_t>(kTile * top_k)), runner_up(static_cast<std::size_t>(kTile)) {}
+      : x(kTile * hidden),
+        rounded_x(kTile * hidden),
+        wide(kTile * experts),
+        truth(kTile * experts),
+        narrow(kTile * experts),
+        choice(static_cast<std::size_t>(kTile * experts)),
+        weights(static_cast<std::size_t>(kTile * top_k)),
+        narrow_weights(static_cast<std::size_t>(kTile * top_k)),
+        chosen(static_cast<std::size_t>(kTile * top_k)),
+        mode_chosen(static_cast<std::size_t>(kTile * top_k)),
+        runner_up(static_cast<std::size_t>(kTile)) {}
   Aligned<float> x, rounded_x;
   Aligned<double> wide, truth;
   Aligned<float> narrow;
@@ -107,7 +114,8 @@ class RouterReplay {
   void mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& s) const;
   void run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const;
   void compare_token(std::int64_t t, Scratch& s, Tally* tally) const;
-  bool near_tie(kernels::Float dtype, const double* logits, const double* choice, std::int32_t last, std::int32_t next) const;
+  bool near_tie(kernels::Float dtype, const double* logits, const double* choice, std::int32_t last,
+                std::int32_t next) const;
 
   const Router& router_;
   Routing routing_;

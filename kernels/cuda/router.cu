@@ -15,14 +15,16 @@ __device__ T minus_infinity() {
   return static_cast<T>(-__longlong_as_double(0x7ff0000000000000ll));
 }
 
-/// Strictly better: larger, NaN largest of all; among equals the lower index. A total order, so any reduction tree agrees.
+/// Strictly better: larger, NaN largest of all; among equals the lower index. A total order, so any reduction tree
+/// agrees.
 template <class T>
 __device__ bool better(T a, int at_a, T b, int at_b) {
   if (a > b || (a != a && b == b)) return true;
   return (a == b || (a != a && b != b)) && at_a < at_b;
 }
 
-/// Index of the best of values[0, n) that is not in this lane's mask `taken` (bit i: index lane + 32 i); every lane gets it.
+/// Index of the best of values[0, n) that is not in this lane's mask `taken` (bit i: index lane + 32 i); every lane
+/// gets it.
 template <class T>
 __device__ int best_left(const T* values, int n, unsigned* taken) {
   const int lane = threadIdx.x % kWarp;
@@ -89,7 +91,8 @@ __device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
 /// Lane g scores group g; then the groups that are not among the best are masked.
 template <class T>
 __device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
-  const int lane = threadIdx.x % kWarp, groups = static_cast<int>(a.groups), size = static_cast<int>(a.experts / a.groups);
+  const int lane = threadIdx.x % kWarp, groups = static_cast<int>(a.groups),
+            size = static_cast<int>(a.experts / a.groups);
   for (int g = lane; g < groups; g += kWarp) {
     const T* members = choice + g * size;
     int first = 0;
@@ -106,7 +109,8 @@ __device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
   for (std::int64_t i = 0; i < a.top_groups; ++i) best_left(group, groups, &kept);
   for (int g = 0; g < groups; ++g) {
     const bool keep = __shfl_sync(kAll, kept, g % kWarp) >> (g / kWarp) & 1u;
-    for (int e = lane; e < size && !keep; e += kWarp) choice[g * size + e] = a.group_mask_is_zero ? T(0) : minus_infinity<T>();
+    for (int e = lane; e < size && !keep; e += kWarp)
+      choice[g * size + e] = a.group_mask_is_zero ? T(0) : minus_infinity<T>();
   }
   __syncwarp();
 }

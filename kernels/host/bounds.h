@@ -26,8 +26,8 @@ inline double smallest(Float f) {
 }
 
 /// |computed - exact| of one logit of gate_logits(). absolute = sum_i |x_i w_i| + |bias|. A product takes one rounding
-/// (none when products are exact), the longest stretch kGateRun - 1 additions (the first is onto 0), adding up the stretches
-/// one fewer than there are, the bias one. Sums of floats do not underflow inexactly, products may.
+/// (none when products are exact), the longest stretch kGateRun - 1 additions (the first is onto 0), adding up the
+/// stretches one fewer than there are, the bias one. Sums of floats do not underflow inexactly, products may.
 inline double gate(std::int64_t hidden, double absolute, Float sum, bool exact_products) {
   const auto stretches = (hidden + kGateRun - 1) / kGateRun;
   const double n = (exact_products ? 0.0 : 1.0) + static_cast<double>(std::min(hidden, kGateRun) - 1) +
@@ -43,19 +43,21 @@ inline double gate_in_index_order(std::int64_t hidden, double absolute) {
          0.5 * static_cast<double>(hidden) * smallest(Float::kF64);
 }
 
-/// |round_to(v, f) - exact| where |v - exact| <= before: half a place at the larger of the two, and what was there before.
+/// |round_to(v, f) - exact| where |v - exact| <= before: half a place at the larger of the two, and what was there
+/// before.
 inline double rounded(double v, double before, Float f) { return 0.5 * spacing(std::fabs(v) + before, f) + before; }
 
 /// Relative error of a softmax probability. `logit_error` bounds the error of every logit, `range` is the largest
-/// |l - max l|. An error d of a logit is a factor e^d in the numerator and at worst e^-d over the denominator: 2 d. So is
-/// the rounding of l - max l, which is at most range u. Then: an exponential counts 2 roundings (one unit in the last
-/// place, or one rounding after a float64 exponential), in the numerator and in each term of the sum; E - 1 additions of
-/// positive numbers; one division.
+/// |l - max l|. An error d of a logit is a factor e^d in the numerator and at worst e^-d over the denominator: 2 d. So
+/// is the rounding of l - max l, which is at most range u. Then: an exponential counts 2 roundings (one unit in the
+/// last place, or one rounding after a float64 exponential), in the numerator and in each term of the sum; E - 1
+/// additions of positive numbers; one division.
 inline double softmax_relative(std::int64_t experts, double logit_error, double range, Float f) {
   const double u = unit_roundoff(f);
   return std::expm1(2.0 * logit_error + 2.0 * range * u + gamma(2.0 + 2.0 + static_cast<double>(experts - 1) + 1.0, u));
 }
-/// Absolute error that underflow adds to it: half a place of the exponential (the sum is at least 1) and of the quotient.
+/// Absolute error that underflow adds to it: half a place of the exponential (the sum is at least 1) and of the
+/// quotient.
 inline double softmax_underflow(Float f) { return smallest(f); }
 
 /// Relative error of a sigmoid. d(ln s)/dl = 1 - s <= 1. The kernel computes in float64 (exponential 2 roundings, sum,
@@ -64,23 +66,24 @@ inline double sigmoid_relative(double logit_error, Float f) {
   return std::expm1(logit_error + gamma(4.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)));
 }
 
-/// Relative error of sqrt(softplus). d(ln sqrt(softplus))/dl = s / (2 softplus) <= 1/2, since softplus = -ln(1 - s) >= s.
-/// In float64: 2 roundings for the exponential (a relative error of y changes ln(1 + y) by no larger one); the logarithm
-/// 4 (two units in the last place); its correction y - (u - 1) is exact, its quotient and the final sum 2 more; a root
-/// halves them all and adds 1. Then one rounding to f. Valid while no logit crosses the switch at 20, where the function
-/// itself jumps by 2.1e-9.
+/// Relative error of sqrt(softplus). d(ln sqrt(softplus))/dl = s / (2 softplus) <= 1/2, since softplus = -ln(1 - s) >=
+/// s. In float64: 2 roundings for the exponential (a relative error of y changes ln(1 + y) by no larger one); the
+/// logarithm 4 (two units in the last place); its correction y - (u - 1) is exact, its quotient and the final sum 2
+/// more; a root halves them all and adds 1. Then one rounding to f. Valid while no logit crosses the switch at 20,
+/// where the function itself jumps by 2.1e-9.
 inline double sqrt_softplus_relative(double logit_error, Float f) {
   return std::expm1(0.5 * logit_error + gamma(0.5 * (2.0 + 4.0 + 2.0) + 1.0, unit_roundoff(Float::kF64)) +
                     gamma(1.0, unit_roundoff(f)));
 }
 
-/// Relative error of weights w_j / (sum w + eps) * scaling, from positive scores with relative error `score`: once in the
-/// numerator, once in the sum, k - 1 additions, one for eps (and one for storing it), one division.
+/// Relative error of weights w_j / (sum w + eps) * scaling, from positive scores with relative error `score`: once in
+/// the numerator, once in the sum, k - 1 additions, one for eps (and one for storing it), one division.
 inline double renormalised_relative(double score, std::int64_t top_k, Float f) {
   return std::expm1(2.0 * std::log1p(score) + gamma(static_cast<double>(top_k - 1) + 3.0, unit_roundoff(f)));
 }
-/// Absolute error that underflow adds to such a weight. Each score may be off by `smallest` (see softmax_underflow); with
-/// D = sum of the exact scores + eps: |a/D' - s/D| <= a / D' + s k a / (D D') <= (1 + k) a / (D - k a), since s <= D.
+/// Absolute error that underflow adds to such a weight. Each score may be off by `smallest` (see softmax_underflow);
+/// with D = sum of the exact scores + eps: |a/D' - s/D| <= a / D' + s k a / (D D') <= (1 + k) a / (D - k a), since s <=
+/// D.
 inline double renormalised_underflow(double denominator, std::int64_t top_k, Float f) {
   const double a = smallest(f), k = static_cast<double>(top_k);
   return denominator > k * a ? (1.0 + k) * a / (denominator - k * a) : INFINITY;

@@ -12,8 +12,8 @@
 namespace moeaudit::kernels {
 
 /// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double).
-/// x = k ln 2 + r with |r| <= ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor
-/// sum to r^13 leaves r^14/14! < 5e-18. 2^k goes in as two factors so that results below 2^-1022 round once.
+/// x = k ln 2 + r with |r| <= ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the
+/// Taylor sum to r^13 leaves r^14/14! < 5e-18. 2^k goes in as two factors so that results below 2^-1022 round once.
 MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
   const double clamped = x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x);
@@ -40,7 +40,8 @@ MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
   return x != x ? x : p * two_to(first) * two_to(k - first);
 }
 
-/// ln x for x > 0, within 2 units in the last place: x = 2^e m with m in [sqrt(1/2), sqrt 2), ln m = 2 atanh((m-1)/(m+1)).
+/// ln x for x > 0, within 2 units in the last place: x = 2^e m with m in [sqrt(1/2), sqrt 2), ln m = 2
+/// atanh((m-1)/(m+1)).
 MOE_AUDIT_HOST_DEVICE inline double log_exact_order(double x) {
   if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
   if (x > 1.7976931348623157e308) return x;

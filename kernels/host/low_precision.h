@@ -37,7 +37,9 @@ const char* name_of(Float f);  // "float64", "float32", "bfloat16", "float16"
 constexpr double unit_roundoff(Float f) { return 1.0 / static_cast<double>(std::int64_t{1} << format_of(f).bits); }
 
 /// 2^e as a double, for normal e.
-MOE_AUDIT_HOST_DEVICE inline double power_of_two(int e) { return std::bit_cast<double>(static_cast<std::uint64_t>(e + 1023) << 52); }
+MOE_AUDIT_HOST_DEVICE inline double power_of_two(int e) {
+  return std::bit_cast<double>(static_cast<std::uint64_t>(e + 1023) << 52);
+}
 
 /// Distance between the neighbours of v in the format (v finite): that of subnormals near zero, and beyond the largest
 /// finite value the distance there would be if there were one more exponent.
@@ -49,8 +51,8 @@ MOE_AUDIT_HOST_DEVICE inline double spacing(double v, Float f) {
   return power_of_two(e) * power_of_two(1 - format.bits);
 }
 
-/// v rounded once, to nearest, ties to even; beyond the largest finite value to infinity; NaN and the sign of zero kept.
-/// Adding and subtracting 1.5 * 2^52 spacings lets the adder of the machine do the rounding; both steps are exact
+/// v rounded once, to nearest, ties to even; beyond the largest finite value to infinity; NaN and the sign of zero
+/// kept. Adding and subtracting 1.5 * 2^52 spacings lets the adder of the machine do the rounding; both steps are exact
 /// otherwise, and there is no detour through float, which would round twice.
 MOE_AUDIT_HOST_DEVICE inline double round_to(double v, Float f) {
   if (f == Float::kF64) return v;

@@ -43,7 +43,8 @@ void nf4_round_trip(const float* w, std::int64_t count, float* out) {
   for (std::int64_t first = 0; first < count; first += kNf4Block) {
     const std::int64_t length = std::min(kNf4Block, count - first);
     const float scale = largest_magnitude(w + first, length);
-    for (std::int64_t i = first; i < first + length; ++i) out[i] = scale > 0.0f ? nearest_nf4(w[i] / scale) * scale : 0.0f;
+    for (std::int64_t i = first; i < first + length; ++i)
+      out[i] = scale > 0.0f ? nearest_nf4(w[i] / scale) * scale : 0.0f;
   }
 }
 

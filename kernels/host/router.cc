@@ -5,8 +5,10 @@
 #define HWY_TARGET_INCLUDE "kernels/host/router.cc"
 // Vectors of unknown length cannot sit in arrays; such CPUs also run NEON or the portable code.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
-#include <hwy/foreach_target.h>
+#include "kernels/host/router.h"
+
 #include <hwy/aligned_allocator.h>
+#include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -14,13 +16,13 @@
 #include <vector>
 
 #include "kernels/host/elementary.h"
-#include "kernels/host/router.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moeaudit::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Experts whose sums one block keeps in registers, as whole panels of 64 bytes, and the tokens that share their weights.
+// Experts whose sums one block keeps in registers, as whole panels of 64 bytes, and the tokens that share their
+// weights.
 template <class Sum>
 inline constexpr std::int64_t kPanel = 64 / sizeof(Sum);
 template <class Sum>
@@ -32,8 +34,8 @@ inline constexpr std::int64_t kTileTokens = 96;  // their sums stay in the secon
 
 /// sums[t, panels] += x[t, 0..length) * w[panels, 0..length), from zero and in order. Both operands lie packed.
 template <int kT, int kP, class Sum, bool kExactProducts>
-HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length, Sum* HWY_RESTRICT sums,
-                        std::int64_t stride) {
+HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length,
+                        Sum* HWY_RESTRICT sums, std::int64_t stride) {
   const hn::CappedTag<Sum, kPanel<Sum>> d;
   constexpr int kV = kP * kVectors<Sum>;
   constexpr std::int64_t kWidth = hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>());
@@ -89,7 +91,8 @@ template <class In, class Sum>
 void gate(const GateArgs<In, Sum>& a) {
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   if (a.tokens == 0) return;  // Highway allocates no empty buffers
-  // Weights that stay in the second-level cache anyway: one block at a time, so that its rows of x are read straight through.
+  // Weights that stay in the second-level cache anyway: one block at a time, so that its rows of x are read straight
+  // through.
   const bool small = padded * a.hidden * static_cast<std::int64_t>(sizeof(Sum)) <= (std::int64_t{512} << 10);
   const std::int64_t tile = std::min<std::int64_t>(small ? kBlockTokens<Sum> : kTileTokens, a.tokens);
   const auto buffer = hwy::AllocateAligned<Sum>(tile * padded);
@@ -161,7 +164,8 @@ void round_f64(const double* in, std::int64_t count, Float dtype, double* out) {
   for (std::int64_t i = 0; i < count; ++i) out[i] = round_to(in[i], dtype);
 }
 
-// ---- route -------------------------------------------------------------------------------------------------------------
+// ---- route
+// -------------------------------------------------------------------------------------------------------------
 
 /// Strictly better: larger, NaN largest of all. Equal values are not better, so the lower index stays in front.
 template <class T>
@@ -169,7 +173,8 @@ HWY_INLINE bool better(T a, T b) {
   return a > b || (a != a && b == b);
 }
 
-/// The `count` best of values[0, n), best first, by insertion: few values ever enter, and one comparison turns the rest away.
+/// The `count` best of values[0, n), best first, by insertion: few values ever enter, and one comparison turns the rest
+/// away.
 template <class T>
 HWY_INLINE void best_of(const T* values, std::int64_t n, std::int64_t count, std::int32_t* index) {
   std::int64_t have = 0;
@@ -198,16 +203,19 @@ HWY_INLINE hn::Vec<D> exp_lanes(D d, hn::Vec<D> x) {
   const hn::RebindToUnsigned<D> du;
   const auto c = [d](double v) { return hn::Set(d, v); };
   constexpr double kMagic = 6755399441055744.0;
-  const auto clamped = hn::IfThenElse(hn::Lt(x, c(-746.0)), c(-746.0), hn::IfThenElse(hn::Gt(x, c(710.0)), c(710.0), x));
+  const auto clamped =
+      hn::IfThenElse(hn::Lt(x, c(-746.0)), c(-746.0), hn::IfThenElse(hn::Gt(x, c(710.0)), c(710.0), x));
   const auto k = hn::Sub(hn::Add(hn::Mul(clamped, c(1.4426950408889634)), c(kMagic)), c(kMagic));
-  const auto r = hn::Sub(hn::Sub(clamped, hn::Mul(k, c(6.93147180369123816490e-01))), hn::Mul(k, c(1.90821492927058770002e-10)));
+  const auto r =
+      hn::Sub(hn::Sub(clamped, hn::Mul(k, c(6.93147180369123816490e-01))), hn::Mul(k, c(1.90821492927058770002e-10)));
   auto p = c(1.0 / 6227020800.0);
-  for (const double next : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
-                            1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5}) {
+  for (const double next : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+                            1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5}) {
     p = hn::Add(hn::Mul(p, r), c(next));
   }
   p = hn::Add(c(1.0), hn::Add(r, hn::Mul(hn::Mul(r, r), p)));
-  const auto first = hn::IfThenElse(hn::Lt(k, c(-1000.0)), c(-1000.0), hn::IfThenElse(hn::Gt(k, c(1000.0)), c(1000.0), k));
+  const auto first =
+      hn::IfThenElse(hn::Lt(k, c(-1000.0)), c(-1000.0), hn::IfThenElse(hn::Gt(k, c(1000.0)), c(1000.0), k));
   const auto two_to = [&](hn::Vec<D> n) {
     const auto bits = hn::And(hn::BitCast(du, hn::Add(n, c(kMagic + 1023.0))), hn::Set(du, std::uint64_t{0xfff}));
     return hn::BitCast(d, hn::ShiftLeft<52>(bits));
@@ -300,7 +308,8 @@ void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t*
 }
 
 template <class T>
-void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::int32_t* index, T* gathered, T* weights) {
+void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::int32_t* index, T* gathered,
+           T* weights) {
   const T* from = a.softmax_after_top_k ? logits : scores;
   for (std::int64_t j = 0; j < a.top_k; ++j) gathered[j] = from[index[j]];
   if (a.softmax_after_top_k) {
@@ -384,7 +393,8 @@ const char* name_of(Status status) {
     case Status::kNullPointer: return "a required pointer is null";
     case Status::kBadShape: return "a size is negative or zero";
     case Status::kBadTopK: return "top_k is not within 1..experts";
-    case Status::kBadGroups: return "groups do not divide the experts, top_groups is not within 1..groups, or a group is too small";
+    case Status::kBadGroups:
+      return "groups do not divide the experts, top_groups is not within 1..groups, or a group is too small";
     case Status::kBadOption: return "options that exclude each other";
     case Status::kLaunchFailed: return "the device refused the launch";
   }
@@ -405,9 +415,11 @@ Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
   if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max()) return Status::kBadShape;
   if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone)) return Status::kBadOption;
+  if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone))
+    return Status::kBadOption;
   if (a.group_score == GroupScore::kNone) return Status::kOk;
-  if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups) return Status::kBadGroups;
+  if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups)
+    return Status::kBadGroups;
   if (a.group_score == GroupScore::kTop2Sum && a.experts / a.groups < 2) return Status::kBadGroups;
   return Status::kOk;
 }

@@ -10,21 +10,24 @@ namespace moeaudit::kernels {
 enum class Status { kOk, kNullPointer, kBadShape, kBadTopK, kBadGroups, kBadOption, kLaunchFailed };
 const char* name_of(Status status);
 
-// ---- the gate --------------------------------------------------------------------------------------------------------
+// ---- the gate
+// --------------------------------------------------------------------------------------------------------
 
 /// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e]
 ///
 /// Order of the sum, the same for every vector width, block size and split over threads: i runs in stretches of
-/// kGateRun; each stretch is summed from 0, one product after the other; the stretch sums are added up in order, from 0;
-/// then the bias is added. (Vector lanes hold different experts, so they never meet.)
+/// kGateRun; each stretch is summed from 0, one product after the other; the stretch sums are added up in order, from
+/// 0; then the bias is added. (Vector lanes hold different experts, so they never meet.)
 ///
 ///   In, Sum         what it is
-///   float, float    float32 throughout: every product and every sum is rounded to float32. Multiply and add are separate
+///   float, float    float32 throughout: every product and every sum is rounded to float32. Multiply and add are
+///   separate
 ///                   on every target, since a fused multiply-add would skip a rounding on those CPUs that have one.
 ///   double, double  float64 throughout, for values that float32 does not hold. Multiply and add separate, as above.
-///   float, double   float32 inputs, float64 sums. A product of two float32 numbers has 48 significant bits and an exponent
-///                   within +-298, so float64 holds it exactly: fused or separate, the bits are those of double, double on
-///                   widened inputs. This is the float64 truth for checkpoints of at most 32 bits. Rounded once by
+///   float, double   float32 inputs, float64 sums. A product of two float32 numbers has 48 significant bits and an
+///   exponent
+///                   within +-298, so float64 holds it exactly: fused or separate, the bits are those of double, double
+///                   on widened inputs. This is the float64 truth for checkpoints of at most 32 bits. Rounded once by
 ///                   round_values() it is the low-precision GEMM: exact products, wide sums in a stated order, one
 ///                   rounding at the output. (Inputs of such a GEMM must already be values of its dtype.)
 template <class In, class Sum>
@@ -35,7 +38,7 @@ struct GateArgs {
   std::int64_t tokens = 0;
   std::int64_t hidden = 0;
   std::int64_t experts = 0;
-  Sum* logits = nullptr;        // [tokens, experts]
+  Sum* logits = nullptr;  // [tokens, experts]
 };
 inline constexpr std::int64_t kGateRun = 128;
 
@@ -49,8 +52,8 @@ constexpr std::int64_t packed_gate_size(std::int64_t experts, std::int64_t hidde
   constexpr std::int64_t kPanel = 64 / sizeof(Sum);
   return (experts + kPanel - 1) / kPanel * kPanel * hidden;
 }
-/// packed[(run of hidden)][panel of experts][i in run][expert in panel], rows past the last expert zero. `packed` should be
-/// aligned to 64 bytes for speed. The layout is the same on every CPU.
+/// packed[(run of hidden)][panel of experts][i in run][expert in panel], rows past the last expert zero. `packed`
+/// should be aligned to 64 bytes for speed. The layout is the same on every CPU.
 template <class In, class Sum>
 void pack_gate(const In* w, std::int64_t experts, std::int64_t hidden, Sum* packed) {
   constexpr std::int64_t kPanel = 64 / sizeof(Sum);
@@ -60,7 +63,8 @@ void pack_gate(const In* w, std::int64_t experts, std::int64_t hidden, Sum* pack
     for (std::int64_t panel = 0; panel < experts; panel += kPanel, to += length * kPanel) {
       for (std::int64_t e = 0; e < kPanel; ++e) {
         const In* row = panel + e < experts ? w + (panel + e) * hidden + first : nullptr;
-        for (std::int64_t i = 0; i < length; ++i) to[i * kPanel + e] = row == nullptr ? Sum(0) : static_cast<Sum>(row[i]);
+        for (std::int64_t i = 0; i < length; ++i)
+          to[i * kPanel + e] = row == nullptr ? Sum(0) : static_cast<Sum>(row[i]);
       }
     }
   }
@@ -70,7 +74,8 @@ void pack_gate(const In* w, std::int64_t experts, std::int64_t hidden, Sum* pack
 void round_values(const float* in, std::int64_t count, Float dtype, float* out);
 void round_values(const double* in, std::int64_t count, Float dtype, double* out);
 
-// ---- from logits to experts ---------------------------------------------------------------------------------------------
+// ---- from logits to experts
+// ---------------------------------------------------------------------------------------------
 
 enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
 enum class GroupScore { kNone, kMax, kTop2Sum };
@@ -80,7 +85,8 @@ enum class GroupScore { kNone, kMax, kTop2Sum };
 ///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
 ///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its two best, of choice; the
 ///               top_groups best keep their experts, the choice of the others becomes -inf (or 0)
-///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger than
+///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger
+///   than
 ///               everything, as torch.topk has it
 ///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
 ///               times scaling

@@ -1,10 +1,10 @@
-// reference/ and the host kernels against what the real routers of transformers answered (fixtures/golden/router, made by
-// fixtures/make/router_golden.py), and the weight round trips against bitsandbytes.
+// reference/ and the host kernels against what the real routers of transformers answered (fixtures/golden/router, made
+// by fixtures/make/router_golden.py), and the weight round trips against bitsandbytes.
 #define BOOST_TEST_MODULE router_golden
 #include <ATen/ATen.h>
-#include <boost/test/unit_test.hpp>
 
 #include <algorithm>
+#include <boost/test/unit_test.hpp>
 #include <cmath>
 #include <map>
 #include <string>
@@ -31,7 +31,8 @@ using moeaudit::test::Values;
 
 Node load(const std::string& file) {
   std::string text, error;
-  BOOST_REQUIRE_MESSAGE(moeaudit::read_file(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router/" + file, &text, &error), error);
+  BOOST_REQUIRE_MESSAGE(moeaudit::read_file(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router/" + file, &text, &error),
+                        error);
   Node root;
   moeaudit::TextError where;
   BOOST_REQUIRE_MESSAGE(moeaudit::parse_json(text, &root, nullptr, &where), where.what);
@@ -70,15 +71,17 @@ struct Golden {
   std::int64_t tokens, hidden, experts, top_k;
   std::vector<double> x, w, bias, correction;
   ref::RouteOptions options;
-  bool fp32_gate = false;           // x.float() @ W.float()
+  bool fp32_gate = false;  // x.float() @ W.float()
   bool scores_in_logits_dtype = false;
 };
 
 Golden golden_of(const Node& c, bool before_5_6) {
   Golden g;
   g.name = at(c, "family").text;
-  g.tokens = integer(c, "tokens"), g.hidden = integer(c, "hidden"), g.experts = integer(c, "experts"), g.top_k = integer(c, "top_k");
-  g.x = list(c.find("x")), g.w = list(c.find("w")), g.bias = list(c.find("bias")), g.correction = list(c.find("correction_bias"));
+  g.tokens = integer(c, "tokens"), g.hidden = integer(c, "hidden"), g.experts = integer(c, "experts"),
+  g.top_k = integer(c, "top_k");
+  g.x = list(c.find("x")), g.w = list(c.find("w")), g.bias = list(c.find("bias")),
+  g.correction = list(c.find("correction_bias"));
   const Node& config = at(c, "config");
   g.options.top_k = g.top_k;
   const Node* norm = config.find("norm_topk_prob");
@@ -102,18 +105,21 @@ std::vector<double> executed_logits(const Golden& g, Float gate) {
   std::vector<double> logits(static_cast<std::size_t>(g.tokens * g.experts));
   const std::vector<float> x = narrowed(g.x), w = narrowed(g.w);
   if (gate == Float::kF32) {
-    std::vector<float> packed(static_cast<std::size_t>(k::packed_gate_size<float>(g.experts, g.hidden))), out(logits.size());
+    std::vector<float> packed(static_cast<std::size_t>(k::packed_gate_size<float>(g.experts, g.hidden))),
+        out(logits.size());
     const std::vector<float> bias = narrowed(g.bias);
     k::pack_gate(w.data(), g.experts, g.hidden, packed.data());
-    BOOST_REQUIRE(k::gate_logits(k::GateArgs<float, float>{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), g.tokens,
-                                                           g.hidden, g.experts, out.data()}) == k::Status::kOk);
+    BOOST_REQUIRE(
+        k::gate_logits(k::GateArgs<float, float>{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(),
+                                                 g.tokens, g.hidden, g.experts, out.data()}) == k::Status::kOk);
     std::copy(out.begin(), out.end(), logits.begin());
     return logits;
   }
   std::vector<double> packed(static_cast<std::size_t>(k::packed_gate_size<double>(g.experts, g.hidden)));
   k::pack_gate(w.data(), g.experts, g.hidden, packed.data());
-  BOOST_REQUIRE(k::gate_logits(k::GateArgs<float, double>{x.data(), packed.data(), g.bias.empty() ? nullptr : g.bias.data(), g.tokens,
-                                                          g.hidden, g.experts, logits.data()}) == k::Status::kOk);
+  BOOST_REQUIRE(
+      k::gate_logits(k::GateArgs<float, double>{x.data(), packed.data(), g.bias.empty() ? nullptr : g.bias.data(),
+                                                g.tokens, g.hidden, g.experts, logits.data()}) == k::Status::kOk);
   k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), gate, logits.data());
   return logits;
 }
@@ -127,7 +133,8 @@ double absolute_sum(const Golden& g, std::size_t i) {
 /// Error of a library's logit whose sum runs in float32 in an order we do not know (at most hidden + 1 roundings on any
 /// path, products included) and is then rounded to `gate`. A bias may be added after that rounding, and rounded again.
 double library_logit_error(const Golden& g, std::size_t i, double logit, Float gate) {
-  const double before = bounds::gamma(static_cast<double>(g.hidden) + 2, k::unit_roundoff(Float::kF32)) * absolute_sum(g, i);
+  const double before =
+      bounds::gamma(static_cast<double>(g.hidden) + 2, k::unit_roundoff(Float::kF32)) * absolute_sum(g, i);
   if (gate == Float::kF32) return before;
   const double once = bounds::rounded(logit, before, gate);
   if (g.bias.empty()) return once;
@@ -136,7 +143,8 @@ double library_logit_error(const Golden& g, std::size_t i, double logit, Float g
 }
 
 /// The experts differ only where their choice values are within `reach` of each other.
-bool same_choice(const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b, const double* choice, double reach) {
+bool same_choice(const std::vector<std::int64_t>& a, const std::vector<std::int64_t>& b, const double* choice,
+                 double reach) {
   std::vector<double> left, right;
   for (const std::int64_t e : a) left.push_back(choice[e]);
   for (const std::int64_t e : b) right.push_back(choice[e]);
@@ -153,7 +161,8 @@ struct Tallies {
 };
 
 /// The library's weights of one token by expert.
-std::map<std::int64_t, double> by_expert(const std::vector<std::int64_t>& experts, const std::vector<double>& weights, std::size_t from) {
+std::map<std::int64_t, double> by_expert(const std::vector<std::int64_t>& experts, const std::vector<double>& weights,
+                                         std::size_t from) {
   std::map<std::int64_t, double> m;
   for (std::size_t j = 0; j < experts.size(); ++j) m[experts[j]] = weights[from + j];
   return m;
@@ -165,7 +174,8 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
   const Float gate = g.fp32_gate ? Float::kF32 : run_dtype;
   const std::vector<double> got_weights = list(run.find("weights")), indices = list(run.find("indices"));
   const std::vector<std::int64_t> shape = {g.tokens, g.experts};
-  const at::Tensor exact = ref::gate_logits(tensor(g.x, {g.tokens, g.hidden}), tensor(g.w, {g.experts, g.hidden}), tensor(g.bias, {g.experts}));
+  const at::Tensor exact = ref::gate_logits(tensor(g.x, {g.tokens, g.hidden}), tensor(g.w, {g.experts, g.hidden}),
+                                            tensor(g.bias, {g.experts}));
   const std::vector<double> ours = executed_logits(g, gate);
 
   const std::vector<double> theirs = list(run.find("logits"));
@@ -176,8 +186,8 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
     o.bound = [&](std::size_t i, double e) { return library_logit_error(g, i, e, gate); };
     const Comparison c = compare(Values<double>{shape, exact_values}, Values<double>{shape, theirs}, o);
     BOOST_CHECK_MESSAGE(c.ok(), what << " logits: " << c.report());
-    // "Executed" must be what they computed: the same bfloat16 number for nearly all (the float32 sum in between can fall
-    // on the other side of halfway), in float32 within both bounds.
+    // "Executed" must be what they computed: the same bfloat16 number for nearly all (the float32 sum in between can
+    // fall on the other side of halfway), in float32 within both bounds.
     std::size_t equal = 0;
     for (std::size_t i = 0; i < ours.size(); ++i) equal += ours[i] == theirs[i] ? 1 : 0;
     if (gate == Float::kBF16) BOOST_CHECK_GE(static_cast<double>(equal), 0.98 * static_cast<double>(ours.size()));
@@ -201,7 +211,8 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
   std::vector<float> weights(chosen.size());
   BOOST_REQUIRE(k::route(a, {chosen.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
   const ref::Routed truth = ref::route(tensor(from, shape), g.options, tensor(g.correction, {g.experts}));
-  const std::vector<double> choice = values(truth.choice), true_weights = values(truth.weights), true_chosen = values(truth.chosen);
+  const std::vector<double> choice = values(truth.choice), true_weights = values(truth.weights),
+                            true_chosen = values(truth.chosen);
 
   const Float stored = float_of(at(run, "weights_dtype"));
   for (std::int64_t t = 0; t < g.tokens; ++t) {
@@ -211,8 +222,9 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
       kernel.push_back(chosen[t * g.top_k + j]);
       reference.push_back(static_cast<std::int64_t>(true_chosen[t * g.top_k + j]));
     }
-    // Ties of bfloat16 logits go to the lowest index here, to any index in torch.topk. Otherwise float32 scores of equal
-    // logits are good to a few roundings: 2^-20 is more than softmax_relative() gives for 64 experts and a range of 16.
+    // Ties of bfloat16 logits go to the lowest index here, to any index in torch.topk. Otherwise float32 scores of
+    // equal logits are good to a few roundings: 2^-20 is more than softmax_relative() gives for 64 experts and a range
+    // of 16.
     const double reach = bounds::softmax_relative(g.experts, 0, 16, Float::kF32) + (theirs.empty() ? 1e-5 : 0);
     const std::string token = what + " token " + std::to_string(t);
     BOOST_CHECK_MESSAGE(same_choice(lib, kernel, choice.data() + t * g.experts, reach), token << ": kernel");
@@ -226,8 +238,9 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
     const auto want = by_expert(lib, got_weights, static_cast<std::size_t>(t * g.top_k));
     for (std::int64_t j = 0; j < g.top_k; ++j) {
       const double theirs_w = want.at(kernel[j]), w = weights[t * g.top_k + j];
-      // Two float32 evaluations in different orders, each within the bound; then theirs is stored in `stored`. Where the
-      // scores live in bfloat16, one more rounding of the softmax there. Without their logits, a float32 gate apart.
+      // Two float32 evaluations in different orders, each within the bound; then theirs is stored in `stored`. Where
+      // the scores live in bfloat16, one more rounding of the softmax there. Without their logits, a float32 gate
+      // apart.
       double relative = bounds::softmax_relative(g.experts, 0, 16, Float::kF32);
       relative = bounds::scaled_relative(bounds::renormalised_relative(relative, g.top_k, Float::kF32), Float::kF32);
       double bound = 2 * relative * w + (stored == Float::kBF16 ? 0.5 * k::spacing(w * (1 + relative), stored) : 0.0);
@@ -236,7 +249,8 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
         const double logit_error = gate == Float::kBF16 ? k::spacing(8.0, gate) : 1e-5;
         bound += std::expm1(2 * logit_error) * w;
       }
-      BOOST_CHECK_MESSAGE(std::fabs(w - theirs_w) <= bound, token << " expert " << kernel[j] << ": " << w << " against " << theirs_w);
+      BOOST_CHECK_MESSAGE(std::fabs(w - theirs_w) <= bound,
+                          token << " expert " << kernel[j] << ": " << w << " against " << theirs_w);
     }
   }
 }
@@ -249,8 +263,8 @@ void check_version(const std::string& file, bool before_5_6) {
     for (const Node& run : at(c, "runs").items) {
       Tallies tallies;
       check_run(g, run, file + " " + g.name + " " + at(run, "dtype").text, &tallies);
-      // Sets differ on ties only: of bfloat16 logits at the edge, a few per cent of the tokens; and of masked experts, whose
-      // choice is 0, all of them equal, where a mask of 0 lets them win.
+      // Sets differ on ties only: of bfloat16 logits at the edge, a few per cent of the tokens; and of masked experts,
+      // whose choice is 0, all of them equal, where a mask of 0 lets them win.
       BOOST_CHECK_GE(tallies.same_sets, g.options.group_mask_is_zero ? 4 : tallies.tokens - 2);
       BOOST_CHECK_EQUAL(tallies.tokens, 16);
     }
@@ -272,8 +286,8 @@ BOOST_AUTO_TEST_CASE(bitsandbytes_0_50_2) {
   const std::vector<float> want_nf4 = narrowed(list(root.find("nf4"))), want_int8 = narrowed(list(root.find("int8")));
   const Comparison a = compare(Values<float>{{rows, columns}, want_nf4}, Values<float>{{rows, columns}, nf4});
   BOOST_CHECK_MESSAGE(a.ok(), a.report());
-  // bitsandbytes quantises float16 inputs: the scale is that of the rounded row, and a value within 2^-11 of halfway between
-  // two steps may fall the other way.
+  // bitsandbytes quantises float16 inputs: the scale is that of the rounded row, and a value within 2^-11 of halfway
+  // between two steps may fall the other way.
   CompareOptions o;
   o.bound = [&](std::size_t i, double e) {
     float largest = 0;

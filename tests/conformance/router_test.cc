@@ -1,9 +1,11 @@
 // The router: kernels/host against reference/, and reference/ against a second derivation and the laws of routing.
 #define BOOST_TEST_MODULE router
+#include "kernels/host/router.h"
+
 #include <ATen/ATen.h>
-#include <boost/test/unit_test.hpp>
 
 #include <algorithm>
+#include <boost/test/unit_test.hpp>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -13,7 +15,6 @@
 
 #include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
-#include "kernels/host/router.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
 
@@ -50,40 +51,47 @@ std::vector<float> gaussians(std::int64_t n, std::uint64_t stream, float scale =
 }
 std::vector<double> widened(const std::vector<float>& v) { return {v.begin(), v.end()}; }
 
-void require_ok(const Comparison& c, const std::string& what) { BOOST_CHECK_MESSAGE(c.ok(), what << ": " << c.report()); }
+void require_ok(const Comparison& c, const std::string& what) {
+  BOOST_CHECK_MESSAGE(c.ok(), what << ": " << c.report());
+}
 
-// ---- the gate ---------------------------------------------------------------------------------------------------------------
+// ---- the gate
+// ---------------------------------------------------------------------------------------------------------------
 
 template <class In, class Sum>
-std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias, std::int64_t tokens,
-                      std::int64_t hidden, std::int64_t experts) {
+std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias,
+                      std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
   std::vector<Sum> packed(static_cast<std::size_t>(k::packed_gate_size<Sum>(experts, hidden)));
   k::pack_gate(w.data(), experts, hidden, packed.data());
   std::vector<Sum> logits(static_cast<std::size_t>(tokens * experts));
-  const k::GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden, experts, logits.data()};
+  const k::GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden,
+                               experts,  logits.data()};
   BOOST_REQUIRE(k::gate_logits(a) == k::Status::kOk);
   return logits;
 }
 
 /// sum_i |x_i w_i| + |bias| of each logit, as the bounds want it; its own rounding error is covered by 1 + 2^-40.
-std::vector<double> absolute_sums(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias,
-                                  std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
+std::vector<double> absolute_sums(const std::vector<float>& x, const std::vector<float>& w,
+                                  const std::vector<float>& bias, std::int64_t tokens, std::int64_t hidden,
+                                  std::int64_t experts) {
   std::vector<double> sums;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t e = 0; e < experts; ++e) {
       double sum = bias.empty() ? 0.0 : std::fabs(static_cast<double>(bias[e]));
-      for (std::int64_t i = 0; i < hidden; ++i) sum += std::fabs(static_cast<double>(x[t * hidden + i]) * w[e * hidden + i]);
+      for (std::int64_t i = 0; i < hidden; ++i)
+        sum += std::fabs(static_cast<double>(x[t * hidden + i]) * w[e * hidden + i]);
       sums.push_back(sum * (1 + 0x1p-40));
     }
   }
   return sums;
 }
 
-void check_gate(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias, std::int64_t tokens,
-                std::int64_t hidden, std::int64_t experts, const std::string& what) {
+void check_gate(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias,
+                std::int64_t tokens, std::int64_t hidden, std::int64_t experts, const std::string& what) {
   const std::vector<double> xd = widened(x), wd = widened(w), bd = widened(bias);
   const at::Tensor b = bias.empty() ? at::Tensor() : tensor(bd, {experts});
-  const std::vector<double> truth = values(ref::gate_logits(tensor(xd, {tokens, hidden}), tensor(wd, {experts, hidden}), b));
+  const std::vector<double> truth =
+      values(ref::gate_logits(tensor(xd, {tokens, hidden}), tensor(wd, {experts, hidden}), b));
   const std::vector<double> absolute = absolute_sums(x, w, bias, tokens, hidden, experts);
   const std::vector<std::int64_t> shape = {tokens, experts};
   const auto options = [&](Float sum, bool exact) {
@@ -95,20 +103,31 @@ void check_gate(const std::vector<float>& x, const std::vector<float>& w, const 
     return o;
   };
   const auto f64 = gate<double, double>(xd, wd, bd, tokens, hidden, experts);
-  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, f64}, options(Float::kF64, false)), what + " float64");
+  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, f64}, options(Float::kF64, false)),
+             what + " float64");
   const auto wide = gate<float, double>(x, w, bd, tokens, hidden, experts);
-  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, wide}, options(Float::kF64, true)), what + " wide");
+  require_ok(compare(Values<double>{shape, truth}, Values<double>{shape, wide}, options(Float::kF64, true)),
+             what + " wide");
   const auto f32 = gate<float, float>(x, w, bias, tokens, hidden, experts);
-  require_ok(compare(Values<double>{shape, truth}, Values<float>{shape, f32}, options(Float::kF32, false)), what + " float32");
+  require_ok(compare(Values<double>{shape, truth}, Values<float>{shape, f32}, options(Float::kF32, false)),
+             what + " float32");
 }
 
 BOOST_AUTO_TEST_CASE(gate_agrees_with_the_reference) {
   struct Shape {
     std::int64_t tokens, hidden, experts;
   };
-  for (const Shape s : {Shape{1, 1, 1}, {1, 3, 1}, {2, 127, 8}, {13, 128, 8}, {7, 129, 60}, {5, 2048, 64}, {3, 1000, 144},
-                        {2, 512, 160}, {2, 700, 384}}) {
-    const std::string what = std::to_string(s.tokens) + "x" + std::to_string(s.hidden) + "x" + std::to_string(s.experts);
+  for (const Shape s : {Shape{1, 1, 1},
+                        {1, 3, 1},
+                        {2, 127, 8},
+                        {13, 128, 8},
+                        {7, 129, 60},
+                        {5, 2048, 64},
+                        {3, 1000, 144},
+                        {2, 512, 160},
+                        {2, 700, 384}}) {
+    const std::string what =
+        std::to_string(s.tokens) + "x" + std::to_string(s.hidden) + "x" + std::to_string(s.experts);
     const auto x = gaussians(s.tokens * s.hidden, 1), w = gaussians(s.experts * s.hidden, 2, 0.05f);
     check_gate(x, w, {}, s.tokens, s.hidden, s.experts, what);
     check_gate(x, w, gaussians(s.experts, 3), s.tokens, s.hidden, s.experts, what + " bias");
@@ -147,7 +166,8 @@ BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
     CompareOptions o;
     o.format = f;
     o.bound = [&](std::size_t i, double expected) {
-      const double before = bounds::gate(d, absolute[i], Float::kF64, true) + bounds::gate_in_index_order(d, absolute[i]);
+      const double before =
+          bounds::gate(d, absolute[i], Float::kF64, true) + bounds::gate_in_index_order(d, absolute[i]);
       return bounds::rounded(expected, before, f);
     };
     const Comparison c = compare(Values<double>{{T, E}, truth}, Values<double>{{T, E}, low}, o);
@@ -158,7 +178,8 @@ BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
   }
 }
 
-// ---- route ----------------------------------------------------------------------------------------------------------------
+// ---- route
+// ----------------------------------------------------------------------------------------------------------------
 
 struct Case {
   std::string name;
@@ -169,7 +190,8 @@ struct Case {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  const auto add = [&all](const std::string& name, std::int64_t experts, std::int64_t top_k, auto change, bool correction = false) {
+  const auto add = [&all](const std::string& name, std::int64_t experts, std::int64_t top_k, auto change,
+                          bool correction = false) {
     Case c{name, experts, top_k, {}, correction};
     c.options.top_k = top_k;
     change(c.options);
@@ -192,12 +214,16 @@ std::vector<Case> cases() {
   add("E = 160", 160, 6, renormalised);
   add("E = 384, k = 32", 384, 32, renormalised);
   add("gpt_oss", 128, 4, after);
-  add("sqrtsoftplus", 256, 6, [](ref::RouteOptions& o) { o.score = ref::Score::kSqrtSoftplus, o.renormalise = true, o.scaling = 1.5; }, true);
-  add("sigmoid, bias", 64, 8, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
+  add(
+      "sqrtsoftplus", 256, 6,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSqrtSoftplus, o.renormalise = true, o.scaling = 1.5; }, true);
+  add(
+      "sigmoid, bias", 64, 8, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
   add("deepseek_v2", 160, 6, grouped(ref::GroupScore::kMax, 8, 3, ref::Score::kSoftmax, true));
   add("deepseek_v3", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, false), true);
   add("deepseek_v3 before 5.6", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, true), true);
-  add("k beyond what the groups leave", 16, 6, grouped(ref::GroupScore::kTop2Sum, 4, 1, ref::Score::kSigmoid, false), true);
+  add("k beyond what the groups leave", 16, 6, grouped(ref::GroupScore::kTop2Sum, 4, 1, ref::Score::kSigmoid, false),
+      true);
   add("all groups kept", 16, 4, grouped(ref::GroupScore::kMax, 4, 4, ref::Score::kSigmoid, false));
   return all;
 }
@@ -230,13 +256,13 @@ std::vector<float> edge_logits(std::int64_t experts) {
   const auto row = [&v, experts](auto f) {
     for (std::int64_t e = 0; e < experts; ++e) v.push_back(static_cast<float>(f(e)));
   };
-  row([](std::int64_t) { return 0.0; });                                     // all equal
-  row([](std::int64_t e) { return e % 2 ? 1.0 : 0.0; });                     // ties
-  row([](std::int64_t e) { return e % 2 ? 0.0 : -0.0; });                    // zeros of both signs
-  row([](std::int64_t e) { return 1e-44 * static_cast<double>(e % 5); });    // subnormals
-  row([](std::int64_t e) { return -100.0 - static_cast<double>(e); });       // probabilities that underflow in float32
-  row([](std::int64_t e) { return e == 0 ? 700.0 : -700.0; });               // a sure thing
-  row([](std::int64_t e) { return static_cast<double>(e) * 1e-6; });         // barely apart
+  row([](std::int64_t) { return 0.0; });                                   // all equal
+  row([](std::int64_t e) { return e % 2 ? 1.0 : 0.0; });                   // ties
+  row([](std::int64_t e) { return e % 2 ? 0.0 : -0.0; });                  // zeros of both signs
+  row([](std::int64_t e) { return 1e-44 * static_cast<double>(e % 5); });  // subnormals
+  row([](std::int64_t e) { return -100.0 - static_cast<double>(e); });     // probabilities that underflow in float32
+  row([](std::int64_t e) { return e == 0 ? 700.0 : -700.0; });             // a sure thing
+  row([](std::int64_t e) { return static_cast<double>(e) * 1e-6; });       // barely apart
   return v;
 }
 
@@ -252,12 +278,13 @@ double score_relative(const Case& c, double range, Float f) {
 }
 
 double range_of(const std::vector<float>& logits, std::int64_t token, std::int64_t experts) {
-  const auto [low, high] = std::minmax_element(logits.begin() + token * experts, logits.begin() + (token + 1) * experts);
+  const auto [low, high] =
+      std::minmax_element(logits.begin() + token * experts, logits.begin() + (token + 1) * experts);
   return static_cast<double>(*high) - static_cast<double>(*low);
 }
 
-/// Bound on |weight computed in f - weight of the reference|, both from the same logits. `scores` is the sum of the chosen
-/// scores, exact but for float64.
+/// Bound on |weight computed in f - weight of the reference|, both from the same logits. `scores` is the sum of the
+/// chosen scores, exact but for float64.
 double weight_bound(const Case& c, double weight, double scores, double range, Float f) {
   const auto one = [&](Float format) {
     double r = score_relative(c, range, format);
@@ -283,13 +310,15 @@ void check_route(const Case& c, Float f) {
   const std::vector<T> logits(logits32.begin(), logits32.end()), bias(bias32.begin(), bias32.end());
   const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
   const at::Tensor wide_logits = tensor(widened(logits32), {tokens, c.experts});
-  const ref::Routed truth = ref::route(wide_logits, c.options, c.correction ? tensor(widened(bias32), {c.experts}) : at::Tensor());
+  const ref::Routed truth =
+      ref::route(wide_logits, c.options, c.correction ? tensor(widened(bias32), {c.experts}) : at::Tensor());
   const std::vector<double> sums = chosen_scores(c, wide_logits, truth.chosen);
   const std::vector<double> choice = values(truth.choice), weights = values(truth.weights);
   const std::vector<std::int64_t> chosen = ids(truth.chosen);
   std::vector<std::int32_t> got(static_cast<std::size_t>(tokens * c.top_k));
   std::vector<T> got_weights(got.size());
-  BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr}) == k::Status::kOk);
+  BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr}) ==
+                k::Status::kOk);
 
   int compared = 0;
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -300,13 +329,14 @@ void check_route(const Case& c, Float f) {
       if (want == have) continue;
       same = false;
       BOOST_CHECK_MESSAGE(f != Float::kF64, c.name << " token " << t << ": float64 must choose alike");
-      // The two must be closer than the errors of both choices: of the scores, and of adding the bias. Where a whole group
-      // was chosen instead of another, experts of very different choice may change places; no case here does.
+      // The two must be closer than the errors of both choices: of the scores, and of adding the bias. Where a whole
+      // group was chosen instead of another, experts of very different choice may change places; no case here does.
       const double a = choice[t * c.experts + want], b = choice[t * c.experts + have];
       const double each = score_relative(c, range, f) + score_relative(c, range, Float::kF64) + 2 * k::unit_roundoff(f);
       const double bias_size = c.correction ? std::fabs(bias32[want]) + std::fabs(bias32[have]) : 0.0;
-      BOOST_CHECK_MESSAGE(a == b || std::fabs(a - b) <= each * (std::fabs(a) + std::fabs(b) + bias_size) + 2 * bounds::smallest(f),
-                          c.name << " token " << t << ": chose " << have << " (" << b << ") instead of " << want << " (" << a << ")");
+      BOOST_CHECK_MESSAGE(
+          a == b || std::fabs(a - b) <= each * (std::fabs(a) + std::fabs(b) + bias_size) + 2 * bounds::smallest(f),
+          c.name << " token " << t << ": chose " << have << " (" << b << ") instead of " << want << " (" << a << ")");
     }
     if (!same) continue;
     const std::vector<std::int64_t> shape = {c.top_k};
@@ -340,7 +370,8 @@ BOOST_AUTO_TEST_CASE(infinite_and_nan_logits_choose_alike) {
         ref::route(tensor(logits, {3, c.experts}), c.options, c.correction ? tensor(bias, {c.experts}) : at::Tensor());
     std::vector<std::int32_t> got(static_cast<std::size_t>(3 * c.top_k));
     std::vector<double> weights(got.size());
-    BOOST_REQUIRE(k::route(args_of<double>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
+    BOOST_REQUIRE(k::route(args_of<double>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) ==
+                  k::Status::kOk);
     const std::vector<std::int64_t> want = ids(truth.chosen);
     BOOST_CHECK_MESSAGE(std::equal(want.begin(), want.end(), got.begin(), got.end()), c.name);
     const std::vector<double> expected = values(truth.weights);
@@ -351,7 +382,8 @@ BOOST_AUTO_TEST_CASE(infinite_and_nan_logits_choose_alike) {
   }
 }
 
-// ---- the reference itself ------------------------------------------------------------------------------------------------------
+// ---- the reference itself
+// ------------------------------------------------------------------------------------------------------
 
 /// Second derivation, one token, plain loops: selection by counting how many experts beat each one.
 struct Plain {
@@ -366,10 +398,14 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
   for (std::size_t e = 0; e < n; ++e) total += std::exp(static_cast<long double>(logits[e]) - top);
   for (std::size_t e = 0; e < n; ++e) {
     const long double l = logits[e];
-    if (o.softmax_after_top_k) score[e] = l;
-    else if (o.score == ref::Score::kSoftmax) score[e] = std::exp(l - top) / total;
-    else if (o.score == ref::Score::kSigmoid) score[e] = 1 / (1 + std::exp(-l));
-    else score[e] = std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
+    if (o.softmax_after_top_k)
+      score[e] = l;
+    else if (o.score == ref::Score::kSoftmax)
+      score[e] = std::exp(l - top) / total;
+    else if (o.score == ref::Score::kSigmoid)
+      score[e] = 1 / (1 + std::exp(-l));
+    else
+      score[e] = std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
   }
   std::vector<double> choice(n);
   for (std::size_t e = 0; e < n; ++e) choice[e] = static_cast<double>(score[e]) + (bias.empty() ? 0.0 : bias[e]);
@@ -387,7 +423,8 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
       group.push_back(members[0] + (o.group_score == ref::GroupScore::kTop2Sum ? members[1] : 0.0));
     }
     for (std::size_t e = 0; e < n; ++e) {
-      if (rank(group, e / size) >= static_cast<std::size_t>(o.top_groups)) choice[e] = o.group_mask_is_zero ? 0.0 : -kInf;
+      if (rank(group, e / size) >= static_cast<std::size_t>(o.top_groups))
+        choice[e] = o.group_mask_is_zero ? 0.0 : -kInf;
     }
   }
   Plain p;
@@ -422,13 +459,16 @@ BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
     const std::vector<std::int64_t> chosen = ids(r.chosen);
     const std::vector<double> weights = values(r.weights);
     for (std::int64_t t = 0; t < tokens; ++t) {
-      const Plain p = plain_route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts}, c.options, bias);
-      BOOST_CHECK_MESSAGE(std::equal(p.chosen.begin(), p.chosen.end(), chosen.begin() + t * c.top_k), c.name << " token " << t);
+      const Plain p =
+          plain_route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts}, c.options, bias);
+      BOOST_CHECK_MESSAGE(std::equal(p.chosen.begin(), p.chosen.end(), chosen.begin() + t * c.top_k),
+                          c.name << " token " << t);
       CompareOptions o;
       const double range = range_of(logits, t, c.experts);
       o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), sums[t], range, Float::kF64); };
       const auto k_values = static_cast<std::size_t>(c.top_k);
-      require_ok(compare(Values<double>{{c.top_k}, p.weights}, Values<double>{{c.top_k}, {weights.data() + t * c.top_k, k_values}}, o),
+      require_ok(compare(Values<double>{{c.top_k}, p.weights},
+                         Values<double>{{c.top_k}, {weights.data() + t * c.top_k, k_values}}, o),
                  c.name + " plain, token " + std::to_string(t));
     }
   }
@@ -437,13 +477,15 @@ BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
 BOOST_AUTO_TEST_CASE(reference_gate_agrees_with_plain_loops) {
   const std::int64_t T = 3, d = 50, E = 7;
   const auto x = gaussians(T * d, 30), w = gaussians(E * d, 31), bias = gaussians(E, 32);
-  const auto got = values(ref::gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}), tensor(widened(bias), {E})));
+  const auto got =
+      values(ref::gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}), tensor(widened(bias), {E})));
   const auto absolute = absolute_sums(x, w, bias, T, d, E);
   for (std::int64_t t = 0; t < T; ++t) {
     for (std::int64_t e = 0; e < E; ++e) {
       long double sum = bias[e];
       for (std::int64_t i = d; i-- > 0;) sum += static_cast<long double>(x[t * d + i]) * w[e * d + i];
-      BOOST_CHECK_LE(std::fabs(static_cast<double>(sum) - got[t * E + e]), 2 * bounds::gate_in_index_order(d, absolute[t * E + e]));
+      BOOST_CHECK_LE(std::fabs(static_cast<double>(sum) - got[t * E + e]),
+                     2 * bounds::gate_in_index_order(d, absolute[t * E + e]));
     }
   }
 }
@@ -496,11 +538,13 @@ BOOST_AUTO_TEST_CASE(softmax_does_not_see_a_shift) {
 BOOST_AUTO_TEST_CASE(weights_have_the_sum_they_promise) {
   for (const Case& c : cases()) {
     const std::vector<float> all = edge_logits(c.experts);
-    const ref::Routed r = ref::route(tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), c.options);
+    const ref::Routed r =
+        ref::route(tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), c.options);
     const std::vector<double> sums = values(r.weights.sum(-1));
     for (const double s : sums) {
       if (c.options.renormalise || c.options.softmax_after_top_k) {
-        BOOST_CHECK_LE(std::fabs(s - c.options.scaling), c.options.scaling * bounds::gamma(2.0 * static_cast<double>(c.top_k) + 4, 0x1p-53));
+        BOOST_CHECK_LE(std::fabs(s - c.options.scaling),
+                       c.options.scaling * bounds::gamma(2.0 * static_cast<double>(c.top_k) + 4, 0x1p-53));
       } else if (c.options.score == ref::Score::kSoftmax) {
         BOOST_CHECK(s > 0 && s <= 1 + bounds::gamma(static_cast<double>(c.experts) + 8, 0x1p-53));
       }
@@ -517,9 +561,13 @@ BOOST_AUTO_TEST_CASE(reference_refuses_what_does_not_fit) {
   };
   BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.top_k = 7; })), c10::Error);
   BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.top_k = 0; })), c10::Error);
-  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kMax, o.groups = 4; })), c10::Error);
-  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kTop2Sum, o.groups = 6; })), c10::Error);
-  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.softmax_after_top_k = true, o.score = ref::Score::kSigmoid; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kMax, o.groups = 4; })),
+                    c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kTop2Sum, o.groups = 6; })),
+                    c10::Error);
+  BOOST_CHECK_THROW(
+      ref::route(logits, with([](auto& o) { o.softmax_after_top_k = true, o.score = ref::Score::kSigmoid; })),
+      c10::Error);
   BOOST_CHECK_THROW(ref::gate_logits(logits, at::zeros({3, 5}, at::kDouble)), c10::Error);
 }
 

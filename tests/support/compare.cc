@@ -83,7 +83,8 @@ void print(std::ostringstream& out, const char* name, const Worst& w, const std:
     at[d] = static_cast<std::int64_t>(rest % n);
     rest /= n;
   }
-  out << "\n  " << name << " " << w.value << " at " << text_of(at) << ": expected " << w.expected << ", got " << w.actual;
+  out << "\n  " << name << " " << w.value << " at " << text_of(at) << ": expected " << w.expected << ", got "
+      << w.actual;
 }
 
 }  // namespace
@@ -99,9 +100,9 @@ std::string Comparison::report() const {
   out << (ok() ? "equal within bounds: " : "not equal: ") << shapes;
   if (!same_shape) return out.str() + " (shapes differ, or do not fit the data)";
   if (count == 0) return out.str() + " (nothing to compare)";
-  out << ", over bound " << over_bound << ", non-finite on one side " << non_finite_one_side << ", different non-finite "
-      << non_finite_differ << ", same non-finite " << non_finite_same << ", sign flips " << sign_flips << ", signed zeros "
-      << signed_zeros << ", rounded to zero " << rounded_to_zero;
+  out << ", over bound " << over_bound << ", non-finite on one side " << non_finite_one_side
+      << ", different non-finite " << non_finite_differ << ", same non-finite " << non_finite_same << ", sign flips "
+      << sign_flips << ", signed zeros " << signed_zeros << ", rounded to zero " << rounded_to_zero;
   print(out, "largest absolute error", max_abs, shape);
   print(out, "largest relative error", max_rel, shape);
   print(out, "largest error in places", max_ulp, shape);

@@ -28,14 +28,14 @@ struct CompareOptions {
 };
 
 struct Worst {
-  double value = 0;                  // NaN errors do not occur here: non-finite values are counted apart
-  std::size_t at = 0;                // flat index
+  double value = 0;    // NaN errors do not occur here: non-finite values are counted apart
+  std::size_t at = 0;  // flat index
   double expected = 0, actual = 0;
 };
 
 struct Comparison {
   bool same_shape = false;
-  std::string shapes;                // "[2, 3] against [3, 2]"
+  std::string shapes;  // "[2, 3] against [3, 2]"
   std::vector<std::int64_t> shape;
   std::size_t count = 0;
   std::size_t over_bound = 0;           // both finite, and not (error <= bound)

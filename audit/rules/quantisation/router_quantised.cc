@@ -55,8 +55,9 @@ Outcome check(Facts& f) {
                     (bits ? " to " + std::to_string(*bits) + " bits" : "") + say::at(f->router_quantised.source()) +
                     ".";
   if (contradiction) finding.message += " The configuration claims to skip it" + say::at(f->quant_skip.source()) + ".";
-  finding.message += mode.empty() ? " How many tokens change experts by it is not known: this format is not replayed here."
-                                  : " " + precision::sentence(flips);
+  finding.message += mode.empty()
+                         ? " How many tokens change experts by it is not known: this format is not replayed here."
+                         : " " + precision::sentence(flips);
   finding.evidence = {say::evidence(f->router_quantised)};
   if (bits) finding.evidence.push_back(say::evidence(f->quant_bits));
   if (method) finding.evidence.push_back(say::evidence(f->quant_method));

@@ -15,7 +15,8 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 /// Error in units in the last place of the exact value. The long double value is itself good to 2^-11 of such a unit.
 double places(double got, long double exact) {
-  return std::fabs(static_cast<double>((static_cast<long double>(got) - exact) / spacing(static_cast<double>(exact), Float::kF64)));
+  return std::fabs(
+      static_cast<double>((static_cast<long double>(got) - exact) / spacing(static_cast<double>(exact), Float::kF64)));
 }
 
 TEST(Elementary, ExpWithinOnePlace) {

@@ -27,8 +27,8 @@ TEST(Gaussian, QuantilesOfThePaper) {
   EXPECT_EQ(normal_quantile(0.5), 0.0);
 }
 
-// The second derivation: erfc of the C library undoes it. d(quantile)/dp = 1 / density, so an error of a few 1e-16 relative
-// in p is one of (a few 1e-16) p / density in the quantile.
+// The second derivation: erfc of the C library undoes it. d(quantile)/dp = 1 / density, so an error of a few 1e-16
+// relative in p is one of (a few 1e-16) p / density in the quantile.
 TEST(Gaussian, QuantileUndoesErfc) {
   for (double z = -6.3; z <= 6.3; z += 0.01) {
     const double p = 0.5 * std::erfc(-z / std::sqrt(2.0));
@@ -50,7 +50,8 @@ TEST(Gaussian, AnyPartIsThePartOfTheWhole) {
   EXPECT_NE(part, whole);
 }
 
-// n draws: the mean has deviation 1/sqrt(n), the variance sqrt(2/n), the fourth moment sqrt(96/n); five of them are allowed.
+// n draws: the mean has deviation 1/sqrt(n), the variance sqrt(2/n), the fourth moment sqrt(96/n); five of them are
+// allowed.
 TEST(Gaussian, Moments) {
   const std::int64_t n = 400000;
   std::vector<float> g(n);

@@ -48,7 +48,8 @@ struct Format {
   std::vector<double> values;
 };
 const std::vector<Format>& formats() {
-  static const std::vector<Format> f = {{Float::kBF16, all_values(8, -126, 127)}, {Float::kF16, all_values(11, -14, 15)}};
+  static const std::vector<Format> f = {{Float::kBF16, all_values(8, -126, 127)},
+                                        {Float::kF16, all_values(11, -14, 15)}};
   return f;
 }
 
@@ -56,7 +57,8 @@ void expect_rounds_like_search(const Format& f, double v) {
   const double want = nearest(f.values, v), got = round_to(v, f.name);
   ASSERT_EQ(got, want) << name_of(f.name) << " of " << v;
   ASSERT_EQ(std::signbit(got), std::signbit(want)) << v;
-  if (static_cast<double>(static_cast<float>(v)) == v) {  // the vector code for float32, 40 copies to fill whole vectors
+  if (static_cast<double>(static_cast<float>(v)) ==
+      v) {  // the vector code for float32, 40 copies to fill whole vectors
     const std::vector<float> in(40, static_cast<float>(v));
     std::vector<float> out(40);
     round_values(in.data(), 40, f.name, out.data());
@@ -80,7 +82,8 @@ TEST(LowPrecision, HalfwayAndJustBesideIt) {
   for (const Format& f : formats()) {
     for (std::size_t i = 0; i + 1 < f.values.size(); ++i) {
       const double half = (f.values[i] + f.values[i + 1]) / 2;
-      for (const double v : {half, std::nextafter(half, 0.0), std::nextafter(half, 1e300)}) expect_rounds_like_search(f, v);
+      for (const double v : {half, std::nextafter(half, 0.0), std::nextafter(half, 1e300)})
+        expect_rounds_like_search(f, v);
       if (i % 7 == 0) expect_rounds_like_search(f, -half);
     }
   }
@@ -91,13 +94,15 @@ TEST(LowPrecision, RandomValuesOfEverySize) {
   unit_gaussians(1, 2, 0, 4096, g.data());
   for (const Format& f : formats()) {
     for (int e = -160; e <= 140; ++e) {
-      for (int i = 0; i < 12; ++i) expect_rounds_like_search(f, std::ldexp(static_cast<double>(g[(e + 160) * 12 + i]), e));
+      for (int i = 0; i < 12; ++i)
+        expect_rounds_like_search(f, std::ldexp(static_cast<double>(g[(e + 160) * 12 + i]), e));
     }
   }
 }
 
 TEST(LowPrecision, NoDetourThroughFloat32) {
-  // Just above halfway between 1 and 1 + 2^-7; rounding to float32 first would make it exactly halfway, and then even: 1.
+  // Just above halfway between 1 and 1 + 2^-7; rounding to float32 first would make it exactly halfway, and then
+  // even: 1.
   EXPECT_EQ(round_to(1.0 + 0x1p-8 + 0x1p-40, Float::kBF16), 1.0 + 0x1p-7);
   EXPECT_EQ(round_to(1.0 + 0x1p-11 + 0x1p-50, Float::kF16), 1.0 + 0x1p-10);
 }

@@ -60,7 +60,8 @@ void expect_same(const std::vector<T>& host, const std::vector<T>& device, const
   ASSERT_EQ(host.size(), device.size());
   for (std::size_t i = 0; i < host.size(); ++i) {
     if (host[i] != host[i] && device[i] != device[i]) continue;
-    ASSERT_EQ(std::memcmp(&host[i], &device[i], sizeof(T)), 0) << what << " at " << i << ": " << host[i] << " and " << device[i];
+    ASSERT_EQ(std::memcmp(&host[i], &device[i], sizeof(T)), 0)
+        << what << " at " << i << ": " << host[i] << " and " << device[i];
   }
 }
 
@@ -70,7 +71,8 @@ void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::stri
   unit_gaussians(5, 1, 0, tokens * a.experts, g.data());
   unit_gaussians(5, 2, 0, a.experts, b.data());
   std::vector<T> logits(g.begin(), g.end()), bias(b.begin(), b.end());
-  for (T& v : logits) v = static_cast<T>(std::ldexp(std::nearbyint(std::ldexp(static_cast<double>(v), 4)), -4));  // ties
+  for (T& v : logits)
+    v = static_cast<T>(std::ldexp(std::nearbyint(std::ldexp(static_cast<double>(v), 4)), -4));  // ties
   if (tokens > 2) {
     logits[0] = std::numeric_limits<T>::infinity();
     logits[static_cast<std::size_t>(a.experts)] = std::numeric_limits<T>::quiet_NaN();
@@ -86,7 +88,9 @@ void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::stri
   ASSERT_EQ(route(a, {chosen.data(), weights.data(), runner_up.data(), choice.data()}), Status::kOk);
   a.logits = d_logits.data();
   a.correction_bias = correction ? d_bias.data() : nullptr;
-  ASSERT_EQ(cuda::route(a, {d_chosen.data(), d_weights.data(), d_runner_up.data(), d_choice.data()}, nullptr), Status::kOk) << what;
+  ASSERT_EQ(cuda::route(a, {d_chosen.data(), d_weights.data(), d_runner_up.data(), d_choice.data()}, nullptr),
+            Status::kOk)
+      << what;
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
   expect_same(chosen, d_chosen.fetch(), what + " chosen");
   expect_same(runner_up, d_runner_up.fetch(), what + " runner-up");
@@ -98,10 +102,11 @@ template <class T>
 void check_all() {
   for (const Float dtype : {Float::kF64, Float::kBF16}) {
     for (const Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSqrtSoftplus}) {
-      for (const auto& [experts, top_k, groups, top_groups] :
-           std::vector<std::array<std::int64_t, 4>>{{1, 1, 1, 1}, {8, 2, 1, 1}, {60, 60, 1, 1}, {160, 6, 8, 3}, {384, 32, 1, 1}, {1024, 8, 64, 5}}) {
+      for (const auto& [experts, top_k, groups, top_groups] : std::vector<std::array<std::int64_t, 4> >{
+               {1, 1, 1, 1}, {8, 2, 1, 1}, {60, 60, 1, 1}, {160, 6, 8, 3}, {384, 32, 1, 1}, {1024, 8, 64, 5}}) {
         RouteArgs<T> a;
-        a.experts = experts, a.top_k = top_k, a.groups = groups, a.top_groups = top_groups, a.score = score, a.tensor_dtype = dtype;
+        a.experts = experts, a.top_k = top_k, a.groups = groups, a.top_groups = top_groups, a.score = score,
+        a.tensor_dtype = dtype;
         a.group_score = groups > 1 ? GroupScore::kTop2Sum : GroupScore::kNone;
         a.renormalise = true, a.renormalise_eps = T(1e-20), a.scaling = T(2.5);
         const std::string what = std::to_string(experts) + " experts, score " + std::to_string(static_cast<int>(score));
@@ -126,7 +131,7 @@ TEST_F(RouterCuda, RunToRun) {
   std::vector<float> logits(100000 * 64);
   unit_gaussians(6, 0, 0, static_cast<std::int64_t>(logits.size()), logits.data());
   const OnDevice<float> d_logits(logits);
-  std::vector<std::vector<float>> runs;
+  std::vector<std::vector<float> > runs;
   for (int i = 0; i < 3; ++i) {
     const OnDevice<std::int32_t> chosen(std::vector<std::int32_t>(100000 * 8));
     const OnDevice<float> weights(std::vector<float>(100000 * 8));

@@ -47,12 +47,13 @@ std::vector<Sum> gate_by_the_book(const std::vector<In>& x, const std::vector<In
 }
 
 template <class In, class Sum>
-std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias, std::int64_t tokens,
-                      std::int64_t hidden, std::int64_t experts) {
+std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const std::vector<Sum>& bias,
+                      std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
   std::vector<Sum> packed(static_cast<std::size_t>(packed_gate_size<Sum>(experts, hidden)));
   pack_gate(w.data(), experts, hidden, packed.data());
   std::vector<Sum> out(static_cast<std::size_t>(tokens * experts), Sum(-1));
-  GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden, experts, out.data()};
+  GateArgs<In, Sum> a{x.data(), packed.data(), bias.empty() ? nullptr : bias.data(), tokens, hidden,
+                      experts,  out.data()};
   EXPECT_EQ(gate_logits(a), Status::kOk);
   return out;
 }
@@ -76,7 +77,7 @@ void on_every_target(F&& f) {
 struct GateShape {
   std::int64_t tokens, hidden, experts;
 };
-const GateShape kShapes[] = {{1, 1, 1},   {1, 7, 3},    {13, 128, 8},  {12, 129, 16}, {97, 300, 17},
+const GateShape kShapes[] = {{1, 1, 1},    {1, 7, 3},      {13, 128, 8},   {12, 129, 16}, {97, 300, 17},
                              {5, 255, 40}, {100, 64, 144}, {25, 256, 160}, {3, 4096, 8}};
 
 TEST(Gate, WrittenOrderOnEveryTarget) {
@@ -131,7 +132,8 @@ TEST(Gate, RefusesBadArguments) {
   EXPECT_EQ(gate_logits(GateArgs<float, float>{nullptr, nullptr, nullptr, 0, 1, 1, nullptr}), Status::kOk);
 }
 
-// ---- route -----------------------------------------------------------------------------------------------------------------
+// ---- route
+// -----------------------------------------------------------------------------------------------------------------
 
 struct Routed {
   std::vector<std::int32_t> chosen;
@@ -241,7 +243,8 @@ TEST(Route, TensorDtypeRoundsBetweenOperations) {
   a.top_k = 3;
   a.renormalise = true;
   a.tensor_dtype = Float::kBF16;
-  // softmax {1/3, 1/3, 1/3} in bfloat16 is 0.333984375; three of them 1.001953125, in bfloat16 1; the quotient 0.333984375.
+  // softmax {1/3, 1/3, 1/3} in bfloat16 is 0.333984375; three of them 1.001953125, in bfloat16 1; the quotient
+  // 0.333984375.
   const Routed r = route_one(a, {2, 2, 2});
   for (const double w : r.weights) EXPECT_EQ(w, 0.333984375);
 }
@@ -267,7 +270,8 @@ TEST(Route, SameBitsOnEveryTarget) {
       a.scaling = 2.5f;
       weights.emplace_back(static_cast<std::size_t>(tokens * 8));
       chosen.emplace_back(static_cast<std::size_t>(tokens * 8));
-      ASSERT_EQ(route(a, RouteResult<float>{chosen.back().data(), weights.back().data(), nullptr, nullptr}), Status::kOk);
+      ASSERT_EQ(route(a, RouteResult<float>{chosen.back().data(), weights.back().data(), nullptr, nullptr}),
+                Status::kOk);
     });
     for (std::size_t i = 1; i < weights.size(); ++i) {
       EXPECT_EQ(weights[i], weights[0]);
@@ -295,7 +299,8 @@ TEST(Route, RefusesBadOptions) {
   EXPECT_EQ(status([](auto& b) { b.logits = nullptr; }), Status::kNullPointer);
   EXPECT_EQ(status([](auto& b) { b.experts = 0; }), Status::kBadShape);
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 3; }), Status::kBadGroups);
-  EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 2, b.top_groups = 3; }), Status::kBadGroups);
+  EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 2, b.top_groups = 3; }),
+            Status::kBadGroups);
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kTop2Sum, b.groups = 4; }), Status::kBadGroups);
   EXPECT_EQ(status([](auto& b) { b.softmax_after_top_k = true, b.score = Score::kSigmoid; }), Status::kBadOption);
 }

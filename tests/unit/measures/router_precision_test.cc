@@ -23,7 +23,8 @@ namespace {
 /// A safetensors file of bfloat16 or float32 tensors.
 class Weights {
  public:
-  void add(const std::string& name, const std::vector<std::int64_t>& shape, const std::vector<float>& values, bool bf16 = true) {
+  void add(const std::string& name, const std::vector<std::int64_t>& shape, const std::vector<float>& values,
+           bool bf16 = true) {
     const std::size_t begin = data_.size();
     for (const float v : values) {
       const auto bits = std::bit_cast<std::uint32_t>(v);
@@ -31,8 +32,9 @@ class Weights {
     }
     std::string dims;
     for (const std::int64_t n : shape) dims += (dims.empty() ? "" : ",") + std::to_string(n);
-    header_ += (header_.empty() ? "" : ",") + ("\"" + name + "\":{\"dtype\":\"" + (bf16 ? "BF16" : "F32") + "\",\"shape\":[" + dims +
-               "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(data_.size()) + "]}");
+    header_ += (header_.empty() ? "" : ",") +
+               ("\"" + name + "\":{\"dtype\":\"" + (bf16 ? "BF16" : "F32") + "\",\"shape\":[" + dims +
+                "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(data_.size()) + "]}");
   }
   TensorStore open(const std::string& stem) const {
     const std::string path = testing::TempDir() + "router_precision_" + stem + ".safetensors";
@@ -72,7 +74,8 @@ Weights weights_of(const Model& m) {
   Weights w;
   for (int layer = 0; layer < m.layers; ++layer) {
     w.add(gate_name(layer), {m.experts, m.hidden},
-          bf16_gaussians(m.experts * m.hidden, static_cast<std::uint64_t>(layer), 1 / std::sqrt(static_cast<double>(m.hidden))));
+          bf16_gaussians(m.experts * m.hidden, static_cast<std::uint64_t>(layer),
+                         1 / std::sqrt(static_cast<double>(m.hidden))));
     w.add("model.layers." + std::to_string(layer) + ".norm.weight", {m.hidden},
           std::vector<float>(static_cast<std::size_t>(m.hidden), 1.0f));
   }
@@ -108,7 +111,8 @@ struct Measured {
   std::vector<MeasureRecord> records;
   const PrecisionTable& table() const { return facts.router_precision.value(); }
 };
-Measured measure(FactSheet facts, const TensorStore& model, const TensorStore& states = {}, int threads = 2, bool replays = true) {
+Measured measure(FactSheet facts, const TensorStore& model, const TensorStore& states = {}, int threads = 2,
+                 bool replays = true) {
   Measured m{std::move(facts), {}};
   const TensorStore none;
   MeasureContext ctx{m.facts, model, none, states, threads, replays, {}, m.records};
@@ -129,10 +133,10 @@ std::pair<double, std::int64_t> share(const PrecisionTable& t, const std::string
 }
 
 /// What bfloat16 rounding of the logits must do to unit Gaussian logits. Rounding is monotone, so the k-th and (k+1)-th
-/// logit cannot pass each other; they can only become equal, and then the lower index wins, which is the wrong one half of
-/// the time. Two values a small gap g apart, in a place where the format's spacing is h, share a rounding cell with
-/// probability max(0, 1 - g/h); over a gap density that is flat on the scale of h this integrates to density * h / 2. The
-/// density of the k-th and the (k+1)-th of E coinciding at z is E! / ((k-1)! (E-k-1)!) F^(E-k-1) (1-F)^(k-1) f^2.
+/// logit cannot pass each other; they can only become equal, and then the lower index wins, which is the wrong one half
+/// of the time. Two values a small gap g apart, in a place where the format's spacing is h, share a rounding cell with
+/// probability max(0, 1 - g/h); over a gap density that is flat on the scale of h this integrates to density * h / 2.
+/// The density of the k-th and the (k+1)-th of E coinciding at z is E! / ((k-1)! (E-k-1)!) F^(E-k-1) (1-F)^(k-1) f^2.
 /// So the share of flips is the integral of that density times h(z) / 4.
 double expected_bf16_flips(std::int64_t experts, std::int64_t top_k) {
   const double n = static_cast<double>(experts), k = static_cast<double>(top_k);
@@ -143,7 +147,8 @@ double expected_bf16_flips(std::int64_t experts, std::int64_t top_k) {
     const double below = 0.5 * std::erfc(-z / std::sqrt(2.0)), above = 0.5 * std::erfc(z / std::sqrt(2.0));
     const double density = std::exp(-0.5 * z * z) / std::sqrt(2 * std::acos(-1.0));
     const double h = std::ldexp(1.0, std::ilogb(z) - 7);
-    sum += std::exp(log_count + (n - k - 1) * std::log(below) + (k - 1) * std::log(above)) * density * density * h / 4 * step;
+    sum += std::exp(log_count + (n - k - 1) * std::log(below) + (k - 1) * std::log(above)) * density * density * h / 4 *
+           step;
   }
   return sum;
 }
@@ -159,9 +164,9 @@ TEST(RouterPrecision, FlipsAreOfTheExpectedScale) {
     ASSERT_TRUE(r.facts.router_precision.known());
     const auto [got, tokens] = share(r.table(), "bf16");
     const double want = expected_bf16_flips(m.experts, m.top_k);
-    // Layers share the tokens but not the gates, so their flips are independent: five binomial deviations. The logits of a
-    // random gate are Gaussian only up to its rows' lengths (relative deviation sqrt(1/(2 hidden)) = 3 %) and their
-    // correlations (of order 1/sqrt(hidden) = 4 %), which scale the density of gaps: 10 % for both.
+    // Layers share the tokens but not the gates, so their flips are independent: five binomial deviations. The logits
+    // of a random gate are Gaussian only up to its rows' lengths (relative deviation sqrt(1/(2 hidden)) = 3 %) and
+    // their correlations (of order 1/sqrt(hidden) = 4 %), which scale the density of gaps: 10 % for both.
     const double deviation = std::sqrt(want * (1 - want) / static_cast<double>(tokens));
     EXPECT_NEAR(got, want, 5 * deviation + 0.1 * want) << m.experts << " experts";
     EXPECT_LE(share(r.table(), "fp32").first, 1e-4);
@@ -230,9 +235,9 @@ TEST(RouterPrecision, OverflowInFloat16) {
   w.add(gate_name(0), {4, 64}, gate);
   Weights states;
   std::vector<float> x(3 * 64, 0.0f);
-  x[0] = 31.0f;        // 63488: fits
-  x[64] = 32.0f;       // 65536: does not
-  x[128] = -4096.0f;   // -8388608: does not
+  x[0] = 31.0f;       // 63488: fits
+  x[64] = 32.0f;      // 65536: does not
+  x[128] = -4096.0f;  // -8388608: does not
   states.add("x", {3, 64}, x);
   const Measured r = measure(facts_of(m), w.open("overflow"), states.open("overflow_states"));
   const PrecisionTable& t = r.table();
@@ -243,7 +248,8 @@ TEST(RouterPrecision, OverflowInFloat16) {
 }
 
 TEST(RouterPrecision, TiesOfTheRoundedLogitsGoToTheLowerIndex) {
-  // Logits 1 and 1 + 2^-9 by hand: bfloat16 makes both 1, and expert 0 wins where float64 has expert 1. float16 keeps them.
+  // Logits 1 and 1 + 2^-9 by hand: bfloat16 makes both 1, and expert 0 wins where float64 has expert 1. float16 keeps
+  // them.
   Weights w, states;
   w.add(gate_name(0), {2, 2}, {1.0f, 0.0f, 1.0f, 0x1p-9f});
   states.add("x", {1, 2}, {1.0f, 1.0f});
@@ -251,7 +257,8 @@ TEST(RouterPrecision, TiesOfTheRoundedLogitsGoToTheLowerIndex) {
   const PrecisionTable t = measure(facts_of(m), w.open("tie"), states.open("tie_states")).table();
   EXPECT_EQ(share(t, "bf16").first, 1.0);
   EXPECT_EQ(share(t, "fp16").first, 0.0);
-  for (std::size_t i = 0; i < t.mode.size(); ++i) EXPECT_EQ(t.near_ties[i], t.mode[i] == "bf16" ? 1.0 : 0.0) << t.mode[i];
+  for (std::size_t i = 0; i < t.mode.size(); ++i)
+    EXPECT_EQ(t.near_ties[i], t.mode[i] == "bf16" ? 1.0 : 0.0) << t.mode[i];
 }
 
 TEST(RouterPrecision, HiddenStatesPerLayerAndSkippedRows) {

@@ -12,7 +12,8 @@ namespace {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-Comparison compare_vectors(const std::vector<double>& expected, const std::vector<double>& actual, CompareOptions o = {}) {
+Comparison compare_vectors(const std::vector<double>& expected, const std::vector<double>& actual,
+                           CompareOptions o = {}) {
   return compare(Values<double>{{static_cast<std::int64_t>(expected.size())}, expected},
                  Values<double>{{static_cast<std::int64_t>(actual.size())}, actual}, o);
 }
