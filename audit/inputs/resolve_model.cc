@@ -143,6 +143,12 @@ void apply_family(Resolver& r) {
   if (f.num_groups.known()) routing.groups = std::max<std::int64_t>(1, f.num_groups.value());
   if (f.top_groups.known()) routing.top_groups = std::max<std::int64_t>(1, f.top_groups.value());
   if (routing.groups <= 1) routing.group_score = GroupScore::kNone;
+  if (const VersionSet* v = r.versions("transformers"); v && routing.groups > 1) {
+    // Masked groups got 0.0 before 5.6 (transformers commit cb0adddc3682, pull request 45441), -inf since.
+    VersionWindow before;
+    before.until = Version::parse("5.6.0");
+    routing.group_mask_is_zero = v->inside(before);
+  }
   if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
   if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
   f.routing.set(std::move(routing), Origin::kFamily, source);
