@@ -111,7 +111,7 @@ void write_precision(const PrecisionTable& t, int width, std::ostream& out) {
     char share[96];
     std::snprintf(share, sizeof share, "%.3g %% of %lld tokens change experts (95 %% interval %.3g to %.3g)", 100 * t.flipped[i],
                   static_cast<long long>(t.tokens[i]), 100 * t.low[i], 100 * t.high[i]);
-    fill(out, "router in " + mode + ": " + share + ", layer " + std::to_string(t.layer[i]) + ", the worst of " +
+    fill(out, (mode == "executed" ? "router as executed: " : "router in " + mode + ": ") + share + ", layer " + std::to_string(t.layer[i]) + ", the worst of " +
                   std::to_string(t.mode.size() / modes.size()), 4, width);
   }
 }
