@@ -17,7 +17,7 @@ namespace moeaudit {
 namespace {
 
 /// One value a use: `--model A --model B`, so that a positional path can follow an option.
-CLI::Option* one_each(CLI::Option* option) { return option->allow_extra_args(false)->trigger_on_parse(); }
+CLI::Option* one_each(CLI::Option* option) { return option->allow_extra_args(false); }
 
 const Writer* find_writer(std::string_view name) {
   for (int i = 0; i < kNumWriters; ++i) {
