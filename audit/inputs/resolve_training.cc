@@ -130,11 +130,11 @@ void resolve_batches(Resolver& r) {
   r.apply(f.warmup_steps, "warmup_steps", node_int);
   const Setting* ratio = r.last("warmup_ratio");
   const Setting* steps = r.last("max_steps");
-  const auto share = ratio ? node_double(ratio->value) : std::nullopt;
-  const auto total = steps ? node_int(steps->value) : std::nullopt;
+  const double share = ratio ? node_double(ratio->value).value_or(-1) : -1;
+  const std::int64_t total = steps ? node_int(steps->value).value_or(-1) : -1;
   const bool zero = !f.warmup_steps.known() || f.warmup_steps.value() == 0;
-  if (zero && share && total && *total > 0 && *share >= 0 && *share <= 1) {
-    f.warmup_steps.set(static_cast<std::int64_t>(std::ceil(*share * static_cast<double>(*total))), Origin::kDerived, ratio->source);
+  if (zero && total > 0 && share >= 0 && share <= 1) {
+    f.warmup_steps.set(static_cast<std::int64_t>(std::ceil(share * static_cast<double>(total))), Origin::kDerived, ratio->source);
   }
 }
 
