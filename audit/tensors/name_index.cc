@@ -30,44 +30,54 @@ std::uint64_t hash_of(std::string_view text) {
 
 }  // namespace
 
-std::size_t NameIndex::bucket_of(std::string_view name) const { return hash_of(name) >> shift_; }
+bool NameIndex::less(const Slot& a, const Slot& b) const {
+  if (a.tag != b.tag) return a.tag < b.tag;
+  const int order = names_[a.position].compare(names_[b.position]);
+  return order < 0 || (order == 0 && a.position < b.position);
+}
 
 void NameIndex::build(std::vector<std::string_view> names) {
   names_ = std::move(names);
   const int log_buckets = std::max(1, static_cast<int>(std::bit_width(names_.size())));
-  shift_ = 64 - log_buckets;
+  shift_ = 64 - log_buckets;  // the bucket is the upper end of the hash, the tag the lower
   starts_.assign((std::size_t{1} << log_buckets) + 1, 0);
   slots_.resize(names_.size());
-  std::vector<std::uint32_t> bucket(names_.size());
+  std::vector<std::uint64_t> hashes(names_.size());
   for (std::size_t i = 0; i < names_.size(); ++i) {
-    bucket[i] = static_cast<std::uint32_t>(bucket_of(names_[i]));
-    ++starts_[bucket[i] + 1];
+    hashes[i] = hash_of(names_[i]);
+    ++starts_[(hashes[i] >> shift_) + 1];
   }
   for (std::size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
   std::vector<std::uint32_t> next(starts_.begin(), starts_.end() - 1);
-  for (std::size_t i = 0; i < names_.size(); ++i) slots_[next[bucket[i]]++] = static_cast<std::uint32_t>(i);
+  for (std::size_t i = 0; i < names_.size(); ++i) {
+    slots_[next[hashes[i] >> shift_]++] = {static_cast<std::uint32_t>(hashes[i]), static_cast<std::uint32_t>(i)};
+  }
   for (std::size_t b = 0; b + 1 < starts_.size(); ++b) {
     if (starts_[b + 1] - starts_[b] < 2) continue;
-    std::sort(slots_.begin() + starts_[b], slots_.begin() + starts_[b + 1], [this](std::uint32_t x, std::uint32_t y) {
-      const int order = names_[x].compare(names_[y]);
-      return order < 0 || (order == 0 && x < y);
-    });
+    std::sort(slots_.begin() + starts_[b], slots_.begin() + starts_[b + 1],
+              [this](const Slot& x, const Slot& y) { return less(x, y); });
   }
 }
 
 std::int64_t NameIndex::find(std::string_view name) const {
   if (names_.empty()) return -1;
-  const std::size_t b = bucket_of(name);
-  const auto begin = slots_.begin() + starts_[b], end = slots_.begin() + starts_[b + 1];
-  const auto after =
-      std::upper_bound(begin, end, name, [this](std::string_view n, std::uint32_t i) { return n < names_[i]; });
-  return after != begin && names_[*(after - 1)] == name ? static_cast<std::int64_t>(*(after - 1)) : -1;
+  const std::uint64_t hash = hash_of(name);
+  const std::uint32_t tag = static_cast<std::uint32_t>(hash);
+  const std::size_t bucket = hash >> shift_;
+  const auto begin = slots_.begin() + starts_[bucket], end = slots_.begin() + starts_[bucket + 1];
+  const auto after = std::upper_bound(begin, end, name, [&](std::string_view n, const Slot& slot) {
+    return tag != slot.tag ? tag < slot.tag : n < names_[slot.position];
+  });
+  if (after == begin) return -1;
+  const Slot& last = *(after - 1);
+  return last.tag == tag && names_[last.position] == name ? static_cast<std::int64_t>(last.position) : -1;
 }
 
 std::vector<std::pair<std::size_t, std::size_t>> NameIndex::duplicates() const {
   std::vector<std::pair<std::size_t, std::size_t>> pairs;
   for (std::size_t i = 1; i < slots_.size(); ++i) {  // equal names are neighbours in one bucket, by position
-    if (names_[slots_[i - 1]] == names_[slots_[i]]) pairs.emplace_back(slots_[i - 1], slots_[i]);
+    const Slot &a = slots_[i - 1], &b = slots_[i];
+    if (a.tag == b.tag && names_[a.position] == names_[b.position]) pairs.emplace_back(a.position, b.position);
   }
   std::sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
   return pairs;

@@ -20,11 +20,16 @@ class NameIndex {
   std::vector<std::pair<std::size_t, std::size_t>> duplicates() const;
 
  private:
-  std::size_t bucket_of(std::string_view name) const;
+  /// `tag` is part of the hash: names are compared only where it is equal.
+  struct Slot {
+    std::uint32_t tag = 0;
+    std::uint32_t position = 0;
+  };
+  bool less(const Slot& a, const Slot& b) const;
 
   std::vector<std::string_view> names_;
   std::vector<std::uint32_t> starts_;  // slots of bucket b: starts_[b] up to starts_[b + 1]
-  std::vector<std::uint32_t> slots_;   // positions in names_, by name, then position
+  std::vector<Slot> slots_;            // in each bucket by tag, name, position
   int shift_ = 63;
 };
 

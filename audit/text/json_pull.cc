@@ -94,40 +94,54 @@ JsonPull::Token JsonPull::fail(std::size_t at, std::string what) {
   return Token::kError;
 }
 
+void JsonPull::skip_space() {
+  const char* const text = text_.data();
+  std::size_t at = pos_;  // a local: the members could alias the text
+  while (at < text_.size() && is_space(text[at])) ++at;
+  pos_ = at;
+}
+
 JsonPull::Token JsonPull::next() {
   if (failed_) return Token::kError;
-  for (;;) {
-    while (pos_ < text_.size() && is_space(text_[pos_])) ++pos_;
-    token_offset_ = pos_;
-    token_ = {};
-    const bool at_end = pos_ >= text_.size();
-    const char c = at_end ? '\0' : text_[pos_];
-    switch (expect_) {
-      case Expect::kFinished: return Token::kEnd;
-      case Expect::kValue: return at_end ? unexpected("a value") : value(c);
-      case Expect::kValueOrClose:
-        return c == ']' ? close_container(c) : at_end ? unexpected("a value or ']'") : value(c);
-      case Expect::kKeyOrClose:
-        if (c == '}') return close_container(c);
-        [[fallthrough]];
-      case Expect::kKey:
-        if (c == '"') return key();
-        return unexpected(after_comma_ ? "a key in double quotes" : "a key in double quotes or '}'");
-      case Expect::kAfterValue: after_comma_ = false; break;
-    }
-    if (stack_.empty()) {
-      if (!at_end)
-        return fail(pos_, "text after the end of the JSON value, from " + describe_byte(text_, pos_) + " on");
-      expect_ = Expect::kFinished;
-      return Token::kEnd;
-    }
+  skip_space();
+  token_ = {};
+  token_offset_ = pos_;
+  if (expect_ == Expect::kAfterValue) {
+    after_comma_ = false;
+    if (stack_.empty()) return end();
     const bool in_object = stack_.back() == '{';
+    const char c = here();
     if (c == (in_object ? '}' : ']')) return close_container(c);
     if (c != ',') return unexpected(in_object ? "',' or '}'" : "',' or ']'");
     ++pos_;
+    skip_space();
+    token_offset_ = pos_;
     after_comma_ = true;
     expect_ = in_object ? Expect::kKey : Expect::kValue;
   }
+  const char c = here();
+  const bool at_end = pos_ >= text_.size();
+  switch (expect_) {
+    case Expect::kValue: return at_end ? unexpected("a value") : value(c);
+    case Expect::kValueOrClose:
+      if (c == ']') return close_container(c);
+      return at_end ? unexpected("a value or ']'") : value(c);
+    case Expect::kKeyOrClose:
+      if (c == '}') return close_container(c);
+      return c == '"' ? key() : unexpected("a key in double quotes or '}'");
+    case Expect::kKey: return c == '"' ? key() : unexpected("a key in double quotes");
+    case Expect::kAfterValue:
+    case Expect::kFinished: break;
+  }
+  return Token::kEnd;
+}
+
+JsonPull::Token JsonPull::end() {
+  if (pos_ < text_.size()) {
+    return fail(pos_, "text after the end of the JSON value, from " + describe_byte(text_, pos_) + " on");
+  }
+  expect_ = Expect::kFinished;
+  return Token::kEnd;
 }
 
 JsonPull::Token JsonPull::value(char c) {
@@ -150,8 +164,8 @@ JsonPull::Token JsonPull::value(char c) {
 
 JsonPull::Token JsonPull::key() {
   if (!string()) return Token::kError;
-  while (pos_ < text_.size() && is_space(text_[pos_])) ++pos_;
-  if (pos_ >= text_.size() || text_[pos_] != ':') {
+  skip_space();
+  if (here() != ':') {
     return fail(pos_, "expected ':' after the key, found " + describe_byte(text_, pos_));
   }
   ++pos_;
@@ -298,27 +312,34 @@ bool JsonPull::escape() {
 }
 
 JsonPull::Token JsonPull::number() {
+  const char* const text = text_.data();
+  const std::size_t size = text_.size();
+  std::size_t at = pos_;
   const auto digits = [&] {
-    const std::size_t begin = pos_;
-    while (pos_ < text_.size() && is_digit(text_[pos_])) ++pos_;
-    return pos_ - begin;
+    const std::size_t begin = at;
+    while (at < size && is_digit(text[at])) ++at;
+    return at - begin;
   };
-  const auto at = [&](char c) { return pos_ < text_.size() && text_[pos_] == c; };
-  if (at('-')) ++pos_;
-  const std::size_t first = pos_;
+  const auto is = [&](char c) { return at < size && text[at] == c; };
+  const auto no_digit = [&](const char* where) {
+    return fail(at, std::string("expected a digit ") + where + ", found " + describe_byte(text_, at));
+  };
+  if (is('-')) ++at;
+  const std::size_t first = at;
   const std::size_t whole = digits();
-  if (whole == 0) return fail(pos_, "expected a digit after '-', found " + describe_byte(text_, pos_));
-  if (whole > 1 && text_[first] == '0') return fail(token_offset_, "a number must not start with a zero");
-  if (at('.')) {
-    ++pos_;
-    if (digits() == 0) return fail(pos_, "expected a digit after '.', found " + describe_byte(text_, pos_));
+  if (whole == 0) return no_digit("after '-'");
+  if (whole > 1 && text[first] == '0') return fail(token_offset_, "a number must not start with a zero");
+  if (is('.')) {
+    ++at;
+    if (digits() == 0) return no_digit("after '.'");
   }
-  if (at('e') || at('E')) {
-    ++pos_;
-    if (at('+') || at('-')) ++pos_;
-    if (digits() == 0) return fail(pos_, "expected a digit in the exponent, found " + describe_byte(text_, pos_));
+  if (is('e') || is('E')) {
+    ++at;
+    if (is('+') || is('-')) ++at;
+    if (digits() == 0) return no_digit("in the exponent");
   }
-  token_ = text_.substr(token_offset_, pos_ - token_offset_);
+  pos_ = at;
+  token_ = text_.substr(token_offset_, at - token_offset_);
   return Token::kNumber;
 }
 

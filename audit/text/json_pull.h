@@ -40,6 +40,9 @@ class JsonPull {
  private:
   enum class Expect : std::uint8_t { kValue, kValueOrClose, kKey, kKeyOrClose, kAfterValue, kFinished };
   Token fail(std::size_t at, std::string what);
+  char here() const { return pos_ < text_.size() ? text_[pos_] : '\0'; }  // a NUL in the text is refused anyway
+  void skip_space();
+  Token end();
   Token value(char c);
   Token key();
   Token open_container(char c);

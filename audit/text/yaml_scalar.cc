@@ -209,17 +209,21 @@ bool construct_float(std::string_view text, bool implicit, Node* node) {
     node->text = ".nan";
     return true;
   }
-  node->text = (negative ? "-" : "") + plain;
-  if (plain.find_first_of(".e") == std::string::npos) node->text += ".0";
+  std::string text_of_parts;
   for (std::string_view rest = plain;;) {  // one number, or base 60
     const std::size_t colon = std::min(rest.find(':'), rest.size());
     const std::string_view digits = strip(rest.substr(0, colon));
     double part = 0;
     const auto [end, ec] = std::from_chars(digits.data(), digits.data() + digits.size(), part);
     if (ec == std::errc::invalid_argument || end != digits.data() + digits.size() || !std::isfinite(part)) return false;
-    if (colon == rest.size()) return true;
+    text_of_parts += digits;
+    if (colon == rest.size()) break;
+    text_of_parts += ':';
     rest.remove_prefix(colon + 1);
   }
+  if (text_of_parts.find_first_of(".e") == std::string::npos) text_of_parts += ".0";
+  node->text = (negative ? "-" : "") + text_of_parts;
+  return true;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 
 #include "audit/text/text.h"
 
@@ -67,6 +68,20 @@ TEST(Yaml, EveryValueKnowsItsLineAndColumn) {
   EXPECT_EQ(list->items[1].line * 100 + list->items[1].column, 513);
   EXPECT_EQ(root.items[2].line * 100 + root.items[2].column, 605);  // columns in bytes
   EXPECT_EQ(root.items[2].text, "t\n");
+}
+
+TEST(Yaml, TaggedNumbersReadAsNumbers) {
+  // PyYAML: construct_yaml_int and construct_yaml_float take more spellings than look like numbers.
+  const std::pair<std::string_view, double> cases[] = {
+      {"!!float '1: 30'", 90}, {"!!float '1:30'", 90}, {"!!float 3", 3},
+      {"!!float 1e3", 1000},   {"!!float 010", 10},    {"!!int 0o17", 15},
+      {"!!int 1:99", 159},     {"!!int '12'", 12},     {"!!float -inf", -INFINITY}};
+  for (const auto& [text, value] : cases) {
+    Node root;
+    TextError error;
+    ASSERT_TRUE(parse_yaml(text, &root, nullptr, &error)) << text << ": " << error.what;
+    EXPECT_EQ(root.as_double(), value) << text;
+  }
 }
 
 TEST(Yaml, DuplicatesAreListedButNotWhatAMergeKeyBrought) {
