@@ -56,6 +56,8 @@ inline std::string to_text(Balance v) { return name_of(v); }
 std::string to_text(const Routing& v);  // "softmax, top-2, renormalised"
 std::string to_text(const RouterTable& v);
 std::string to_text(const RouterValues& v);
+std::string to_text(const WeightScan& v);
+std::string to_text(const RouterRows& v);
 std::string to_text(const TensorDiff& v);
 std::string to_text(const PrecisionTable& v);
 std::string to_text(const AdapterModules& v);

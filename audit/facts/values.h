@@ -152,6 +152,73 @@ struct RouterValues {
   }
 };
 
+/// One row per unit of the full weight scan: a tensor, or one expert's slice of a fused stack. Sums run in float64 over
+/// the finite values in a fixed order (docs/architecture.md, "Deterministic"). Quantised tensors with their scales at
+/// hand are scanned as the values they stand for; others as far as their bytes can be decoded.
+struct WeightScan {
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<DType> dtype;               // as stored
+  std::vector<Part> part;
+  std::vector<int> layer, expert;         // -1 none
+  std::vector<std::string> projection;    // the name without layer and expert: "model.layers.{L}.mlp.experts.{e}.up_proj.weight"
+  std::vector<std::int64_t> first;        // flat index, in the tensor, of the unit's first element
+  std::vector<std::int64_t> elements;
+  std::vector<std::int64_t> non_finite;   // NaN and infinities
+  std::vector<std::int64_t> first_index;  // flat index, in the tensor, of the first one; -1 if none
+  std::vector<std::int64_t> zeros;        // exact zeros of either sign
+  std::vector<double> min, max;           // over the finite values; NaN if there is none
+  std::vector<double> sum, sum_of_squares;
+  std::vector<std::string> hash;          // 64 bits of the stored bytes, 16 hex digits
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("dtype", s.dtype);
+    f("part", s.part);
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("projection", s.projection);
+    f("first", s.first);
+    f("elements", s.elements);
+    f("non_finite", s.non_finite);
+    f("first_index", s.first_index);
+    f("zeros", s.zeros);
+    f("min", s.min);
+    f("max", s.max);
+    f("sum", s.sum);
+    f("sum_of_squares", s.sum_of_squares);
+    f("hash", s.hash);
+  }
+};
+
+/// One row per row of every router weight (one expert's vector), from the full scan or from the routers alone.
+struct RouterRows {
+  std::vector<int> layer, expert;
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<std::int64_t> elements, non_finite, zeros;
+  std::vector<double> min, max, sum, sum_of_squares;
+  std::vector<std::string> hash;          // 64 bits of the stored bytes of the row, 16 hex digits
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("elements", s.elements);
+    f("non_finite", s.non_finite);
+    f("zeros", s.zeros);
+    f("min", s.min);
+    f("max", s.max);
+    f("sum", s.sum);
+    f("sum_of_squares", s.sum_of_squares);
+    f("hash", s.hash);
+  }
+};
+
 /// Names the family expects and the files do not have, and the other way round. Tied weights are not listed.
 struct TensorDiff {
   std::vector<std::string> missing;

@@ -1,11 +1,10 @@
 #include "tests/support/facts_from_json.h"
 
 #include <cmath>
-#include <functional>
-#include <initializer_list>
 #include <limits>
 #include <set>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 namespace moeaudit::testing {
@@ -63,19 +62,18 @@ void read(const json& j, VersionSet* v) {
   *v = *parsed;
 }
 
+struct Ignore {
+  void operator()(const char*, auto&) const {}
+};
+/// A struct of audit/facts/values.h.
+template <class T>
+concept Visitable = requires(T& v) { T::visit(v, Ignore{}); };
+
 // Declared ahead: the templates below find them by ordinary lookup only.
-void read(const json& j, Routing* v);
-void read(const json& j, RouterTable* v);
-void read(const json& j, RouterValues* v);
 void read(const json& j, TensorDiff* v);
-void read(const json& j, PrecisionTable* v);
-void read(const json& j, AdapterModules* v);
-void read(const json& j, AdapterTargets* v);
-void read(const json& j, AdapterTensors* v);
 void read(const json& j, LogTable* v);
-void read(const json& j, WeightProblem* v);
-void read(const json& j, IgnoredKey* v);
-void read(const json& j, UnreadKey* v);
+template <Visitable T>
+void read(const json& j, T* v);
 
 template <class T>
 void read(const json& j, std::vector<T>* v) {
@@ -108,106 +106,54 @@ class Members {
   std::set<std::string> left_;
 };
 
-/// Columns of one table: those that are not given are filled up to the length of those that are.
-class Columns {
- public:
-  explicit Columns(const json& j) : members_(j) {}
-  template <class T>
-  Columns& operator()(const char* name, std::vector<T>* v, T blank) {
-    members_(name, v);
-    if (!v->empty()) {
-      if (rows_ > 0 && v->size() != rows_) fail(std::string("column '") + name + "' has another length");
-      rows_ = v->size();
-    }
-    fill_.push_back([v, blank](std::size_t n) {
-      if (v->empty()) v->assign(n, blank);
-    });
-    return *this;
-  }
-  Members& members() { return members_; }
-  void done() {
-    for (const auto& fill : fill_) fill(rows_);
-    members_.done();
-  }
+// What a column holds in every row if a case does not give it; nothing here: 0, false or "".
+template <class T>
+json blanks_of(const T*) {
+  return json::object();
+}
+json blanks_of(const RouterTable*) { return {{"dtype", "BF16"}, {"expert_hidden", -1}}; }
+json blanks_of(const RouterValues*) { return {{"first_index", -1}, {"first_zero_row", -1}}; }
+json blanks_of(const WeightScan*) { return {{"part", "routed_expert"}, {"dtype", "BF16"}, {"layer", -1}, {"expert", -1}, {"first_index", -1}}; }
+json blanks_of(const AdapterModules*) { return {{"part", "other"}, {"layer", -1}, {"expert", -1}, {"copies", 1}}; }
+json blanks_of(const AdapterTargets*) { return {{"field", "target_modules"}, {"certain", true}}; }
+json blanks_of(const AdapterTensors*) { return {{"part", "routed_expert"}, {"layer", -1}, {"expert", -1}, {"norm_a", 1.0}}; }
 
- private:
-  Members members_;
-  std::size_t rows_ = 0;
-  std::vector<std::function<void(std::size_t)>> fill_;
-};
+/// Any struct that has visit(): its single values, and its columns, of which those that are not given are filled up to
+/// the length of those that are.
+template <Visitable T>
+void read(const json& j, T* v) {
+  Members members(j);
+  std::size_t rows = 0;
+  std::string longest;
+  T::visit(*v, [&](const char* name, auto& field) {
+    members(name, &field);
+    if constexpr (requires { field.push_back({}); field.front(); } && !std::is_same_v<std::decay_t<decltype(field)>, std::string>) {
+      if (field.empty()) return;
+      if (!longest.empty() && field.size() != rows) fail("columns '" + longest + "' and '" + name + "' differ in length");
+      rows = field.size();
+      longest = name;
+    }
+  });
+  members.done();
+  const json blanks = blanks_of(static_cast<const T*>(v));
+  T::visit(*v, [&](const char* name, auto& field) {
+    if constexpr (requires { field.push_back({}); field.front(); } && !std::is_same_v<std::decay_t<decltype(field)>, std::string>) {
+      if (!field.empty()) return;
+      typename std::decay_t<decltype(field)>::value_type blank{};
+      if (blanks.contains(name)) read(blanks.at(name), &blank);
+      field.assign(rows, blank);
+    }
+  });
+}
 
 constexpr char kNo = 0;
-const std::string kBlank;
 const double kNan = std::numeric_limits<double>::quiet_NaN();
-
-void read(const json& j, Routing* v) {
-  Members m(j);
-  m("scoring", &v->scoring)("softmax_after_top_k", &v->softmax_after_top_k)("linear_bias", &v->linear_bias);
-  m("correction_bias", &v->correction_bias)("group_score", &v->group_score)("groups", &v->groups)("top_groups",
-                                                                                                  &v->top_groups);
-  m("group_mask_is_zero", &v->group_mask_is_zero)("renormalise", &v->renormalise)("renormalise_eps",
-                                                                                  &v->renormalise_eps);
-  m("scaling", &v->scaling)("logits_dtype", &v->logits_dtype)("scores_dtype", &v->scores_dtype);
-  m("weight_tensor", &v->weight_tensor)("linear_bias_tensor", &v->linear_bias_tensor);
-  m("correction_bias_tensor", &v->correction_bias_tensor)("input_norm_tensor", &v->input_norm_tensor).done();
-}
-
-void read(const json& j, RouterTable* v) {
-  Columns c(j);
-  c("layer", &v->layer, 0)("tensor", &v->tensor, kBlank)("file", &v->file, kBlank)("dtype", &v->dtype, DType::kBF16);
-  c("experts", &v->experts, std::int64_t{0})("hidden", &v->hidden, std::int64_t{0});
-  c("expert_count", &v->expert_count, std::int64_t{0})("expert_hidden", &v->expert_hidden, std::int64_t{-1});
-  c("fused", &v->fused, kNo)("bias", &v->bias, kBlank).done();
-}
-
-void read(const json& j, RouterValues* v) {
-  Columns c(j);
-  c("layer", &v->layer, 0)("tensor", &v->tensor, kBlank)("file", &v->file, kBlank)("is_buffer", &v->is_buffer, kNo);
-  c("non_finite", &v->non_finite, std::int64_t{0})("first_index", &v->first_index, std::int64_t{-1});
-  c("zero_rows", &v->zero_rows, std::int64_t{0})("first_zero_row", &v->first_zero_row, std::int64_t{-1}).done();
-}
 
 void read(const json& j, TensorDiff* v) {
   Members m(j);
   m("missing", &v->missing)("missing_shard", &v->missing_shard)("unexpected", &v->unexpected).done();
   if (v->missing_shard.empty()) v->missing_shard.assign(v->missing.size(), "");
   if (v->missing_shard.size() != v->missing.size()) fail("'missing_shard' has another length than 'missing'");
-}
-
-void read(const json& j, PrecisionTable* v) {
-  Columns c(j);
-  c("layer", &v->layer, 0)("tensor", &v->tensor, kBlank)("mode", &v->mode, kBlank)("tokens", &v->tokens,
-                                                                                   std::int64_t{0});
-  c("flipped", &v->flipped, 0.0)("low", &v->low, 0.0)("high", &v->high, 0.0)("near_ties", &v->near_ties, 0.0);
-  c("weight_error", &v->weight_error, 0.0)("max_abs_logit", &v->max_abs_logit, 0.0)("overflowed", &v->overflowed,
-                                                                                    std::int64_t{0});
-  c.members()("input", &v->input)("probe", &v->probe);
-  c.done();
-}
-
-void read(const json& j, AdapterModules* v) {
-  Columns c(j);
-  c("module", &v->module, kBlank)("part", &v->part, Part::kOther)("layer", &v->layer, -1)("expert", &v->expert, -1);
-  c("rank", &v->rank, std::int64_t{0})("in", &v->in, std::int64_t{0})("out", &v->out, std::int64_t{0});
-  c("copies", &v->copies, std::int64_t{1})("adapter_parameters", &v->adapter_parameters, std::int64_t{0});
-  c("base_parameters", &v->base_parameters, std::int64_t{0})("by_parameter", &v->by_parameter, kNo).done();
-}
-
-void read(const json& j, AdapterTargets* v) {
-  Columns c(j);
-  c("entry", &v->entry, kBlank)("field", &v->field, std::string("target_modules"))("hits", &v->hits, std::int64_t{0});
-  c("reaches", &v->reaches, kBlank)("names_experts", &v->names_experts, kNo)("line", &v->line, 0)("certain",
-                                                                                                  &v->certain, char{1});
-  c("file", &v->file, kBlank)("why", &v->why, kBlank);
-  c.done();
-}
-
-void read(const json& j, AdapterTensors* v) {
-  Columns c(j);
-  c("module", &v->module, kBlank)("part", &v->part, Part::kRoutedExpert)("layer", &v->layer, -1)("expert", &v->expert,
-                                                                                                 -1);
-  c("rank", &v->rank, std::int64_t{0})("norm_a", &v->norm_a, 1.0)("norm_b", &v->norm_b, 0.0)("b_zero", &v->b_zero, kNo);
-  c("non_finite", &v->non_finite, std::int64_t{0}).done();
 }
 
 /// A number in a column of the log: null is "not in this entry", "nan" is a written NaN.
@@ -241,20 +187,6 @@ void read(const json& j, LogTable* v) {
   if (v->line.empty()) v->line.assign(rows, 0);
   if (v->line.size() != rows) fail("column 'line' has another length");
   if (j.contains("file")) read(j.at("file"), &v->file);
-}
-
-void read(const json& j, WeightProblem* v) {
-  Members m(j);
-  m("file", &v->file)("offset", &v->offset)("tensor", &v->tensor)("what", &v->what).done();
-}
-void read(const json& j, IgnoredKey* v) {
-  Members m(j);
-  m("file", &v->file)("line", &v->line)("key", &v->key)("framework", &v->framework)("about_moe", &v->about_moe);
-  m("instead", &v->instead)("why", &v->why).done();
-}
-void read(const json& j, UnreadKey* v) {
-  Members m(j);
-  m("file", &v->file)("line", &v->line)("key", &v->key).done();
 }
 
 Origin origin_of(const std::string& text) {
