@@ -164,6 +164,7 @@ struct WeightScan {
   std::vector<std::string> projection;    // the name without layer and expert: "model.layers.{L}.mlp.experts.{e}.up_proj.weight"
   std::vector<std::int64_t> first;        // flat index, in the tensor, of the unit's first element
   std::vector<std::int64_t> elements;
+  std::vector<std::int64_t> columns;      // length of a row: the last dimension; 0 if the values are not stored one by one
   std::vector<std::int64_t> non_finite;   // NaN and infinities
   std::vector<std::int64_t> first_index;  // flat index, in the tensor, of the first one; -1 if none
   std::vector<std::int64_t> zeros;        // exact zeros of either sign
@@ -182,6 +183,7 @@ struct WeightScan {
     f("projection", s.projection);
     f("first", s.first);
     f("elements", s.elements);
+    f("columns", s.columns);
     f("non_finite", s.non_finite);
     f("first_index", s.first_index);
     f("zeros", s.zeros);
