@@ -20,7 +20,7 @@ file also voids everything said about its tensors, which is why the rest is audi
 Fetch or save the file again. Do not repair a weight file by hand.
 
 ## Limits
-Structure only: a flipped bit inside the numbers is not seen here (CK001 sees those that made a router non-finite).
+Structure only: a flipped bit inside the numbers is not seen here (CK001 sees those that made a value non-finite).
 What is sound in the other files is still audited.
 )md";
 
