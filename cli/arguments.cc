@@ -74,6 +74,8 @@ void add_input_options(CLI::App& app, Arguments& a) {
       ->group(group)->type_name("N")->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 30));
 
   group = "How to run";
+  app.add_flag("--full", a.engine.full,
+               "Read every weight, whatever the size; without it only files of up to 2 GB together are read whole")->group(group);
   app.add_flag("--all", a.run.all_checkpoints, "Audit every checkpoint-N of a run folder, not only the latest")->group(group);
   a.engine.threads = std::max(1u, std::thread::hardware_concurrency());
   app.add_option("--threads", a.engine.threads, "Threads; the result does not depend on it")
@@ -95,7 +97,8 @@ void add_output_options(CLI::App& app, Arguments& a) {
       ->group(group)->transform(CLI::CheckedTransformer(kLevels, CLI::ignore_case))->type_name("LEVEL");
   app.add_flag("--strict", a.engine.strict, "Exit 2 if a rule cannot tell")->group(group);
   app.add_flag_callback("--static", [&a] { a.engine.replays = false; },
-                        "Headers and configs only: no replay of the routers")->group(group);
+                        "Headers, configs and router rows only: no replay of the routers, no scan of the weights")
+      ->group(group)->excludes("--full");
   one_each(app.add_option("--format", a.formats, "text or json, to stdout; =FILE writes to a file: json=report.json"))
       ->group(group)->type_name("FORMAT[=FILE]");
 }

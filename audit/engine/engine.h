@@ -19,6 +19,7 @@ struct EngineOptions {
   FailOn fail_on = FailOn::kError;
   bool strict = false;               // cannot_tell gives exit code 2
   bool replays = true;               // false: --static
+  bool full = false;                 // --full: read every weight, whatever the size
   bool measure_everything = false;   // `moe-audit facts`: run every measure, whether or not a rule asks
   int threads = 1;
   std::function<void(std::string_view stage, double done)> progress;

@@ -154,7 +154,9 @@ struct RouterValues {
 
 /// One row per unit of the full weight scan: a tensor, or one expert's slice of a fused stack. Sums run in float64 over
 /// the finite values in a fixed order (docs/architecture.md, "Deterministic"). Quantised tensors with their scales at
-/// hand are scanned as the values they stand for; others as far as their bytes can be decoded.
+/// hand are scanned as the values they stand for. What holds no values (codes that cannot be decoded, indices) has a hash
+/// only: non_finite and zeros are 0, min, max and both sums NaN. Side tensors whose scales went into the values of another
+/// tensor have no row.
 struct WeightScan {
   std::vector<std::string> tensor;
   std::vector<std::string> file;
@@ -164,13 +166,13 @@ struct WeightScan {
   std::vector<std::string> projection;    // the name without layer and expert: "model.layers.{L}.mlp.experts.{e}.up_proj.weight"
   std::vector<std::int64_t> first;        // flat index, in the tensor, of the unit's first element
   std::vector<std::int64_t> elements;
-  std::vector<std::int64_t> columns;      // length of a row: the last dimension; 0 if the values are not stored one by one
+  std::vector<std::int64_t> columns;      // length of a row of values: the last dimension; 0 if there are no values
   std::vector<std::int64_t> non_finite;   // NaN and infinities
   std::vector<std::int64_t> first_index;  // flat index, in the tensor, of the first one; -1 if none
   std::vector<std::int64_t> zeros;        // exact zeros of either sign
   std::vector<double> min, max;           // over the finite values; NaN if there is none
   std::vector<double> sum, sum_of_squares;
-  std::vector<std::string> hash;          // 64 bits of the stored bytes, 16 hex digits
+  std::vector<std::string> hash;          // 64 bits of the stored bytes (of the values if quantised), 16 hex digits
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {

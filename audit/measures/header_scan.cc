@@ -1,7 +1,6 @@
 // Names and shapes in the weight files against the family: routers with their experts, missing and unknown tensors.
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <map>
 #include <set>
 #include <unordered_map>
@@ -9,6 +8,7 @@
 
 #include "audit/measures/measure.h"
 #include "audit/measures/model_shape.h"
+#include "audit/measures/tensor_name.h"
 #include "audit/tensors/recognise.h"
 
 namespace moeaudit {
@@ -56,36 +56,7 @@ bool is_there(const TensorStore& model, const std::string& name) {
   return std::any_of(kPackedLeaves.begin(), kPackedLeaves.end(), [&](std::string_view leaf) { return model.find(module + std::string(leaf)); });
 }
 
-// ---- a tensor's name as a pattern of the family --------------------------------------------------------------------
-
-struct Pattern {
-  std::string text;  // first number of the name -> {L}, second -> {e}
-  int layer = -1;
-  int expert = -1;
-};
-
-Pattern pattern_of(std::string_view name) {
-  Pattern out;
-  for (std::size_t from = 0; from <= name.size();) {
-    const std::size_t dot = std::min(name.find('.', from), name.size());
-    const std::string_view part = name.substr(from, dot - from);
-    int number = -1;
-    const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), number);
-    const bool is_number = error == std::errc() && end == part.data() + part.size() && number >= 0;
-    if (from > 0) out.text += '.';
-    if (is_number && out.layer < 0) {
-      out.layer = number;
-      out.text += "{L}";
-    } else if (is_number && out.expert < 0) {
-      out.expert = number;
-      out.text += "{e}";
-    } else {
-      out.text += part;
-    }
-    from = dot + 1;
-  }
-  return out;
-}
+// ---- shapes of the family ------------------------------------------------------------------------------------------
 
 /// Position of a symbol in a family's shape, "E,2*I,H"; -1 if it is not there alone.
 int axis_of(std::string_view shape, std::string_view symbol) {
