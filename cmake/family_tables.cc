@@ -43,9 +43,11 @@ const Words kScoring = {{"softmax", "kSoftmax"}, {"sigmoid", "kSigmoid"}, {"sqrt
 const Words kGroupScore = {{"none", "kNone"}, {"max", "kMax"}, {"top2_sum", "kTop2Sum"}};
 const Words kBalance = {
     {"aux_loss", "kAuxLoss"}, {"bias_update", "kBiasUpdate"}, {"bias_frozen", "kBiasFrozen"}, {"none", "kNone"}};
-const Words kDTypes = {{"activations", "kUnknown"}, {"logits", "kUnknown"}, {"float32", "kF32"}, {"bfloat16", "kBF16"}};
+const std::string kByVersion = "by_version";
+const Words kScoresDTypes = {{"logits", "kUnknown"}, {"float32", "kF32"}, {kByVersion, "kUnknown"}};
+const Words kDTypes = {{"activations", "kUnknown"}, {"float32", "kF32"}};
 const Words kRenormalise = {{"always", ""}, {"never", ""}, {"config", ""}};
-const Words kMoeLayerRules = {{"all", ""}, {"from first_k_dense_replace", ""}, {"decoder_sparse_step", ""}};
+
 struct FamilyTables {
   Writer writer;
   std::vector<std::string> families, hub_models;
@@ -130,12 +132,47 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
   return t.writer.array("FamilyTensor", rows);
 }
 
-/// The routing conventions, as the initialiser of audit/facts/values.h Routing.
-std::string family_routing(Map& top, const Sources& sources, const std::set<std::string>& tensors,
-                           std::string* renormalise) {
+/// `key: {config_key: value}` as the initialiser of a FamilyCondition.
+std::string condition(Map& m, const std::string& key) {
+  if (!m.has(key)) return "{}";
+  const YAML::Node node = m.node(key);
+  if (!node.IsMap() || node.size() != 1) fail(m.file(), node.Mark(), "'" + key + "' must be one {config_key: value}");
+  const std::string name = node.begin()->first.Scalar();
+  return "{" + quoted(name) + ", " + quoted(Map(m.file(), node).text(name)) + "}";
+}
+
+/// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
+std::string layer_rule(Map& top) {
+  const YAML::Node node = top.node("moe_layer_rule");
+  if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\"}";
+  if (!node.IsMap()) fail(top.file(), node.Mark(), "'moe_layer_rule' is 'all' or a mapping (docs/add_a_family.md)");
+  Map m(top.file(), node);
+  auto number = [&](const std::string& key, const std::string& otherwise) {
+    const std::string text = m.text_or(key, otherwise);
+    const std::size_t equals = text.find('=');
+    const std::string value = equals == std::string::npos ? text : text.substr(equals + 1);
+    if (value.empty() || (value != otherwise && value.find_first_not_of("0123456789") != std::string::npos))
+      fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
+    return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
+  };
+  const std::string out = "{" + number("from", "0") + ", " + number("to", "-1") + ", " + number("every", "1") + ", " +
+                          number("offset", "-1") + ", " + quoted(m.text_or("dense", "")) + ", " +
+                          quoted(m.text_or("only", "")) + "}";
+  m.done();
+  return out;
+}
+
+struct RoutingText {
+  std::string routing;      // initialiser of audit/facts/values.h Routing
+  std::string around;       // of the fields of Family that follow it
+  std::string renormalise;  // "always", "never", "config"
+};
+
+/// The routing conventions.
+RoutingText family_routing(Map& top, const Sources& sources, const std::set<std::string>& tensors) {
   Map m(top.file(), top.node("routing"));
   m.word("renormalise", kRenormalise);
-  *renormalise = m.text("renormalise");
+  const std::string renormalise = m.text("renormalise");
   auto tensor = [&](const std::string& key, bool required) {
     if (!required && !m.has(key)) return std::string("{}");
     const std::string name = m.text(key);
@@ -149,17 +186,20 @@ std::string family_routing(Map& top, const Sources& sources, const std::set<std:
                     ", .softmax_after_top_k = " + yes("softmax_after_top_k") + ", .linear_bias = " + bias +
                     ", .correction_bias = " + correction;
   if (m.has("group_score")) out += ", .group_score = GroupScore::" + m.word("group_score", kGroupScore);
-  out += ", .renormalise = " + std::string(*renormalise == "always" ? "true" : "false") +
+  out += ", .renormalise = " + std::string(renormalise == "always" ? "true" : "false") +
          ", .renormalise_eps = " + m.number("renormalise_eps", "0");
   out += ", .logits_dtype = DType::" + m.word("logits_dtype", kDTypes) +
-         ", .scores_dtype = DType::" + m.word("scores_dtype", kDTypes);
+         ", .scores_dtype = DType::" + m.word("scores_dtype", kScoresDTypes);
   out += ", .weight_tensor = " + tensor("weight", true) +
          ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
          ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
          ", .input_norm_tensor = " + tensor("input_norm", true) + "}";
+  const std::string around = condition(m, "groups_if") + ", " + condition(m, "holds_if") + ", " +
+                             (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
+                             quoted(m.text_or("not_replayed", ""));
   sources.cite(m);
   m.done();
-  return out;
+  return {out, around, renormalise};
 }
 
 void check_complete(Map& top, const std::set<std::string>& given, const std::vector<std::string>& unknown) {
@@ -194,8 +234,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   std::set<std::string> given, tensor_names;
   const std::string keys = family_keys(top, sources, t, name, &given);
   const std::string tensors = family_tensors(top, t, &tensor_names);
-  std::string renormalise;
-  const std::string routing = family_routing(top, sources, tensor_names, &renormalise);
+  const auto [routing, around, renormalise] = family_routing(top, sources, tensor_names);
   if ((renormalise == "config") != (given.count("router.renormalised") != 0)) {
     fail(top.file(), top.node("routing").Mark(),
          "renormalise: config and a key for router.renormalised belong together");
@@ -203,7 +242,6 @@ void read_family(const fs::path& path, FamilyTables& t) {
   if (renormalise != "config") given.insert("router.renormalised");
   check_complete(top, given, unknown);
 
-  top.word("moe_layer_rule", kMoeLayerRules);
   Map balance(top.file(), top.node("balance"));
   const std::string kind = balance.word("kind", kBalance), per_k = balance.number("uniform_value_per_k", "0");
   if (kind == "kAuxLoss" && !balance.has("uniform_value_per_k"))
@@ -222,7 +260,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   Writer& w = t.writer;
   std::ostringstream out;
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
-      << keys << ", " << tensors << ",\n     " << quoted(top.text("moe_layer_rule")) << ", " << routing << ",\n     "
+      << keys << ", " << tensors << ",\n     " << layer_rule(top) << ", " << routing << ", " << around << ",\n     "
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "

@@ -37,6 +37,24 @@ struct FamilyTensor {
   std::string_view alternative;             // optional only where this tensor stands in for it in the same layer; may be ""
 };
 
+/// One number of a MoeLayerRule: its config key and what the class takes without it. No key: a constant of the family.
+struct LayerKey {
+  std::string_view key;
+  std::int64_t fallback;
+};
+
+/// Which layers are MoE: those from `from` to `to` (both included; to < 0: to the last) whose index divided by `every`
+/// leaves `offset` (offset < 0: every - 1), but none that the list `dense` names. A list `only` replaces all of it.
+struct MoeLayerRule {
+  LayerKey from, to, every, offset;
+  std::string_view dense, only;  // config keys of lists; may be ""
+};
+
+/// A config key that has this value. Key "": no condition.
+struct FamilyCondition {
+  std::string_view key, value;
+};
+
 /// Everything moe-audit knows of one family that does not depend on the version of the framework; what does depend on
 /// it (is the router nn.Linear, does the flag work) is in audit/behaviours.
 struct Family {
@@ -45,8 +63,12 @@ struct Family {
   std::span<const std::string_view> classes;       // causal-LM classes
   std::span<const FamilyKey> keys;
   std::span<const FamilyTensor> tensors;
-  std::string_view moe_layer_rule;     // "all" | "from first_k_dense_replace" | "decoder_sparse_step" (see moe_layers())
+  MoeLayerRule moe_layer_rule;
   Routing routing;                     // conventions; groups, scaling and renormalise are overwritten from the config
+  FamilyCondition groups_if;           // groups count only where the config says so
+  FamilyCondition routing_if;          // where the config says something else, the order is not known
+  bool scores_dtype_by_version;        // routing.scores_dtype is behaviours' "router_scores_dtype"
+  std::string_view not_replayed;       // why `routing` cannot be replayed: an order that its fields cannot express; ""
   std::string_view renormalise;        // "always" | "never" | "config" (key of router.renormalised)
   Balance balance;                     // kAuxLoss: the class has a balance-loss path when its flag is on
   double aux_uniform_value_per_k;      // 1: uniform routing gives k (HF form); 0: gives 1

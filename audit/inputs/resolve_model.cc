@@ -34,6 +34,14 @@ bool set_by_name(FactSheet& facts, std::string_view name, const Node& value, Ori
   return done;
 }
 
+/// The value at "key", or at "outer.key" one level down.
+const Node* find_key(const Node& text, std::string_view key) {
+  const std::size_t dot = key.find('.');
+  if (dot == std::string_view::npos) return text.find(key);
+  const Node* outer = text.find(key.substr(0, dot));
+  return outer ? outer->find(key.substr(dot + 1)) : nullptr;
+}
+
 Node text_node(std::string_view text) {
   Node n;
   n.kind = Node::Kind::kString;
@@ -73,7 +81,7 @@ void apply_config(Resolver& r, const ModelConfig& config) {
   if (!r.family) return;
   for (const FamilyKey& row : r.family->keys) {
     for (std::string_view key : row.keys) {
-      const Node* v = text.find(key);
+      const Node* v = find_key(text, key);
       if (!v || v->is_null()) continue;
       set_by_name(r.facts, row.fact, *v, Origin::kStated, place(config, *v, key), false);
       break;  // the first spelling that is there is the one the class reads
@@ -93,6 +101,62 @@ void apply_overrides(Resolver& r) {
       set_by_name(r.facts, row.fact, s.value, Resolver::origin_of(s.source), s.source, false);
     }
   }
+}
+
+/// The last config that has `key` decides; nullptr: none has it.
+const Node* config_value(const Resolver& r, std::string_view key) {
+  const Node* found = nullptr;
+  for (const ModelConfig& c : r.material.configs) {
+    if (const Node* v = key.empty() ? nullptr : find_key(c.text ? *c.text : c.root, key)) found = v;
+  }
+  return found;
+}
+
+bool has_value(const Node* node, std::string_view value) {
+  const Node wanted = text_node(value);
+  const auto have = node_double(*node), want = node_double(wanted);
+  return have && want ? *have == *want : node->is_string() && node->text == value;
+}
+
+void resolve_routing(Resolver& r, const Source& source) {
+  FactSheet& f = r.facts;
+  const Family& family = *r.family;
+  Routing routing = family.routing;
+  const FamilyCondition &holds = family.routing_if, &grouped = family.groups_if;
+  const Node* condition = config_value(r, holds.key);
+  if (!family.not_replayed.empty()) {
+    f.routing.explain_unknown(std::string(family.not_replayed));
+    return;
+  }
+  if (condition && !has_value(condition, holds.value)) {
+    f.routing.explain_unknown("the order is known for " + std::string(holds.key) + " " + std::string(holds.value) +
+                              " only, and the configuration says something else");
+    return;
+  }
+  if (family.scores_dtype_by_version) {
+    const BehaviourAnswer answer = r.ask_about("transformers", "router_scores_dtype");
+    if (!answer.value) {
+      f.routing.explain_unknown(answer.why);
+      return;
+    }
+    routing.scores_dtype = dtype_from_text(*answer.value).value_or(DType::kUnknown);
+  }
+  if (f.num_groups.known()) routing.groups = std::max<std::int64_t>(1, f.num_groups.value());
+  if (f.top_groups.known()) routing.top_groups = std::max<std::int64_t>(1, f.top_groups.value());
+  if (!grouped.key.empty()) {
+    const Node* says = config_value(r, grouped.key);
+    if (!says || !has_value(says, grouped.value)) routing.groups = routing.top_groups = 1;
+  }
+  if (routing.groups <= 1) routing.group_score = GroupScore::kNone;
+  if (const VersionSet* v = r.versions("transformers"); v && routing.groups > 1) {
+    // Masked groups got 0.0 before 5.6 (transformers commit cb0adddc3682, pull request 45441), -inf since.
+    VersionWindow before;
+    before.until = Version::parse("5.6.0");
+    routing.group_mask_is_zero = v->inside(before);
+  }
+  if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
+  if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
+  f.routing.set(std::move(routing), Origin::kFamily, source);
 }
 
 void apply_family(Resolver& r) {
@@ -139,30 +203,36 @@ void apply_family(Resolver& r) {
                             Origin::kFamily, source);
   }
 
-  Routing routing = r.family->routing;
-  if (f.num_groups.known()) routing.groups = std::max<std::int64_t>(1, f.num_groups.value());
-  if (f.top_groups.known()) routing.top_groups = std::max<std::int64_t>(1, f.top_groups.value());
-  if (routing.groups <= 1) routing.group_score = GroupScore::kNone;
-  if (const VersionSet* v = r.versions("transformers"); v && routing.groups > 1) {
-    // Masked groups got 0.0 before 5.6 (transformers commit cb0adddc3682, pull request 45441), -inf since.
-    VersionWindow before;
-    before.until = Version::parse("5.6.0");
-    routing.group_mask_is_zero = v->inside(before);
-  }
-  if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
-  if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
-  f.routing.set(std::move(routing), Origin::kFamily, source);
+  resolve_routing(r, source);
 }
 
-std::optional<std::int64_t> config_int(const Resolver& r, std::string_view key) {
+/// What the configs say; without one, what the table of hub models says.
+std::int64_t config_number(const Resolver& r, const LayerKey& wanted) {
   std::optional<std::int64_t> found;
-  for (const ModelConfig& c : r.material.configs) {
-    const Node* v = (c.text ? *c.text : c.root).find(key);
-    if (v) {
-      if (auto n = node_int(*v)) found = n;
-    }
+  if (const Node* v = config_value(r, wanted.key)) found = node_int(*v);
+  const HubModel* hub = r.material.configs.empty() ? find_hub_model(r.material.base_model) : nullptr;
+  for (const auto& [key, value] : hub ? hub->config : std::span<const std::pair<std::string_view, std::string_view>>{}) {
+    if (key == wanted.key) found = node_int(text_node(value));
   }
-  return found;
+  return found.value_or(wanted.fallback);
+}
+
+std::optional<std::vector<std::int64_t>> config_numbers(const Resolver& r, std::string_view key) {
+  const Node* v = config_value(r, key);
+  if (!v || !v->is_list()) return std::nullopt;
+  std::vector<std::int64_t> out;
+  for (const Node& item : v->items) {
+    if (auto i = node_int(item)) out.push_back(*i);
+  }
+  return out;
+}
+
+std::string rule_text(const MoeLayerRule& rule) {
+  std::string out;
+  for (std::string_view key : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only}) {
+    if (!key.empty()) out += (out.empty() ? "" : ", ") + std::string(key);
+  }
+  return out.empty() ? "all layers are MoE" : "the family's rule on " + out;
 }
 
 void resolve_moe_layers(Resolver& r) {
@@ -170,28 +240,20 @@ void resolve_moe_layers(Resolver& r) {
   if (!r.family || !f.num_layers.known()) return;
   const std::int64_t n = f.num_layers.value();
   if (n < 0 || n > 100000) return;  // nonsense in the config; RT003 and the tensor comparison speak of it
-  const std::string_view rule = r.family->moe_layer_rule;
+  const MoeLayerRule& rule = r.family->moe_layer_rule;
+  const std::int64_t from = config_number(r, rule.from), to = config_number(r, rule.to);
+  const std::int64_t every = std::max<std::int64_t>(1, config_number(r, rule.every));
+  const std::int64_t offset = config_number(r, rule.offset);
+  const auto dense = config_numbers(r, rule.dense), only = config_numbers(r, rule.only);
+  auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
+    return std::find(list.begin(), list.end(), i) != list.end();
+  };
   std::vector<std::int64_t> layers;
-  std::vector<std::int64_t> dense_only;
-  for (const ModelConfig& c : r.material.configs) {
-    const Node* v = (c.text ? *c.text : c.root).find("mlp_only_layers");
-    if (!v || !v->is_list()) continue;
-    dense_only.clear();
-    for (const Node& item : v->items) {
-      if (auto i = node_int(item)) dense_only.push_back(*i);
-    }
-  }
-  const std::int64_t first = config_int(r, "first_k_dense_replace").value_or(rule == "from first_k_dense_replace" ? 3 : 0);
-  const std::int64_t step = std::max<std::int64_t>(1, config_int(r, "decoder_sparse_step").value_or(1));
   for (std::int64_t i = 0; i < n; ++i) {
-    bool moe = true;
-    if (rule == "from first_k_dense_replace") moe = i >= first;
-    if (rule == "decoder_sparse_step") {
-      moe = (i + 1) % step == 0 && std::find(dense_only.begin(), dense_only.end(), i) == dense_only.end();
-    }
-    if (moe) layers.push_back(i);
+    const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == (offset < 0 ? every - 1 : offset);
+    if (only ? names(*only, i) : by_rule && !(dense && names(*dense, i))) layers.push_back(i);
   }
-  f.moe_layers.set(std::move(layers), Origin::kDerived, derived_from("family rule '" + std::string(rule) + "' over num_hidden_layers"));
+  f.moe_layers.set(std::move(layers), Origin::kDerived, derived_from(rule_text(rule)));
 }
 
 /// A hub id that is not in the local cache: what the committed table knows of it.

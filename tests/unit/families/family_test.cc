@@ -53,14 +53,24 @@ std::int64_t number(const Json& config, std::initializer_list<const char*> keys)
 
 FamilyShape shape_of(const Json& c) {
   FamilyShape s;
-  s.layers = number(c, {"num_hidden_layers"});
-  s.experts = number(c, {"num_local_experts", "num_experts", "n_routed_experts"});
-  s.hidden = number(c, {"hidden_size"});
-  s.expert_width = number(c, {"moe_intermediate_size", "intermediate_size"});
+  s.layers = number(c, {"num_hidden_layers", "n_layers"});
+  const Json& ffn = c.contains("ffn_config") ? c["ffn_config"] : c;
+  s.experts = number(ffn, {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"});
+  s.hidden = number(c, {"hidden_size", "d_model"});
+  s.expert_width = number(ffn, {"moe_intermediate_size", "intermediate_size", "ffn_hidden_size"});
   s.shared_width = c.contains("shared_expert_intermediate_size") ? number(c, {"shared_expert_intermediate_size"})
                                                                  : number(c, {"n_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
-  for (std::int64_t l = number(c, {"first_k_dense_replace"}); l < s.layers; ++l) s.moe_layers.push_back(l);
+  std::set<std::int64_t> dense;  // by what the configs of these fixtures say
+  for (std::int64_t l = 0; l < s.layers; ++l) {
+    if (l < number(c, {"first_k_dense_replace"})) dense.insert(l);
+    if (c.contains("expert_layer_period") && l % c["expert_layer_period"].get<int>() != c["expert_layer_offset"].get<int>())
+      dense.insert(l);
+    if (const auto listed = c.find("moe_layers"); listed != c.end() && listed->is_array() &&
+        std::find(listed->begin(), listed->end(), l) == listed->end())
+      dense.insert(l);
+    if (!dense.count(l)) s.moe_layers.push_back(l);
+  }
   return s;
 }
 
@@ -129,7 +139,11 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                          testing::Values("mixtral-tf4", "mixtral-tf5", "mixtral-tf5-fused", "mixtral-tf4-sharded",
                                          "qwen2_moe-tf4", "qwen2_moe-tf5", "qwen3_moe-tf4", "qwen3_moe-tf5",
                                          "qwen3_moe-tf5-fused", "olmoe-tf4", "olmoe-tf5", "deepseek_v3-tf4",
-                                         "deepseek_v3-tf5", "gpt_oss-tf4", "gpt_oss-tf5"),
+                                         "deepseek_v3-tf5", "gpt_oss-tf4", "gpt_oss-tf5", "deepseek_v2-tf4", "deepseek_v2-tf5",
+                                         "glm4_moe-tf4", "glm4_moe-tf5", "dots1-tf4", "dots1-tf5", "granitemoe-tf4",
+                                         "granitemoe-tf5", "granitemoe-tf5-fused", "llama4_text-tf4", "llama4_text-tf5",
+                                         "dbrx-tf4", "dbrx-tf5", "phimoe-tf4", "phimoe-tf5", "phimoe-tf5-fused",
+                                         "jamba-tf4", "jamba-tf5", "jamba-tf5-fused"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -218,6 +232,23 @@ TEST(Family, DefaultsAreThoseOfTheConfigClasses) {
     }
   }
   EXPECT_GT(compared, 300);
+}
+
+/// What the rule of the MoE layers falls back to, against the real config classes.
+TEST(Family, LayerRulesFallBackToTheDefaultsOfTheConfigClasses) {
+  const Json versions = read_json(kSource / "fixtures/families/defaults.json");
+  int compared = 0;
+  for (const auto& [version, families] : versions.items()) {
+    for (const auto& [name, config] : families.items()) {
+      const MoeLayerRule& rule = find_family(name)->moe_layer_rule;
+      for (const LayerKey& key : {rule.from, rule.to, rule.every, rule.offset}) {
+        if (key.key.empty()) continue;
+        EXPECT_EQ(config[std::string(key.key)], key.fallback) << version << " " << name << " " << key.key;
+        ++compared;
+      }
+    }
+  }
+  EXPECT_GT(compared, 30);
 }
 
 /// gpt_oss has no default for the coefficient because the releases differ; if they ever agree, the YAML should have it.

@@ -26,9 +26,9 @@ inline nlohmann::json read_json(const std::string& path) {
 /// Layers with experts, by the family's rule, for configs that say nothing unusual.
 inline std::vector<std::int64_t> moe_layers_of(const Family& family, const nlohmann::json& config) {
   std::int64_t first = 0;
-  if (family.moe_layer_rule == "from first_k_dense_replace") first = config.at("first_k_dense_replace");
-  if (family.moe_layer_rule == "decoder_sparse_step") {
-    EXPECT_EQ(config.at("decoder_sparse_step"), 1);
+  if (const std::string key(family.moe_layer_rule.from.key); !key.empty()) first = config.at(key);
+  if (const std::string key(family.moe_layer_rule.every.key); !key.empty()) {
+    EXPECT_EQ(config.at(key), 1);
   }
   std::vector<std::int64_t> layers;
   for (std::int64_t l = first; l < config.at("num_hidden_layers").get<std::int64_t>(); ++l) layers.push_back(l);
