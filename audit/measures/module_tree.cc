@@ -74,7 +74,13 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
   ModuleTree tree;
   Builder builder(tree);
   // Hub names are the module names of transformers 4; a family whose experts are one stack there too has no others.
-  const auto where = layout.experts_fused ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
+  // Where they are a stack on the hub as well, memory took other names, if at all, in the release that replaced the router
+  // (granitemoe, 5.13).
+  const bool stacked_on_hub = std::none_of(family.tensors.begin(), family.tensors.end(), [](const FamilyTensor& t) {
+    return t.name.find("{e}") != std::string_view::npos;
+  });
+  const bool memory_names = layout.experts_fused && !(stacked_on_hub && layout.router_is_linear);
+  const auto where = memory_names ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
   for (const ExpandedTensor& t : expand(family, shape, where)) {
     if (!is_present(t, store)) continue;
     const std::vector<std::int64_t> dims = shape_of(t, store);

@@ -1,5 +1,6 @@
 // What LoRA configurations reach, against the real library: fixtures/peft/targets.json holds what get_peft_model of eleven
-// pairs of PEFT and transformers did to tiny models of six families (fixtures/make/peft_targets.py).
+// pairs of PEFT and transformers did to tiny models of six families, more_families.json two pairs and further families
+// (fixtures/make/peft_targets.py).
 #include "audit/measures/peft_targets.h"
 
 #include <set>
@@ -18,9 +19,10 @@ FamilyShape golden_shape(const std::string& family) {
   FamilyShape s;
   s.layers = 2;
   s.hidden = 64;
-  s.experts = family == "deepseek_v3" ? 4 : 2;
+  s.experts = family == "deepseek_v3" || family == "deepseek_v2" ? 4 : 2;
   s.expert_width = family == "mixtral" || family == "olmoe" || family == "gpt_oss" ? 32 : 16;
-  s.moe_layers = family == "deepseek_v3" ? std::vector<std::int64_t>{1} : std::vector<std::int64_t>{0, 1};
+  const std::set<std::string> dense_first = {"deepseek_v3", "deepseek_v2", "glm4_moe", "dots1", "llama4_text", "jamba"};
+  s.moe_layers = dense_first.count(family) ? std::vector<std::int64_t>{1} : std::vector<std::int64_t>{0, 1};
   return s;
 }
 
@@ -73,7 +75,9 @@ Reached reached(const ModuleTree& tree, const TargetResolution& r, std::int64_t 
 }
 
 TEST(PeftTargets, EveryRowOfTheRealLibrary) {
-  const nlohmann::json rows = read_json(fixture("peft/targets.json"));
+  nlohmann::json rows = read_json(fixture("peft/targets.json"));
+  const nlohmann::json more = read_json(fixture("peft/more_families.json"));
+  rows.insert(rows.end(), more.begin(), more.end());
   std::map<std::string, std::size_t> count;
   for (const auto& row : rows) {
     if (row["family"].is_null()) {  // this PEFT could not be imported beside this transformers
