@@ -1,0 +1,107 @@
+// What a config.json means for the model, family by family: MoE layers, nested keys, the order that measures replay.
+#include <gtest/gtest.h>
+
+#include "audit/inputs/inputs.h"
+#include "tests/unit/inputs/temp_tree.h"
+
+namespace moeaudit {
+namespace {
+
+using Layers = std::vector<std::int64_t>;
+
+FactSheet facts_of(const std::string& config, const std::string& transformers = "5.23.0") {
+  test::TempTree tree;
+  tree.write("config.json", config);
+  RunOptions options;
+  options.models = {tree.path()};
+  if (!transformers.empty()) options.assume = {{"transformers", transformers}};
+  std::vector<LoadedRun> runs = load_runs(options);
+  EXPECT_EQ(runs.size(), 1u);
+  return std::move(runs.at(0).facts);
+}
+
+Layers moe_layers(const std::string& config) {
+  const FactSheet f = facts_of(config);
+  return f.moe_layers.known() ? f.moe_layers.value() : Layers{-1};
+}
+
+TEST(ResolveModel, MoeLayersByTheRuleOfTheFamily) {
+  EXPECT_EQ(moe_layers(R"({"model_type": "deepseek_v3", "num_hidden_layers": 5})"), (Layers{3, 4}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "glm4_moe", "num_hidden_layers": 3})"), (Layers{1, 2}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "dots1", "num_hidden_layers": 2})"), (Layers{0, 1}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "deepseek_v2", "num_hidden_layers": 3, "first_k_dense_replace": 2})"),
+            (Layers{2}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "jamba", "num_hidden_layers": 6})"), (Layers{1, 3, 5}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "jamba", "num_hidden_layers": 6, "expert_layer_period": 3,
+                           "expert_layer_offset": 0})"),
+            (Layers{0, 3}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "llama4_text", "num_hidden_layers": 4, "interleave_moe_layer_step": 2})"),
+            (Layers{1, 3}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "llama4_text", "num_hidden_layers": 4, "moe_layers": [0, 2, 3]})"),
+            (Layers{0, 2, 3}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2,
+                           "mlp_only_layers": [3]})"),
+            (Layers{1, 5}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "dbrx", "n_layers": 2})"), (Layers{0, 1}));
+}
+
+TEST(ResolveModel, NonsenseInALayerRuleEndsWell) {
+  EXPECT_EQ(moe_layers(R"({"model_type": "jamba", "num_hidden_layers": 2, "expert_layer_period": 0,
+                           "expert_layer_offset": 0})"),
+            (Layers{0, 1}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "jamba", "num_hidden_layers": 2, "expert_layer_period": -7,
+                           "expert_layer_offset": 9223372036854775807})"),
+            (Layers{}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "llama4_text", "num_hidden_layers": 2, "moe_layers": ["a", -1, 1e99]})"),
+            (Layers{}));
+}
+
+TEST(ResolveModel, KeysOfANestedConfig) {
+  const FactSheet f = facts_of(R"({"model_type": "dbrx", "d_model": 6144, "ffn_config":
+      {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 10752, "moe_loss_weight": 0.05}})");
+  EXPECT_EQ(f.num_experts.value(), 16);
+  EXPECT_EQ(f.top_k.value(), 4);
+  EXPECT_EQ(f.expert_width.value(), 10752);
+  EXPECT_EQ(f.aux_coefficient.value(), 0.05);
+  EXPECT_EQ(f.num_experts.source().key, "ffn_config.moe_num_experts");
+  EXPECT_EQ(f.num_experts.source().line, 2);
+}
+
+TEST(ResolveModel, GroupsCountOnlyWhereTheConfigSaysSo) {
+  const std::string head = R"({"model_type": "deepseek_v2", "n_group": 8, "topk_group": 3, "topk_method": )";
+  const FactSheet limited = facts_of(head + R"("group_limited_greedy"})"), greedy = facts_of(head + R"("greedy"})");
+  EXPECT_EQ(limited.routing.value().groups, 8);
+  EXPECT_EQ(limited.routing.value().top_groups, 3);
+  EXPECT_EQ(limited.routing.value().group_score, GroupScore::kMax);
+  EXPECT_EQ(greedy.routing.value().groups, 1);
+  EXPECT_EQ(greedy.routing.value().group_score, GroupScore::kNone);
+  EXPECT_EQ(facts_of(R"({"model_type": "deepseek_v2", "n_group": 8, "topk_group": 3})").routing.value().groups, 1);
+}
+
+TEST(ResolveModel, AnOrderThatIsNotKnownIsNotReplayed) {
+  const FactSheet phi = facts_of(R"({"model_type": "phimoe"})");
+  EXPECT_FALSE(phi.routing.known());
+  EXPECT_NE(phi.routing.why_unknown().find("SparseMixer"), std::string::npos);
+
+  const std::string head = R"({"model_type": "dbrx", "ffn_config": {"moe_normalize_expert_weights": )";
+  EXPECT_TRUE(facts_of(head + "1}}").routing.known());
+  EXPECT_TRUE(facts_of(head + "1.0}}").routing.known());
+  EXPECT_TRUE(facts_of(R"({"model_type": "dbrx"})").routing.known());
+  for (const char* other : {"2}}", "null}}", "\"one\"}}"}) {
+    const FactSheet f = facts_of(head + other);
+    EXPECT_FALSE(f.routing.known()) << other;
+    EXPECT_NE(f.routing.why_unknown().find("moe_normalize_expert_weights"), std::string::npos);
+  }
+}
+
+TEST(ResolveModel, DtypeOfTheScoresByRelease) {
+  const std::string dbrx = R"({"model_type": "dbrx"})";
+  EXPECT_EQ(facts_of(dbrx, "4.57.6").routing.value().scores_dtype, DType::kF32);
+  EXPECT_EQ(facts_of(dbrx, "5.0.0").routing.value().scores_dtype, DType::kUnknown);  // that of the logits
+  const FactSheet any = facts_of(dbrx, "");
+  EXPECT_FALSE(any.routing.known());
+  EXPECT_NE(any.routing.why_unknown(), "");
+}
+
+}  // namespace
+}  // namespace moeaudit
