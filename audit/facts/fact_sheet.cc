@@ -65,6 +65,7 @@ std::string to_text(const RouterTable& v) { return rows(v.layer.size(), "router"
 std::string to_text(const RouterValues& v) { return rows(v.layer.size(), "router tensor", "router tensors") + " scanned"; }
 std::string to_text(const WeightScan& v) { return rows(v.tensor.size(), "tensor or expert", "tensors and experts") + " scanned"; }
 std::string to_text(const RouterRows& v) { return rows(v.layer.size(), "router row", "router rows"); }
+std::string to_text(const StableRanks& v) { return rows(v.layer.size(), "matrix", "matrices") + " of routed experts"; }
 std::string to_text(const TensorDiff& v) {
   return std::to_string(v.missing.size()) + " missing, " + std::to_string(v.unexpected.size()) + " unexpected";
 }

@@ -223,6 +223,28 @@ struct RouterRows {
   }
 };
 
+/// One row per matrix of a routed expert, from a block of it (audit/measures/stable_ranks.cc).
+struct StableRanks {
+  std::vector<int> layer, expert;
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<std::string> projection;      // as in WeightScan
+  std::vector<std::int64_t> rows, columns;  // of the block
+  std::vector<double> stable_rank;          // |W|_F^2 / |W|_2^2 of the block; never too small
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("projection", s.projection);
+    f("rows", s.rows);
+    f("columns", s.columns);
+    f("stable_rank", s.stable_rank);
+  }
+};
+
 /// Names the family expects and the files do not have, and the other way round. Tied weights are not listed.
 struct TensorDiff {
   std::vector<std::string> missing;

@@ -25,18 +25,20 @@ Every row of every router weight (one expert's vector), against the other rows o
 
 ## Why it matters
 The score of an expert with a zero row is the same for every token: 0, or its bias. Gradients do not leave a row at
-exactly zero, so it was filled with zeros: an expert that was added or padded, a tensor that a sharded save left empty.
-Two equal rows give equal scores for every token: the pair always ties, and top-k takes both, or always the lower
-index, whose twin then gets no tokens. With all rows zero every token ties between all experts.
-At least half of the rows equal is how virtual groups begin (arXiv 2410.07524 repeats the router's rows for every shard).
+exactly zero, so it was filled with zeros: an expert that was added or padded, a tensor that a sharded save left
+empty. Two equal rows give equal scores for every token: the pair always ties, and top-k takes both, or always the
+lower index, whose twin then gets no tokens. With all rows zero every token ties between all experts. At least half of
+the rows equal is how virtual groups begin (arXiv 2410.07524 repeats the router's rows for every shard).
 
 ## How to fix
-Take the router from a checkpoint in which the row is not degenerate, or draw it anew with the layer's deviation and train.
+Take the router from a checkpoint in which the row is not degenerate, or draw it anew with the layer's deviation and
+train.
 
 ## Limits
-The norm threshold is for accidents, not for style. A row of d random numbers has a relative deviation of 1/sqrt(2 d), 9 %
-at d = 64. Of simulated healthy layers whose norms spread log-normally (fixtures/make/outlier_rates.py): at a spread of a
-factor 1.35 none of 10^6 fires; at 1.65, 0.015 % of those with 8 rows, 0.005 % with 64, none with 256. Rows with NaN are CK001's. What the row does to routing needs tokens: see load measurements.
+The norm threshold is for accidents, not for style. A row of d random numbers has a relative deviation of 1/sqrt(2 d),
+9 % at d = 64. Of simulated healthy layers whose norms spread log-normally (fixtures/make/outlier_rates.py): at a
+spread of a factor 1.35 none of 10^6 fires; at 1.65, 0.015 % of those with 8 rows, 0.005 % with 64, none with 256.
+Rows with NaN are CK001's. What the row does to routing needs tokens, which are not here.
 )md";
 
 constexpr double kFactor = 8.0;
@@ -74,7 +76,8 @@ bool is_zero(const RouterRows& rows, std::size_t i) {
 }
 
 std::string numbers(const std::vector<int>& experts) {
-  return (experts.size() == 1 ? "expert " : "experts ") + to_text(std::vector<std::int64_t>(experts.begin(), experts.end()));
+  return (experts.size() == 1 ? "expert " : "experts ") +
+         to_text(std::vector<std::int64_t>(experts.begin(), experts.end()));
 }
 
 Finding common(Severity severity, const std::vector<Fault>& faults, const std::string& what) {
@@ -84,10 +87,12 @@ Finding common(Severity severity, const std::vector<Fault>& faults, const std::s
     if (finding.locations.size() >= 8) break;
     const Location where{fault.router->file, 0, "", fault.router->tensor};
     finding.locations.push_back(where);
-    finding.evidence.push_back({what, numbers(fault.experts) + (fault.detail.empty() ? "" : ", " + fault.detail), where});
+    finding.evidence.push_back(
+        {what, numbers(fault.experts) + (fault.detail.empty() ? "" : ", " + fault.detail), where});
   }
   finding.does_not_show = "Whether the row was set on purpose, to switch an expert off or to start it.";
-  finding.sources = {"huggingface/transformers src/transformers/models/mixtral/modeling_mixtral.py (MixtralTopKRouter)"};
+  finding.sources = {
+      "huggingface/transformers src/transformers/models/mixtral/modeling_mixtral.py (MixtralTopKRouter)"};
   return finding;
 }
 
@@ -95,13 +100,15 @@ std::string more(const std::vector<Fault>& faults) {
   if (faults.size() == 1) return {};
   std::vector<std::int64_t> layers;
   for (const Fault& fault : faults) layers.push_back(fault.router->layer);
-  return " The like in " + say::count(static_cast<std::int64_t>(faults.size())) + " routers: layers " + to_text(layers) + ".";
+  return " The like in " + say::count(static_cast<std::int64_t>(faults.size())) + " routers: layers " +
+         to_text(layers) + ".";
 }
 
 std::string from_before(const std::vector<Fault>& faults) {
   const std::string& file = faults.front().router->file;
   return "Take the router from a checkpoint in which it is sound:\n    hf download MODEL " +
-         file.substr(file.rfind('/') + 1) + " --force-download\nor draw the rows anew and train the router:\n"
+         file.substr(file.rfind('/') + 1) +
+         " --force-download\nor draw the rows anew and train the router:\n"
          "    torch.nn.init.normal_(gate.weight[EXPERT], std=gate.weight.std().item())";
 }
 
@@ -118,7 +125,8 @@ Finding zero_routers(const std::vector<Fault>& faults) {
   Finding finding = common(Severity::kWarning, faults, "zero router");
   finding.message = "All " + std::to_string(faults.front().experts.size()) + " router rows of layer " +
                     std::to_string(faults.front().router->layer) +
-                    " are exactly zero: every token ties between all experts, and top-k takes the first ones." + more(faults);
+                    " are exactly zero: every token ties between all experts, and top-k takes the first ones." +
+                    more(faults);
   finding.remedy =
       "If the router was to start at zero, it needs noise to break the ties (arXiv 1701.06538); else draw it:\n"
       "    torch.nn.init.normal_(gate.weight, std=config.initializer_range)";
@@ -138,8 +146,8 @@ Finding equal_rows(const std::vector<Fault>& faults) {
 Finding repeated_rows(const std::vector<Fault>& faults) {
   const Fault& first = faults.front();
   Finding finding = common(Severity::kNote, faults, "equal rows");
-  finding.message = std::to_string(first.experts.size()) + " router rows of layer " + std::to_string(first.router->layer) +
-                    " have an exact copy in their layer (" + first.detail +
+  finding.message = std::to_string(first.experts.size()) + " router rows of layer " +
+                    std::to_string(first.router->layer) + " have an exact copy in their layer (" + first.detail +
                     "), as an upcycled model with virtual groups begins." + more(faults);
   finding.remedy = "If this is such a start, accept it; else draw the router anew:\n    moe-audit check --ignore CK004";
   finding.sources.push_back("arXiv 2410.07524 (virtual group initialisation)");
@@ -152,8 +160,8 @@ Finding odd_norms(const std::vector<Fault>& faults) {
   finding.message = "The router row of " + numbers(first.experts) + " in layer " + std::to_string(first.router->layer) +
                     " has a norm far from its layer's: " + first.detail + " times the median." + more(faults);
   finding.remedy =
-      "See how many tokens these experts get (a small row scores near 0 for every token, a large one is always first or "
-      "last); if that is as it should be, accept it:\n    moe-audit check --ignore CK004";
+      "See how many tokens these experts get (a small row scores near 0 for every token, a large one is always first "
+      "or last); if that is as it should be, accept it:\n    moe-audit check --ignore CK004";
   return finding;
 }
 
@@ -204,20 +212,20 @@ void judge(const RouterRows& rows, const Router& router, const Explained& known,
   if (!zero.empty()) out->zero.push_back({&router, zero, {}});
 
   std::vector<int> twins;
-  std::vector<std::string> groups;
+  std::vector<std::vector<int>> groups;
   for (const auto& [hash, group] : same) {
     const bool one_expert = std::any_of(known.copies.begin(), known.copies.end(), [&](const std::vector<int>& copies) {
       return std::includes(copies.begin(), copies.end(), group.begin(), group.end());
     });
     if (group.size() < 2 || one_expert) continue;
     twins.insert(twins.end(), group.begin(), group.end());
-    groups.push_back(experts::list(group));
+    groups.push_back(group);
   }
   if (!twins.empty()) {
     std::sort(twins.begin(), twins.end());
     std::sort(groups.begin(), groups.end());
     const bool few = twins.size() * 2 < router.rows.size() || (twins.size() == 2 && router.rows.size() > 2);
-    (few ? out->equal : out->repeated).push_back({&router, twins, say::some(groups, 4)});
+    (few ? out->equal : out->repeated).push_back({&router, twins, experts::list(groups)});
   }
 
   if (sound.size() < kRowsToCompare) return;

@@ -23,28 +23,28 @@ tensor, or of the expert's slice of a stack). Their router rows are compared, to
 
 ## Why it matters
 Training from random numbers cannot make two experts of some 10^7 values each agree in every bit: a pair comes from a
-converter, a merge or a save that wrote one expert over another, and the overwritten expert is lost. One of Mixtral-8x7B's
-256 experts is 176 million parameters.
+converter, a merge or a save that wrote one expert over another, and the overwritten expert is lost. One of
+Mixtral-8x7B's 256 experts is 176 million parameters.
 
-Upcycling makes them on purpose: Sparse Upcycling (arXiv 2212.05055) copies the dense MLP into every expert and draws the
-router at random; NVIDIA's granular upcycling (2410.07524) copies shards of it; expert upcycling (2604.19835) copies the
-experts of a smaller MoE. Copies separate only because the router sends them different tokens: with equal router rows
-they get equal scores, and with frozen experts they stay copies. And the scale changes: with softmax before top-k and no
-renormalisation, top-k of E nearly equal scores gives k/E of the dense MLP's output, which 2410.07524 corrects by a
-factor on the weights (1.5 % lower loss for 8 experts, top-1).
+Upcycling makes them on purpose: Sparse Upcycling (arXiv 2212.05055) copies the dense MLP into every expert and draws
+the router at random; NVIDIA's granular upcycling (2410.07524) copies shards of it; expert upcycling (2604.19835)
+copies the experts of a smaller MoE. Copies separate only because the router sends them different tokens: with equal
+router rows they get equal scores, and with frozen experts they stay copies. And the scale changes: with softmax
+before top-k and no renormalisation, top-k of E nearly equal scores gives k/E of the dense MLP's output, which
+2410.07524 corrects by a factor on the weights (1.5 % lower loss for 8 experts, top-1).
 
 Equal in one projection only is what a converter leaves that repeats one expert's slice, or a training that froze a
 projection of an upcycled model. Drop-Upcycling (2502.19261) re-draws part of the columns in all three matrices: no
 tensor stays equal, and nothing is reported.
 
 ## How to fix
-A pair: fetch or convert the checkpoint again, from the source in which the experts differ. An upcycled start: check that
-router rows differ, and the output scale; train on.
+A pair: fetch or convert the checkpoint again, from the source in which the experts differ. An upcycled start: check
+that router rows differ, and the output scale; train on.
 
 ## Limits
-Equal bits only: a copy with one changed bit is not seen. All-zero and constant experts are CK005's. Methods that merge
-experts (2310.01334) write copies on purpose: fewer than half of a layer's experts merged looks like a fault. Needs
-`--full` (small checkpoints are always read whole).
+Equal bits only: a copy with one changed bit is not seen. All-zero and constant experts are CK005's. Methods that
+merge experts (2310.01334) write copies on purpose: fewer than half of a layer's experts merged looks like a fault.
+Needs `--full` if the files hold more than 2 GB.
 )md";
 
 using Groups = std::vector<std::vector<int>>;
@@ -80,12 +80,6 @@ std::string say_rows(Routers routers, bool many) {
   return {};
 }
 
-std::string copies(const Groups& groups) {
-  std::vector<std::string> texts;
-  for (const std::vector<int>& g : groups) texts.push_back(experts::list(g));
-  return say::some(texts, 4);
-}
-
 /// Copies found in one layer.
 struct Found {
   const experts::Layer* layer;
@@ -108,7 +102,7 @@ Finding start(const WeightScan& scan, const std::vector<Found>& found) {
       if (finding.locations.size() < 8) finding.locations.push_back(place(scan, *f.layer, expert));
     }
     const std::size_t unit = f.layer->units.at(f.groups.front().front()).front();
-    finding.evidence.push_back({"layer " + std::to_string(f.layer->layer), "experts " + copies(f.groups),
+    finding.evidence.push_back({"layer " + std::to_string(f.layer->layer), "experts " + experts::list(f.groups),
                                 place(scan, *f.layer, f.groups.front().front())});
     finding.evidence.push_back({"content hash", scan.hash[unit], place(scan, *f.layer, f.groups.front().front())});
   }
@@ -135,11 +129,11 @@ Finding pair(const WeightScan& scan, const Rows& rows, const std::vector<Found>&
   const Found& first = found.front();
   Finding finding = start(scan, found);
   finding.severity = Severity::kError;
-  finding.message = "Experts " + copies(first.groups) + " of layer " + std::to_string(first.layer->layer) +
-                    " are the same, bit for bit, in all " +
-                    say::plural(static_cast<std::int64_t>(first.layer->units.at(first.groups[0][0]).size()), "tensor",
-                                "tensors") +
-                    "." + say_rows(compare_rows(rows, *first.layer, first.groups[0]), false);
+  finding.message =
+      "Experts " + experts::list(first.groups) + " of layer " + std::to_string(first.layer->layer) +
+      " are the same, bit for bit, in all " +
+      say::plural(static_cast<std::int64_t>(first.layer->units.at(first.groups[0][0]).size()), "tensor", "tensors") +
+      "." + say_rows(compare_rows(rows, *first.layer, first.groups[0]), false);
   if (found.size() > 1) finding.message += " The like in " + of_layers(found) + ".";
   finding.remedy = again(scan, first);
   finding.does_not_show = "Which of the copies is the right one.";
@@ -156,8 +150,8 @@ Finding upcycled(Facts& f, const WeightScan& scan, const Rows& rows, const std::
   finding.message =
       (all ? "All " + std::to_string(total) + " experts of " + of_layers(found) + " are copies of each other"
            : std::to_string(first.copies) + " of the " + std::to_string(total) + " experts of " + of_layers(found) +
-                 " have an exact copy in their layer (" + std::to_string(first.groups.size()) + " groups: " +
-                 copies(first.groups) + ")") +
+                 " have an exact copy in their layer (" + std::to_string(first.groups.size()) +
+                 " groups: " + experts::list(first.groups) + ")") +
       ": an upcycled model before training, or one whose experts never moved.";
   Routers routers = Routers::kDiffer;
   for (const Found& each : found) {
@@ -191,10 +185,11 @@ Finding partial(const WeightScan& scan, const std::vector<Found>& found) {
   finding.severity = Severity::kWarning;
   std::set<std::string> names;
   for (const Found& each : found) names.insert(experts::short_name(each.projection));
-  finding.message = "Experts " + copies(first.groups) + " of layer " + std::to_string(first.layer->layer) +
+  finding.message = "Experts " + experts::list(first.groups) + " of layer " + std::to_string(first.layer->layer) +
                     " are the same, bit for bit, in " + say::some({names.begin(), names.end()}) +
                     " and differ in their other tensors.";
-  if (found.size() > 1) finding.message += " " + std::to_string(found.size()) + " such cases in " + of_layers(found) + ".";
+  if (found.size() > 1)
+    finding.message += " " + std::to_string(found.size()) + " such cases in " + of_layers(found) + ".";
   finding.remedy = again(scan, first);
   finding.does_not_show = "Which of the copies is the right one, or whether this projection was frozen on purpose.";
   finding.sources = {"arXiv 2212.05055 (Sparse Upcycling)", "arXiv 2502.19261 (Drop-Upcycling: no tensor stays equal)"};
@@ -230,14 +225,16 @@ void report(const std::vector<Found>& found, std::vector<Finding>* findings, Des
 }
 
 Outcome check(Facts& f) {
-  if (const bool* moe = f.want(f->has_moe); moe && !*moe) return Outcome::not_applicable("the model has no routed experts");
+  if (const bool* moe = f.want(f->has_moe); moe && !*moe)
+    return Outcome::not_applicable("the model has no routed experts");
   const WeightScan* scan = f.require(f->weight_scan);
   if (f.missing()) return f.cannot_tell();
   const std::vector<experts::Layer> layers = experts::layers(*scan);
   if (layers.empty()) return Outcome::not_applicable("the weight files hold no two routed experts of a layer");
   Rows rows;
   if (const RouterRows* r = f.want(f->router_rows)) {
-    for (std::size_t i = 0; i < r->layer.size(); ++i) rows[{r->layer[i], r->expert[i]}].push_back({r->tensor[i], r->hash[i]});
+    for (std::size_t i = 0; i < r->layer.size(); ++i)
+      rows[{r->layer[i], r->expert[i]}].push_back({r->tensor[i], r->hash[i]});
   }
 
   std::vector<Found> pairs, many, parts;
@@ -255,9 +252,9 @@ Outcome check(Facts& f) {
   report(pairs, &findings, [&](const std::vector<Found>& v) { return pair(*scan, rows, v); });
   if (!many.empty()) findings.push_back(upcycled(f, *scan, rows, many));
   if (!parts.empty()) findings.push_back(partial(*scan, parts));
-  return Outcome::findings_or_pass(
-      std::move(findings), "no two experts are the same in any of " +
-                               say::plural(static_cast<std::int64_t>(layers.size()), "layer", "layers"));
+  return Outcome::findings_or_pass(std::move(findings),
+                                   "no two experts are the same in any of " +
+                                       say::plural(static_cast<std::int64_t>(layers.size()), "layer", "layers"));
 }
 
 }  // namespace

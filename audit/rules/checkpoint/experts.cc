@@ -47,7 +47,7 @@ std::vector<std::vector<int>> identical(const WeightScan& scan, const Layer& lay
     bool distinct = false;
     for (std::size_t i : units) {
       content += scan.projection[i] + ' ' + std::to_string(scan.elements[i]) + ' ' + scan.hash[i] + '\n';
-      distinct |= tells_apart(scan, i);
+      distinct |= tells_apart(scan, i) || scan.columns[i] == 0;  // codes: equal as a whole, or not at all
     }
     if (distinct) by_content[content].push_back(expert);
   }
@@ -67,11 +67,16 @@ std::string short_name(const std::string& projection) {
   return projection;
 }
 
-std::string list(const std::vector<int>& numbers) {
+std::string list(const std::vector<std::vector<int>>& groups) {
+  constexpr std::size_t kMost = 4;
   std::string text;
-  for (std::size_t i = 0; i < numbers.size(); ++i) {
-    text += (i == 0 ? "" : i + 1 < numbers.size() ? ", " : " and ") + std::to_string(numbers[i]);
+  for (std::size_t g = 0; g < groups.size() && g < kMost; ++g) {
+    text += g == 0 ? "" : "; ";
+    for (std::size_t i = 0; i < groups[g].size(); ++i) {
+      text += (i == 0 ? "" : i + 1 < groups[g].size() ? ", " : " and ") + std::to_string(groups[g][i]);
+    }
   }
+  if (groups.size() > kMost) text += " and " + std::to_string(groups.size() - kMost) + " more groups";
   return text;
 }
 

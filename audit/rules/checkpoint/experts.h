@@ -32,14 +32,14 @@ std::vector<std::vector<int>> identical(const WeightScan& scan, const Layer& lay
 /// "up_proj.weight" of "model.layers.{L}.mlp.experts.{e}.up_proj.weight"
 std::string short_name(const std::string& projection);
 
-/// "2, 5 and 7"
-std::string list(const std::vector<int>& numbers);
+/// "2, 5 and 7; 3 and 4": each group, up to four of them.
+std::string list(const std::vector<std::vector<int>>& groups);
 
 /// Median of a copy; 0 for none.
 double median(std::vector<double> values);
 
-/// Middle and robust spread of logarithms: median, and 1.4826 x the median distance from it, which estimates the standard
-/// deviation of a normal population and does not see single outliers.
+/// Middle and robust spread of logarithms: median, and 1.4826 x the median distance from it, which estimates the
+/// standard deviation of a normal population and does not see single outliers.
 struct Centre {
   double median = 0, deviation = 0;
 };

@@ -12,26 +12,27 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-Every value of every router weight and bias in the checkpoint is a finite number, and with `--full` every value of
-every tensor. A finding names file, tensor, layer, expert, and row and column of the first value.
+Every value of every tensor in the checkpoint is a finite number (of routers alone, if the files hold more than 2 GB
+and `--full` is not given). A finding names file, tensor, layer, expert, and row and column of the first value.
 
 ## Why it matters
 One NaN in a router weight makes that expert's logit NaN for every token, and the softmax over all experts with it:
-the layer's output is NaN for the whole batch. One NaN in an expert reaches the tokens routed to it: with top-2 of 8 and
-even load a quarter of all tokens in that layer, so an evaluation on few tokens can miss it and training cannot. The
-checkpoint cannot be trained on nor served. It usually means that the loss was NaN for steps before the save (LG001):
-Trainer's logging_nan_inf_filter, on by default, keeps that out of the logged loss (huggingface/trl issue 6702).
+the layer's output is NaN for the whole batch. One NaN in an expert reaches the tokens routed to it: with top-2 of 8
+and even load a quarter of all tokens in that layer, so an evaluation on few tokens can miss it and training cannot.
+The checkpoint cannot be trained on nor served. It usually means that the loss was NaN for steps before the save
+(LG001): Trainer's logging_nan_inf_filter, on by default, keeps that out of the logged loss (huggingface/trl issue
+6702).
 
-A buffer (a selection bias such as `e_score_correction_bias`) that is not finite is a note: transformers loads it
-and never updates it, and a bias of -inf can be a way to switch an expert off. A tensor that the family does not know is
-a note, too: nothing loads it.
+A buffer (a selection bias such as `e_score_correction_bias`) that is not finite is a note: transformers loads it and
+never updates it, and a bias of -inf can be a way to switch an expert off. A tensor that the family does not know is a
+note, too: nothing loads it.
 
 ## How to fix
 Go back to the last checkpoint whose tensors are finite, and find out why the loss left the finite numbers.
 
 ## Limits
-Without `--full` only routers are read (small checkpoints are always read whole), and the verdict says so. Packed
-values (GPTQ, AWQ, nf4) can hold no NaN; their scales can, and are read. When it happened is not in the file.
+Where only routers were read, the verdict says so. Packed codes (GPTQ, AWQ, nf4) can hold no NaN; their scales can,
+and are read. When it happened is not in the file.
 )md";
 
 constexpr std::size_t kSingle = 3;  // this many tensors of one part and layer are reported one by one
@@ -161,11 +162,12 @@ Outcome check(Facts& f) {
   const RouterValues* routers = scan ? f.want(f->router_values) : f.require(f->router_values);
   if (f.missing()) return f.cannot_tell();
   if (!scan && routers->tensor.empty()) return Outcome::not_applicable("the weight files hold no router");
-  const std::string what =
-      scan ? "all " + say::plural(static_cast<std::int64_t>(scan->tensor.size()), "tensor or expert slice is",
-                                  "tensors and expert slices are") + " finite"
-           : "all " + std::to_string(routers->tensor.size()) +
-                 " router tensors are finite; only routers were read, --full reads every tensor";
+  const std::string what = scan ? "all " +
+                                      say::plural(static_cast<std::int64_t>(scan->tensor.size()),
+                                                  "tensor or expert slice is", "tensors and expert slices are") +
+                                      " finite"
+                                : "all " + std::to_string(routers->tensor.size()) +
+                                      " router tensors are finite; only routers were read, --full reads every tensor";
   return Outcome::findings_or_pass(aggregate(bad_tensors(f, routers, scan)), what);
 }
 

@@ -21,16 +21,18 @@ The root mean square (RMS) of every matrix of every routed expert, against the m
 | RMS at most 1/32 of the layer's median: dead by norm | warning |
 | RMS at most 1/4 or at least 4 times the median | note |
 
-The last two also ask for 6 robust deviations of the logarithm (1.4826 x median distance from the median) and 4 experts.
+The last two also ask for 6 robust deviations of the logarithm (1.4826 x median distance from the median) and 4
+experts.
 
 ## Why it matters
-An expert of zeros answers its share of the tokens with 0, and where gate, up and down are all zero its gradient is zero
-as well: down x h with h = 0 on one side, a zero down_proj on the other. It cannot recover. Training does not produce
-exact zeros; a sharded save that gathered an empty parameter, or a pruning mask, does.
+An expert of zeros answers its share of the tokens with 0, and where gate, up and down are all zero its gradient is
+zero as well: down x h with h = 0 on one side, a zero down_proj on the other. It cannot recover. Training does not
+produce exact zeros; a sharded save that gathered an empty parameter, or a pruning mask, does.
 
-Load does not show an expert that is small: it gets its tokens and adds nothing to them. Decoupled weight decay shrinks an
-expert that gets no gradient by 1 - lr x decay a step: with 3e-4 and 0.1 to 1/32 in 115,500 steps. The output of an expert
-is a product of its matrices, so 1/32 in one of them is 3 % of the output and in all three 0.003 %.
+Load does not show an expert that is small: it gets its tokens and adds nothing to them. Decoupled weight decay
+shrinks an expert that gets no gradient by 1 - lr x decay a step: with 3e-4 and 0.1 to 1/32 in 115,500 steps. The
+output of an expert is a product of its matrices, so 1/32 in one of them is 3 % of the output and in all three 0.003
+%.
 
 ## How to fix
 Zero: go back to a checkpoint or source in which the expert is not zero. Dead by norm: look at its load on your data
@@ -38,12 +40,12 @@ before you spend memory on it, and at the balance loss (BL002 to BL006) if you t
 
 ## Limits
 The thresholds are calibrated so that healthy layers stay silent: a random matrix of n values has a relative deviation
-of 1/sqrt(2 n) (under 0.01 % for a real expert); the models that transformers itself initialises, and the fixtures trained from them, stay
-within 7 % of the median. Of simulated healthy layers whose RMS spreads log-normally (fixtures/make/outlier_rates.py),
-per layer and matrix: at a spread of a factor 1.22 none of 10^6 fires; at 1.35, 4 in 10^5 of 8 experts, 2 in 10^5 of 64, none
-of 128; at 1.65, 0.6 % of 8, 0.015 % of 64, none of 256; dead by norm, none. Released checkpoints were not
-measured, so what is merely far is advice. Packed codes (GPTQ, AWQ) are not judged, nor layers of fewer
-than 4 experts, except for zeros. Needs `--full` (small checkpoints are always read whole).
+of 1/sqrt(2 n) (under 0.01 % for a real expert); the models that transformers itself initialises, and the fixtures
+trained from them, stay within 7 % of the median. Of simulated healthy layers whose RMS spreads log-normally
+(fixtures/make/outlier_rates.py), per layer and matrix: at a spread of a factor 1.22 none of 10^6 fires; at 1.35, 4 in
+10^5 of 8 experts, 2 in 10^5 of 64, none of 128; at 1.65, 0.6 % of 8, 0.015 % of 64, none of 256; dead by norm, none.
+Released checkpoints were not measured, so what is merely far is advice. Packed codes (GPTQ, AWQ) are not judged, nor
+layers of fewer than 4 experts, except for zeros. Needs `--full` if the files hold more than 2 GB.
 )md";
 
 constexpr double kFar = 4.0;
@@ -125,8 +127,9 @@ std::string who(const Odd& odd) {
   return "expert " + std::to_string(odd.expert) + " of layer " + std::to_string(odd.layer);
 }
 
-Finding describe(Severity severity, const WeightScan& scan, const std::vector<Odd>& odd, const std::string& what,
-                 const std::string& says) {  // "Expert 3 of layer 1 (RMS against the layer's median: up_proj.weight 0.01)..."
+Finding describe(
+    Severity severity, const WeightScan& scan, const std::vector<Odd>& odd, const std::string& what,
+    const std::string& says) {  // "Expert 3 of layer 1 (RMS against the layer's median: up_proj.weight 0.01)..."
   Finding finding;
   finding.severity = severity;
   std::vector<std::string> texts;
@@ -148,7 +151,8 @@ Finding describe(Severity severity, const WeightScan& scan, const std::vector<Od
 std::string fetch_again(const Finding& finding) {
   const std::string& file = finding.locations.front().file;
   return "Go back to a checkpoint or a source in which these values are not zero:\n    hf download MODEL " +
-         file.substr(file.rfind('/') + 1) + " --force-download\nIf they were pruned on purpose:\n"
+         file.substr(file.rfind('/') + 1) +
+         " --force-download\nIf they were pruned on purpose:\n"
          "    moe-audit check --ignore CK005";
 }
 
@@ -171,8 +175,8 @@ Finding zero_layers(const WeightScan& scan, const std::vector<Odd>& odd) {
 }
 
 Finding dead(const WeightScan& scan, const std::vector<Odd>& odd) {
-  Finding finding = describe(Severity::kWarning, scan, odd, "RMS against the layer's median",
-                             " is dead by norm, whatever its load.");
+  Finding finding =
+      describe(Severity::kWarning, scan, odd, "RMS against the layer's median", " is dead by norm, whatever its load.");
   finding.remedy =
       "Count its tokens on your data before you train or serve it; to go on with it as it is:\n"
       "    moe-audit check --ignore CK005";
@@ -185,7 +189,8 @@ Finding far(const WeightScan& scan, const std::vector<Odd>& odd) {
   Finding finding = describe(Severity::kNote, scan, odd, "RMS against the layer's median",
                              " is far in size from the other experts of its layer.");
   finding.remedy =
-      "Compare with the base model (an expert that was far there is a trait, one that moved is a fault); to accept it:\n"
+      "Compare with the base model (an expert that was far there is a trait, one that moved is a fault); to accept "
+      "it:\n"
       "    moe-audit check --ignore CK005";
   finding.does_not_show = "That anything is wrong: experts of a trained model may differ in size.";
   finding.sources = {"arXiv 2406.18219 (experts of larger output are chosen more often)"};
@@ -199,19 +204,22 @@ void report(const WeightScan& scan, const std::vector<Odd>& odd, std::vector<Fin
 }
 
 Outcome check(Facts& f) {
-  if (const bool* moe = f.want(f->has_moe); moe && !*moe) return Outcome::not_applicable("the model has no routed experts");
+  if (const bool* moe = f.want(f->has_moe); moe && !*moe)
+    return Outcome::not_applicable("the model has no routed experts");
   const WeightScan* scan = f.require(f->weight_scan);
   if (f.missing()) return f.cannot_tell();
   Found found;
   for (const experts::Layer& layer : experts::layers(*scan)) {
     const bool any = std::any_of(layer.units.begin(), layer.units.end(), [&](const auto& expert) {
-      return std::any_of(expert.second.begin(), expert.second.end(), [&](std::size_t i) { return experts::is_matrix(*scan, i); });
+      return std::any_of(expert.second.begin(), expert.second.end(),
+                         [&](std::size_t i) { return experts::is_matrix(*scan, i); });
     });
     if (!any) continue;
     ++found.layers;
     judge(*scan, layer, &found);
   }
-  if (found.layers == 0) return Outcome::not_applicable("the weight files hold no two routed experts of a layer as values");
+  if (found.layers == 0)
+    return Outcome::not_applicable("the weight files hold no two routed experts of a layer as values");
   std::vector<Finding> findings;
   report(*scan, found.zero, &findings, zero);
   if (!found.zero_layers.empty()) findings.push_back(zero_layers(*scan, found.zero_layers));
