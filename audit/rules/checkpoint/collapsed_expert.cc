@@ -51,7 +51,7 @@ struct Collapsed {
 std::string describe(const StableRanks& ranks, const Collapsed& c) {
   return experts::short_name(ranks.projection[c.row]) + " of expert " + std::to_string(ranks.expert[c.row]) +
          " in layer " + std::to_string(ranks.layer[c.row]) + " has a stable rank of " +
-         say::number(ranks.stable_rank[c.row]) + " (layer's median " + say::number(c.median) + ")";
+         experts::rounded(ranks.stable_rank[c.row]) + " (layer's median " + experts::rounded(c.median) + ")";
 }
 
 Finding collapsed(const StableRanks& ranks, const std::vector<Collapsed>& all) {
@@ -63,8 +63,8 @@ Finding collapsed(const StableRanks& ranks, const std::vector<Collapsed>& all) {
     if (finding.locations.size() >= 8) continue;
     const Location where{ranks.file[c.row], 0, "", ranks.tensor[c.row]};
     finding.locations.push_back(where);
-    finding.evidence.push_back({"stable rank", say::number(ranks.stable_rank[c.row]), where});
-    finding.evidence.push_back({"median of the layer", say::number(c.median), where});
+    finding.evidence.push_back({"stable rank", experts::rounded(ranks.stable_rank[c.row]), where});
+    finding.evidence.push_back({"median of the layer", experts::rounded(c.median), where});
     finding.evidence.push_back(
         {"block", std::to_string(ranks.rows[c.row]) + " x " + std::to_string(ranks.columns[c.row]), where});
   }

@@ -236,7 +236,7 @@ void judge(const RouterRows& rows, const Router& router, const Explained& known,
     const double off = logs[n] - centre.median;
     if (std::fabs(off) < std::log(kFactor) || std::fabs(off) < kDeviations * centre.deviation) continue;
     odd.push_back(rows.expert[sound[n]]);
-    ratios.push_back(say::number(std::exp(off)));
+    ratios.push_back(experts::rounded(std::exp(off)));
   }
   if (!odd.empty()) out->norms.push_back({&router, odd, say::some(ratios, 4)});
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <utility>
 
 namespace moeaudit::experts {
@@ -78,6 +79,12 @@ std::string list(const std::vector<std::vector<int>>& groups) {
   }
   if (groups.size() > kMost) text += " and " + std::to_string(groups.size() - kMost) + " more groups";
   return text;
+}
+
+std::string rounded(double v) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.3g", v);
+  return buffer;
 }
 
 double median(std::vector<double> values) {

@@ -35,6 +35,9 @@ std::string short_name(const std::string& projection);
 /// "2, 5 and 7; 3 and 4": each group, up to four of them.
 std::string list(const std::vector<std::vector<int>>& groups);
 
+/// Three significant digits: ratios and ranks are not known better.
+std::string rounded(double v);
+
 /// Median of a copy; 0 for none.
 double median(std::vector<double> values);
 

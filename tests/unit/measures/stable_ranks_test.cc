@@ -1,6 +1,7 @@
 // Stable ranks of the fixtures' experts against NumPy's SVD (fixtures/make/stable_ranks_golden.py), and the block that
 // is read of large matrices.
 #include <cmath>
+#include <set>
 
 #include "tests/unit/measures/fixture_model.h"
 
@@ -10,11 +11,12 @@ namespace {
 
 using namespace test;
 
-/// A scan that lists these matrices: tensor, expert, first element, elements, columns.
+/// A scan that lists these matrices.
 struct Listed {
   std::string tensor;
   int expert;
   std::int64_t first, elements, columns;
+  int layer = 0;
 };
 
 Bench measure(TensorStore store, const std::vector<Listed>& matrices, int threads = 1) {
@@ -26,7 +28,7 @@ Bench measure(TensorStore store, const std::vector<Listed>& matrices, int thread
     scan.file.push_back(store.files()[static_cast<std::size_t>(t->file)]);
     scan.dtype.push_back(t->dtype);
     scan.part.push_back(Part::kRoutedExpert);
-    scan.layer.push_back(0);
+    scan.layer.push_back(m.layer);
     scan.expert.push_back(m.expert);
     scan.projection.push_back(m.tensor);
     scan.first.push_back(m.first);
@@ -46,7 +48,8 @@ Bench measure(TensorStore store, const std::vector<Listed>& matrices, int thread
 TEST(StableRanks, TheFixturesExpertsAgainstAnSvd) {
   std::size_t compared = 0;
   double widest = 0;
-  for (const auto& [folder, expected] : read_json(fixture("measures/stable_ranks.json")).items()) {
+  const nlohmann::json golden = read_json(fixture("measures/stable_ranks.json"));
+  for (const auto& [folder, expected] : golden.items()) {
     SCOPED_TRACE(folder);
     TensorStore store = open_weights(fixture(folder));
     std::vector<Listed> matrices;
@@ -126,6 +129,19 @@ TEST(StableRanks, TheSameForAnyNumberOfThreads) {
   const std::string folder = fixture("models/mixtral-tf4");
   const Bench one = measure(open_weights(folder), matrices, 1), five = measure(open_weights(folder), matrices, 5);
   EXPECT_EQ(one.facts.stable_ranks.value().stable_rank, five.facts.stable_ranks.value().stable_rank);
+}
+
+TEST(StableRanks, OfTooManyMatricesEvenlySpacedLayersAreMeasured) {
+  std::vector<Listed> matrices;  // 6 layers x 100, where 500 are measured without --full: 5 layers
+  for (int i = 0; i < 600; ++i) {
+    matrices.push_back({"model.layers.0.block_sparse_moe.experts.0.w1.weight", i % 100, 0, 32 * 64, 64, i / 100});
+  }
+  const Bench bench = measure(open_weights(fixture("models/mixtral-tf4")), matrices);
+  const std::vector<int>& layer = bench.facts.stable_ranks.value().layer;
+  EXPECT_EQ(layer.size(), 500u);
+  EXPECT_EQ(std::set<int>(layer.begin(), layer.end()), (std::set<int>{1, 2, 3, 4, 5}));
+  ASSERT_EQ(bench.records.size(), 1u);
+  EXPECT_EQ(bench.records[0].note, "500 matrices of experts in 5 of 6 layers");
 }
 
 TEST(StableRanks, UnknownWithoutAScan) {
