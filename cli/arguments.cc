@@ -99,7 +99,12 @@ void add_output_options(CLI::App& app, Arguments& a) {
   app.add_flag_callback("--static", [&a] { a.engine.replays = false; },
                         "Headers, configs and router rows only: no replay of the routers, no scan of the weights")
       ->group(group)->excludes("--full");
-  one_each(app.add_option("--format", a.formats, "text or json, to stdout; =FILE writes to a file: json=report.json"))
+  app.add_option("--baseline", a.baseline,
+                 "Findings accepted earlier: they are listed and do not count. Write one with --format baseline=FILE")
+      ->group(group)->type_name("FILE");
+  app.add_flag_callback("--no-suppressions", [&a] { a.engine.comments = false; },
+                        "Comments '# moe-audit: ignore[RULE] reason' in files suppress nothing")->group(group);
+  one_each(app.add_option("--format", a.formats, writer_names() + "; to stdout, or =FILE to a file: json=report.json"))
       ->group(group)->type_name("FORMAT[=FILE]");
 }
 
@@ -171,6 +176,10 @@ AuditResult audit(Arguments& a) {
   if (a.run.paths.empty() && a.run.models.empty() && a.run.bases.empty() && a.run.adapters.empty() && a.run.configs.empty() &&
       a.run.logs.empty()) {
     throw UsageError{"nothing to audit: give a PATH (a model directory, training config, adapter or run folder); see --help"};
+  }
+  if (InputProblem problem; !a.baseline.empty() && !read_baseline(a.baseline, &a.engine.baseline, &problem)) {
+    throw UsageError{"--baseline " + a.baseline + (problem.line ? ":" + std::to_string(problem.line) : "") + ": " +
+                     problem.what + "; " + problem.remedy};
   }
   ProgressBar bar(!a.no_progress);
   a.engine.progress = [&bar](std::string_view stage, double done) { bar(stage, done); };

@@ -20,6 +20,7 @@ struct Arguments {
   EngineOptions engine;
   std::vector<std::string> assume;       // "transformers=4.57.1", split at commas
   std::vector<std::string> formats;      // "text", "json", "json=report.json"
+  std::string baseline;                  // file
   std::string color = "auto";
   bool no_progress = false;
 };

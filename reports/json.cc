@@ -103,12 +103,12 @@ Json facts_json(const FactSheet& facts) {
 
 // ---- the report --------------------------------------------------------------------------------------------------------
 
-Json finding_json(const RuleResult& rule, const Finding& f) {
+Json finding_json(std::string_view rule, std::string_view name, const Finding& f) {
   Json evidence = Json::array();
   for (const Evidence& e : f.evidence) evidence.push_back({{"name", e.name}, {"value", e.value}, {"where", json_of(e.where)}});
   Json locations = Json::array();
   for (const Location& l : f.locations) locations.push_back(json_of(l));
-  return {{"rule", rule.id},         {"name", rule.name},   {"severity", name_of(f.severity)},
+  return {{"rule", rule},            {"name", name},        {"severity", name_of(f.severity)},
           {"message", f.message},    {"evidence", evidence}, {"remedy", f.remedy},
           {"does_not_show", f.does_not_show}, {"locations", locations}, {"sources", f.sources}};
 }
@@ -119,9 +119,11 @@ Json checks_json(const RunResult& run) {
     const Outcome& o = rule.outcome;
     switch (o.kind) {
       case Outcome::Kind::kPass:
-      case Outcome::Kind::kFinding:
-        ran.push_back({{"rule", rule.id}, {"outcome", name_of(o.kind)}});
+      case Outcome::Kind::kFinding: {
+        const bool suppressed = o.kind == Outcome::Kind::kFinding && o.findings.empty();
+        ran.push_back({{"rule", rule.id}, {"outcome", suppressed ? "suppressed" : name_of(o.kind)}});
         break;
+      }
       case Outcome::Kind::kNotApplicable:
         not_applicable.push_back({{"rule", rule.id}, {"reason", o.reason}});
         break;
@@ -165,7 +167,13 @@ Json problems_json(const RunResult& run) {
 Json run_json(const RunResult& run) {
   Json findings = Json::array();
   for (const RuleResult& rule : run.rules) {
-    for (const Finding& f : rule.outcome.findings) findings.push_back(finding_json(rule, f));
+    for (const Finding& f : rule.outcome.findings) findings.push_back(finding_json(rule.id, rule.name, f));
+  }
+  Json suppressed = Json::array();
+  for (const Suppressed& s : run.suppressed) {
+    Json by = {{"kind", s.baseline_entry < 0 ? "comment" : "baseline"}, {"where", json_of(s.by)}};
+    put(by, "reason", s.reason);
+    suppressed.push_back({{"finding", finding_json(s.rule, s.name, s.finding)}, {"by", by}});
   }
   Json measures = Json::array();
   for (const MeasureRecord& m : run.measures) measures.push_back({{"name", m.name}, {"backend", m.backend}, {"note", m.note}});
@@ -173,7 +181,7 @@ Json run_json(const RunResult& run) {
   if (run.facts.unread_keys.known()) unread = json_of(run.facts.unread_keys.value());
   Json facts = facts_json(run.facts);
   facts.erase("config.unread_keys");  // has its own place
-  return {{"inputs", inputs_json(run)}, {"problems", problems_json(run)}, {"findings", findings}, {"checks", checks_json(run)},
+  return {{"inputs", inputs_json(run)}, {"problems", problems_json(run)}, {"findings", findings}, {"suppressed", suppressed}, {"checks", checks_json(run)},
           {"facts", facts},             {"unread_keys", unread},          {"measures", measures}};
 }
 
@@ -183,6 +191,13 @@ Json report(const AuditResult& result) {
                {"outcome", name_of(result.verdict)},
                {"exit_code", result.exit_code}};
   put(root, "could_not_judge", result.could_not_judge);
+  if (!result.baseline.empty()) {
+    Json stale = Json::array();
+    for (const BaselineEntry& e : result.stale_baseline) {
+      stale.push_back({{"rule", e.rule}, {"severity", name_of(e.severity)}, {"where", json_of(e.where)}});
+    }
+    root["baseline"] = {{"file", result.baseline}, {"stale", stale}};
+  }
   if (result.all_checkpoints || result.runs.size() != 1) {
     root["runs"] = Json::array();
     for (const RunResult& run : result.runs) {

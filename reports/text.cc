@@ -20,12 +20,13 @@ std::string place(const Location& l) {
 }
 
 struct Counts {
-  int errors = 0, warnings = 0, notes = 0;
+  int errors = 0, warnings = 0, notes = 0, suppressed = 0;
 };
 
 Counts count(const std::vector<RunResult>& runs) {
   Counts c;
   for (const RunResult& run : runs) {
+    c.suppressed += static_cast<int>(run.suppressed.size());
     for (const RuleResult& rule : run.rules) {
       for (const Finding& f : rule.outcome.findings) {
         (f.severity == Severity::kError ? c.errors : f.severity == Severity::kWarning ? c.warnings : c.notes)++;
@@ -41,7 +42,7 @@ void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& 
   const Counts c = count(result.runs);
   std::string counts = plural(c.errors, "error") + ", " + plural(c.warnings, "warning") + ", " + plural(c.notes, "note");
   switch (result.verdict) {
-    case Verdict::kPassed: out << paint.green("PASSED") << "  no findings"; break;
+    case Verdict::kPassed: out << paint.green("PASSED") << "  no findings" << (c.suppressed ? " that count" : ""); break;
     case Verdict::kFindings: {
       const Severity worst = c.errors ? Severity::kError : c.warnings ? Severity::kWarning : Severity::kNote;
       out << paint.of(worst, "FINDINGS") << "  " << counts;
@@ -51,6 +52,7 @@ void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& 
       out << paint.of(Severity::kError, "COULD NOT JUDGE") << "  " << result.could_not_judge;
       if (c.errors + c.warnings + c.notes > 0) out << "; " << counts;
   }
+  if (c.suppressed) out << ", " << c.suppressed << " suppressed";
   out << "  (exit code " << result.exit_code << ")\n";
 }
 
@@ -116,6 +118,17 @@ void write_precision(const PrecisionTable& t, int width, std::ostream& out) {
   }
 }
 
+/// What does not count, and who said so: nothing disappears.
+void write_suppressed(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
+  if (run.suppressed.empty()) return;
+  out << "\n" << paint.bold("Suppressed") << "\n";
+  for (const Suppressed& s : run.suppressed) {
+    const std::string where = s.finding.locations.empty() ? "" : " at " + place(s.finding.locations.front());
+    fill(out, std::string(name_of(s.finding.severity)) + " " + std::string(s.rule) + where + ", by " + place(s.by) +
+                  (s.reason.empty() ? "" : ": " + s.reason), 2, width);
+  }
+}
+
 void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
   std::vector<std::string> passed, not_applicable;
   std::map<std::string, std::vector<std::string>> waiting;  // what would settle it -> rules
@@ -168,6 +181,7 @@ void write_run(const RunResult& run, const WriterOptions& options, std::ostream&
       }
     }
   }
+  write_suppressed(run, paint, options.width, out);
   write_checks(run, paint, options.width, out);
   write_keys(run, paint, options.width, out);
 }
@@ -178,6 +192,15 @@ void write(const AuditResult& result, const WriterOptions& options, std::ostream
     out << "\n";
     write_run(run, options, out);
   }
+  if (result.stale_baseline.empty()) return;
+  std::vector<std::string> entries;
+  for (const BaselineEntry& e : result.stale_baseline) {
+    const std::string where = place(e.where);
+    entries.push_back(e.rule + (where.empty() ? "" : " at " + where));
+  }
+  out << "\n";
+  fill(out, result.baseline + " accepts findings that are gone: " + join(entries, ", ") + ". Write it anew with --format baseline=" +
+                result.baseline, 0, options.width);
 }
 
 }  // namespace

@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <set>
 
+#include "audit/engine/suppress.h"
 #include "audit/measures/measure.h"
 #include "audit/rules/rule.h"
 
 namespace moeaudit {
 namespace {
 
-bool matches(std::string_view pattern, const Rule& rule) {
-  return rule.id.substr(0, pattern.size()) == pattern || rule.name == pattern;
-}
+bool matches(std::string_view pattern, const Rule& rule) { return selects(pattern, rule.id, rule.name); }
 
 bool any_matches(const std::vector<std::string>& patterns, const Rule& rule) {
   return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& p) { return matches(p, rule); });
@@ -59,6 +58,10 @@ class Measures {
 
 }  // namespace
 
+bool selects(std::string_view pattern, std::string_view id, std::string_view name) {
+  return id.substr(0, pattern.size()) == pattern || name == pattern;
+}
+
 bool selects_nothing(std::string_view pattern) {
   for (int i = 0; i < kNumRules; ++i) {
     if (matches(pattern, *kRules[i])) return false;
@@ -90,11 +93,13 @@ RunResult audit_run(LoadedRun run, const EngineOptions& options) {
     Names wanted;
     for (const Rule* rule : rules) {
       Facts facts(result.facts);
-      result.rules.push_back({rule->id, rule->name, rule->check(facts)});
+      result.rules.push_back({rule->id, rule->name, rule->check(facts), rule->severity, rule->summary, rule->doc});
       wanted.insert(facts.asked_unknown().begin(), facts.asked_unknown().end());
     }
     again = measures.run_for(wanted);
   }
+  if (!options.comments) run.suppressions.clear();
+  suppress(&result, run.suppressions, options.baseline);
   return result;
 }
 
@@ -115,7 +120,8 @@ Tally count(const RunResult& run) {
       case Outcome::Kind::kCannotTell: tally.cannot_tell = true; break;
       case Outcome::Kind::kNotApplicable: break;
       case Outcome::Kind::kFinding:
-        tally.judged = tally.finding = true;
+        tally.judged = true;
+        tally.finding |= !rule.outcome.findings.empty();
         for (const Finding& f : rule.outcome.findings) tally.worst = std::max(tally.worst, f.severity);
     }
   }
@@ -147,10 +153,30 @@ std::string obstacle(const RunResult& run, const Tally& tally) {
   return {};
 }
 
+/// Entries that no finding matched although their rule was judged.
+std::vector<BaselineEntry> stale(const Baseline& baseline, const std::vector<RunResult>& runs) {
+  std::set<int> used;
+  std::set<std::string_view> judged;
+  for (const RunResult& run : runs) {
+    for (const Suppressed& s : run.suppressed) used.insert(s.baseline_entry);
+    for (const RuleResult& rule : run.rules) {
+      if (rule.outcome.kind != Outcome::Kind::kCannotTell) judged.insert(rule.id);
+    }
+  }
+  std::vector<BaselineEntry> out;
+  for (std::size_t i = 0; i < baseline.entries.size(); ++i) {
+    const BaselineEntry& entry = baseline.entries[i];
+    if (judged.count(entry.rule) && !used.count(static_cast<int>(i))) out.push_back(entry);
+  }
+  return out;
+}
+
 }  // namespace
 
 AuditResult conclude(std::vector<RunResult> runs, const EngineOptions& options) {
   AuditResult result;
+  result.stale_baseline = stale(options.baseline, runs);
+  result.baseline = options.baseline.file;
   result.tool_version = MOE_AUDIT_VERSION;
   bool finding = false, over_limit = false, cannot_tell = false;
   for (const RunResult& run : runs) {

@@ -110,11 +110,43 @@ class Facts {
   std::vector<std::string_view> asked_unknown_;
 };
 
-/// What one rule said of one run.
+/// What one rule said of one run. A rule whose findings are all suppressed keeps kFinding, with an empty list.
 struct RuleResult {
   std::string_view id;
   std::string_view name;
   Outcome outcome;
+  Severity severity = Severity::kError;  // of the rule: its default
+  std::string_view summary = {}, doc = {};
+};
+
+/// "# moe-audit: ignore[BL001, PR] reason" in a file of the user.
+struct Suppression {
+  std::string file;
+  int line = 0;                    // the line it speaks of; 0: the whole file
+  int comment_line = 0;            // where it is written
+  std::vector<std::string> rules;  // ids, id prefixes or names
+  std::string reason;
+};
+
+/// A finding that was accepted earlier. Lines are no part of it: they move when the file is edited.
+struct BaselineEntry {
+  std::string rule;
+  Severity severity = Severity::kError;  // a finding that has become worse than this counts again
+  Location where;                        // file, key and tensor of the finding's first location
+  std::string reason;                    // may be empty
+};
+struct Baseline {
+  std::string file;
+  std::vector<BaselineEntry> entries;
+};
+
+/// A finding that does not count, and who said so.
+struct Suppressed {
+  std::string_view rule, name;
+  Finding finding;
+  Location by;             // the comment, or the baseline file
+  int baseline_entry = -1;  // position in Baseline::entries; -1: a comment
+  std::string reason;      // may be empty for a baseline
 };
 
 /// One file or folder that was given or found, and what it was taken for.
@@ -149,6 +181,7 @@ struct RunResult {
   std::vector<InputProblem> problems;
   std::vector<MeasureRecord> measures;
   std::vector<RuleResult> rules;  // ordered by id; only the selected rules
+  std::vector<Suppressed> suppressed;
 };
 
 enum class Verdict { kPassed, kFindings, kCouldNotJudge };
@@ -162,6 +195,8 @@ struct AuditResult {
   Verdict verdict = Verdict::kPassed;
   int exit_code = 0;
   std::string could_not_judge;  // why, when verdict is kCouldNotJudge
+  std::string baseline;         // file; empty: none was given
+  std::vector<BaselineEntry> stale_baseline;  // entries that no finding of these rules matches any more
 };
 
 }  // namespace moeaudit

@@ -30,10 +30,14 @@ struct LoadedRun {
   TensorStore model, adapter, hidden_states;
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;
+  std::vector<Suppression> suppressions;
 };
 
 /// Reads everything the options name. One invocation is one run; a folder of checkpoints gives its latest, or with
 /// all_checkpoints one run each. Never throws on bad input: what could not be read is in LoadedRun::problems.
 std::vector<LoadedRun> load_runs(const RunOptions& options);
+
+/// A baseline file, as `--format baseline=FILE` writes it. False with `problem` set.
+bool read_baseline(const std::string& path, Baseline* baseline, InputProblem* problem);
 
 }  // namespace moeaudit

@@ -45,6 +45,7 @@ class Loader {
     run.hidden_states = std::move(m_.hidden_states);
     run.inputs = std::move(m_.inputs);
     run.problems = std::move(m_.problems);
+    run.suppressions = std::move(m_.suppressions);
     return run;
   }
 
@@ -284,6 +285,7 @@ bool read_tree(const std::string& path, Node* out, Material* material) {
     return problem(error.line, error.column, std::string(yaml ? "YAML" : "JSON") + " error: " + error.what,
                    "repair the file at this place");
   }
+  if (yaml) read_suppressions(path, text, material);
   for (const DuplicateKey& d : duplicates) {
     problem(d.line, 0,
             "key " + d.path + " stands twice (lines " + std::to_string(d.first_line) + " and " +

@@ -66,6 +66,7 @@ struct Material {
   std::vector<IgnoredKey> ignored_keys;
   std::string keys_not_compared;          // why unread_keys may hold keys that the framework ignores; "": it has none
   std::vector<UnreadKey> unread_keys;
+  std::vector<Suppression> suppressions;  // comments in the files that were read
   TensorStore model, adapter, hidden_states;
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;

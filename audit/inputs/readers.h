@@ -15,6 +15,11 @@ namespace moeaudit {
 /// problem.
 bool read_tree(const std::string& path, Node* out, Material* material);
 
+/// Comments "# moe-audit: ignore[RULE, ...] reason" (the same line, or the next line that is no comment) and
+/// "# moe-audit: ignore-file[RULE, ...] reason" of a YAML, requirements or lock file. One without a reason, or that is
+/// no such comment, suppresses nothing and is a non-fatal problem.
+void read_suppressions(const std::string& path, std::string_view text, Material* material);
+
 /// config.json of a model. Adds to configs, states the quantisation, and for a config that the run itself wrote
 /// (`states_version`) the transformers release. A root that is no map, or has neither model_type nor architectures, is
 /// a problem.

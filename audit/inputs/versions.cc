@@ -278,8 +278,14 @@ bool read_versions(const std::string& path, Material* material) {
   Reader reader(path, material);
   switch (recognise_versions(path, text)) {
     case VersionFile::kNone: return false;
-    case VersionFile::kRequirements: read_requirements(text, &reader); break;
-    case VersionFile::kLock: read_lock(text, &reader); break;
+    case VersionFile::kRequirements:
+      read_requirements(text, &reader);
+      read_suppressions(path, text, material);
+      break;
+    case VersionFile::kLock:
+      read_lock(text, &reader);
+      read_suppressions(path, text, material);
+      break;
     case VersionFile::kModelCard: read_model_card(text, &reader); break;
   }
   return reader.count() > 0;

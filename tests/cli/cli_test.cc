@@ -184,6 +184,37 @@ TEST_F(Cli, FactsShowOriginsAndWhatWasShadowed) {
   EXPECT_EQ(json["runs"][0]["facts"]["balance.aux_coefficient"]["origin"], "stated");
 }
 
+TEST_F(Cli, ABaselineAcceptsTodaysFindingsAndFailsOnNewOnes) {
+  const std::string run_folder = "fixtures/runs/mixtral-qlora-broken --static", file = "'" + (dir_ / "baseline.json").string() + "'";
+  EXPECT_EQ(run("check " + run_folder + " --ignore GA001 --format baseline=" + file).exit_code, 1);
+  const auto report = nlohmann::json::parse(run("check " + run_folder + " --format json --baseline " + file).out);
+  EXPECT_EQ(report["exit_code"], 1);  // GA001 is new
+  ASSERT_EQ(report["findings"].size(), 1u);
+  EXPECT_EQ(report["findings"][0]["rule"], "GA001");
+  EXPECT_EQ(report["suppressed"].size(), 4u);
+  EXPECT_TRUE(report["baseline"]["stale"].empty());
+  EXPECT_EQ(run("check " + run_folder + " --ignore GA001 --baseline " + file).exit_code, 0);
+  const auto other = nlohmann::json::parse(run("check fixtures/runs/mixtral-qlora-healthy --static --format json --baseline " + file).out);
+  EXPECT_EQ(other["baseline"]["stale"].size(), 4u);
+  const Result none = run("check " + run_folder + " --baseline no/such/file");
+  EXPECT_EQ(none.exit_code, 2);
+  EXPECT_TRUE(contains(none.err, "no/such/file")) << none.err;
+}
+
+TEST_F(Cli, ACommentInAConfigSuppressesWithItsReason) {
+  fs::copy(kRoot + "/fixtures/runs/mixtral-qlora-broken", dir_ / "run", fs::copy_options::recursive);
+  std::string config = slurp(dir_ / "run/axolotl.yml");
+  const std::string line = "  router_aux_loss_coef: 0.02";
+  ASSERT_TRUE(contains(config, line));
+  config.insert(config.find(line) + line.size(), "  # moe-audit: ignore[BL001] an ablation without it");
+  write("run/axolotl.yml", config);
+  const std::string arguments = "check '" + (dir_ / "run").string() + "' --static --select BL001";
+  const Result r = run(arguments);
+  EXPECT_EQ(r.exit_code, 0) << r.out;
+  EXPECT_TRUE(contains(r.out, "an ablation without it")) << r.out;
+  EXPECT_EQ(run(arguments + " --no-suppressions").exit_code, 1);
+}
+
 TEST_F(Cli, RulesAndExplain) {
   const auto rules = nlohmann::json::parse(run("rules --format json").out);
   EXPECT_GE(rules.size(), 25u);

@@ -112,6 +112,96 @@ TEST(TextWriter, StaysWithinTheWidth) {
   for (std::string line; std::getline(lines, line);) EXPECT_LE(line.size(), 60u) << line;
 }
 
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) lines.push_back(line);
+  return lines;
+}
+
+TEST(SarifWriter, HasWhatCodeScanningShows) {
+  AuditResult result = sample();
+  Location weights{"my model/w.safetensors", 0, "", "gate.weight"};
+  auto& locations = result.runs[0].rules[0].outcome.findings[0].locations;
+  locations.insert(locations.begin(), weights);
+  const auto sarif = nlohmann::json::parse(render("sarif", result));
+  EXPECT_EQ(sarif["version"], "2.1.0");
+  const auto& run = sarif["runs"][0];
+  ASSERT_EQ(run["tool"]["driver"]["rules"].size(), 4u);
+  ASSERT_EQ(run["results"].size(), 1u);
+  const auto& entry = run["results"][0];
+  EXPECT_EQ(entry["ruleId"], run["tool"]["driver"]["rules"][entry["ruleIndex"].get<int>()]["id"]);
+  EXPECT_EQ(entry["level"], "warning");
+  // The line of the config, which a reviewer can see, comes before the tensor.
+  EXPECT_EQ(entry["locations"][0]["physicalLocation"]["artifactLocation"]["uri"], "train.yml");
+  EXPECT_EQ(entry["locations"][0]["physicalLocation"]["region"]["startLine"], 4);
+  EXPECT_EQ(entry["relatedLocations"][0]["physicalLocation"]["artifactLocation"]["uri"], "my%20model/w.safetensors");
+  EXPECT_EQ(entry["relatedLocations"][0]["logicalLocations"][0]["fullyQualifiedName"], "gate.weight");
+  EXPECT_NE(entry["message"]["text"].get<std::string>().find("  k: 1"), std::string::npos);
+  EXPECT_EQ(run["invocations"][0]["toolExecutionNotifications"][0]["associatedRule"]["id"], "ZZ003");
+}
+
+TEST(SarifWriter, FingerprintsKeepWhenLinesMoveAndDifferBetweenFindings) {
+  AuditResult result = sample();
+  auto& findings = result.runs[0].rules[0].outcome.findings;
+  findings.push_back(findings[0]);
+  const auto fingerprints = [&] {
+    std::vector<std::string> out;
+    const auto sarif = nlohmann::json::parse(render("sarif", result));
+    for (const auto& r : sarif["runs"][0]["results"]) out.push_back(r["partialFingerprints"]["primaryLocationLineHash"]);
+    return out;
+  };
+  const auto before = fingerprints();
+  EXPECT_NE(before[0], before[1]);
+  for (Finding& f : findings) f.locations[0].line = 99;
+  EXPECT_EQ(fingerprints(), before);
+  findings[0].locations[0].key = "other";
+  EXPECT_NE(fingerprints()[0], before[0]);
+}
+
+TEST(GithubWriter, EscapesAndNamesThePlace) {
+  AuditResult result = sample();
+  auto& f = result.runs[0].rules[0].outcome.findings[0];
+  f.message = "50% of a: b, c";
+  f.locations[0].file = "a,b:c.yml";
+  EXPECT_EQ(render("github", result),
+            "::warning file=a%2Cb%3Ac.yml,line=4,title=ZZ001 first::50%25 of a: b, c%0AWrite:%0A  k: 1\n");
+}
+
+TEST(GithubWriter, NeverWritesMoreThanGithubShows) {
+  AuditResult result = sample();
+  auto& rules = result.runs[0].rules;
+  const Finding f = rules[0].outcome.findings[0];
+  rules[0].outcome.findings.assign(11, f);
+  EXPECT_EQ(lines_of(render("github", result)).size(), 1u);  // one rule, with a count
+  EXPECT_NE(render("github", result).find("and 10 more of this rule"), std::string::npos);
+  static const char* const kIds[] = {"AA001", "AA002", "AA003", "AA004", "AA005", "AA006", "AA007", "AA008", "AA009", "AA010", "AA011"};
+  rules.clear();
+  for (const char* id : kIds) rules.push_back({id, "n", Outcome::finding(f)});
+  const auto lines = lines_of(render("github", result));
+  ASSERT_EQ(lines.size(), 10u);
+  EXPECT_NE(lines.back().find("2 more rules"), std::string::npos);
+  EXPECT_NE(lines.back().find("AA010 n: 1%0AAA011 n: 1"), std::string::npos);
+}
+
+TEST(Writers, ShowWhatIsSuppressedAndDoNotCountIt) {
+  AuditResult result = sample();
+  auto& run = result.runs[0];
+  run.suppressed.push_back({"ZZ001", "first", run.rules[0].outcome.findings[0], {"train.yml", 3, "", ""}, -1, "meant so"});
+  run.rules[0].outcome.findings.clear();
+  result.verdict = Verdict::kPassed;
+  const std::string text = render("text", result);
+  EXPECT_NE(text.find("PASSED  no findings that count, 1 suppressed"), std::string::npos) << text;
+  EXPECT_NE(text.find("warning ZZ001 at train.yml:4 (k), by train.yml:3: meant so"), std::string::npos) << text;
+  const auto json = nlohmann::json::parse(render("json", result));
+  EXPECT_EQ(json["findings"].size(), 0u);
+  EXPECT_EQ(json["suppressed"][0]["by"]["reason"], "meant so");
+  EXPECT_EQ(json["checks"]["ran"][0]["outcome"], "suppressed");
+  EXPECT_EQ(nlohmann::json::parse(render("sarif", result))["runs"][0]["results"].size(), 0u);
+  EXPECT_EQ(render("github", result), "");
+  EXPECT_EQ(nlohmann::json::parse(render("baseline", result))["findings"].size(), 0u);  // the comment stays
+}
+
 TEST(FactsWriter, ShowsOriginAndShadowed) {
   std::ostringstream out;
   write_facts_text(sample(), {}, out);
