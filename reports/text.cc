@@ -36,7 +36,9 @@ Counts count(const std::vector<RunResult>& runs) {
   return c;
 }
 
-std::string plural(int n, const char* what) { return std::to_string(n) + " " + what + (n == 1 ? "" : "s"); }
+std::string plural(int n, const std::string& what) {
+  return std::to_string(n) + " " + what + (n == 1 ? "" : what.ends_with("s") ? "es" : "s");
+}
 
 void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& out) {
   const Counts c = count(result.runs);
@@ -147,6 +149,17 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   for (const std::string& item : not_applicable) fill(out, "not applicable: " + item, 2, width);
   for (const MeasureRecord& m : run.measures) {
     fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
+  }
+  if (run.facts.tokens_per_step.known()) {
+    const FactSheet& f = run.facts;
+    std::string text = "tokens a step: up to " + to_text(f.tokens_per_step.value()) + " (micro-batch " + to_text(f.micro_batch.value()) +
+                       " x accumulation " + to_text(f.accumulation.value()) + " x " + plural(static_cast<int>(f.world_size.value()), "process") +
+                       " x " + to_text(f.sequence_length.value()) + " tokens)";
+    char each[48];
+    if (f.tokens_per_expert.known() && std::snprintf(each, sizeof each, "%.6g", f.tokens_per_expert.value()) > 0) {
+      text += std::string(", a mean of ") + each + " an expert";
+    }
+    fill(out, text, 4, width);
   }
   if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), width, out);
   if (undecided.empty()) return;

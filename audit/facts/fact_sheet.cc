@@ -72,6 +72,7 @@ std::string to_text(const TensorDiff& v) {
 std::string to_text(const PrecisionTable& v) {
   return rows(v.layer.size(), "row", "rows") + " (router and mode); " + v.input;
 }
+std::string to_text(const UnfrozenTargets& v) { return rows(v.pattern.size(), "pattern", "patterns"); }
 std::string to_text(const AdapterTargets& v) { return rows(v.entry.size(), "entry", "entries"); }
 std::string to_text(const AdapterTensors& v) { return rows(v.module.size(), "adapted module", "adapted modules"); }
 

@@ -59,6 +59,7 @@ std::string to_text(const RouterValues& v);
 std::string to_text(const WeightScan& v);
 std::string to_text(const RouterRows& v);
 std::string to_text(const StableRanks& v);
+std::string to_text(const UnfrozenTargets& v);
 std::string to_text(const TensorDiff& v);
 std::string to_text(const PrecisionTable& v);
 std::string to_text(const AdapterModules& v);

@@ -376,6 +376,26 @@ struct AdapterTensors {
   }
 };
 
+/// One row per pattern of parameter names to train (Axolotl's unfrozen_parameters).
+struct UnfrozenTargets {
+  std::vector<std::string> pattern;
+  std::vector<int> line;                // where the user wrote it; 0 unknown
+  std::vector<std::int64_t> hits;       // parameters reached under the best case of the version set
+  std::vector<std::string> reaches;     // "router 32, routed_expert 512"; empty if nothing
+  std::vector<std::string> anywhere;    // nothing is reached: a parameter that holds the pattern further on; may be empty
+  std::vector<std::string> why;         // why the pattern could not be tried; may be empty
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("pattern", s.pattern);
+    f("line", s.line);
+    f("hits", s.hits);
+    f("reaches", s.reaches);
+    f("anywhere", s.anywhere);
+    f("why", s.why);
+  }
+};
+
 // ---- logs and configs ----------------------------------------------------------------------------------------------
 
 /// One row per entry of trainer_state.json's log_history. NaN where an entry has no such number; `has_*` tells a

@@ -83,6 +83,21 @@ void resolve_added(Resolver& r) {
   }
 }
 
+/// transformers' Trainer logs no balance loss of its own; TRL's trainers do, since some release.
+void resolve_logged(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (!f.trainer.known()) return;
+  if (f.trainer.value() == "Trainer") {
+    Source source = f.trainer.source();
+    source.cite = "transformers src/transformers/trainer.py@v4.57.6 (no aux_loss in the file)";
+    f.aux_logged.set(false, Origin::kFrameworkDefault, source);
+    return;
+  }
+  const BehaviourAnswer logs = r.ask_about("trl", "logs_aux_loss");
+  if (logs.value) f.aux_logged.set(*logs.value == "true", Origin::kFrameworkDefault, source_of(logs));
+  else f.aux_logged.explain_unknown(logs.why.empty() ? "what " + f.trainer.value() + " logs is not known" : logs.why);
+}
+
 /// A formula of the closed set of the behaviours, over accumulation steps and world size.
 struct Formula {
   bool times_ga = false, over_ga = false, times_w = false, valid = true;
@@ -148,6 +163,7 @@ void resolve_factors(Resolver& r) {
 void resolve_balance(Resolver& r) {
   apply_trl_override(r);
   resolve_added(r);
+  resolve_logged(r);
   resolve_factors(r);
 }
 

@@ -147,8 +147,9 @@ void resolve_method(Resolver& r) {
     const Setting* type = r.last("finetuning_type");          // LLaMA-Factory: "freeze" trains some layers only
     const bool partly = (unfrozen && unfrozen->value.is_list() && !unfrozen->value.items.empty()) ||
                         (type && type->value.is_string() && type->value.text == "freeze");
+    r.apply(f.unfrozen_patterns, "unfrozen_parameters", node_strings);
     if (partly) {
-      const char* why = "only some parameters are unfrozen, by pattern, and moe-audit does not resolve these patterns";
+      const char* why = "only some parameters are trained, and what the patterns reach is not known yet";
       f.router_trains.explain_unknown(why);
       f.experts_train.explain_unknown(why);
     } else {
@@ -161,12 +162,30 @@ void resolve_method(Resolver& r) {
   f.method.set(quantised ? Method::kQlora : Method::kLora, Origin::kDerived, f.has_adapter.source());
 }
 
+/// Upper bounds: the last batch may be short, and sequences shorter than the limit. Never a finding, only a measure.
+void resolve_tokens(FactSheet& f) {
+  if (!f.micro_batch.known() || !f.accumulation.known() || !f.sequence_length.known()) return;
+  if (!f.world_size.known()) {
+    f.tokens_per_step.explain_unknown(f.world_size.why_unknown().empty() ? "the number of processes is unknown" : f.world_size.why_unknown());
+    return;
+  }
+  std::int64_t tokens = f.micro_batch.value();
+  for (const std::int64_t factor : {f.accumulation.value(), f.world_size.value(), f.sequence_length.value()}) {
+    if (tokens < 1 || factor < 1 || __builtin_mul_overflow(tokens, factor, &tokens)) return;
+  }
+  f.tokens_per_step.set(tokens, Origin::kDerived, f.sequence_length.source());
+  if (!f.top_k.known() || !f.num_experts.known() || f.num_experts.value() < 1) return;
+  f.tokens_per_expert.set(static_cast<double>(tokens) * static_cast<double>(f.top_k.value()) / static_cast<double>(f.num_experts.value()),
+                          Origin::kDerived, f.num_experts.source());
+}
+
 }  // namespace
 
 void resolve_training(Resolver& r) {
   resolve_trainer(r);
   resolve_adapter(r);
   resolve_batches(r);
+  resolve_tokens(r.facts);
 }
 
 void resolve_precision(Resolver& r) {
