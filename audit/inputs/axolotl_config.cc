@@ -45,6 +45,7 @@ constexpr Row kRows[] = {
     {"bfloat16", ""},
     {"float16", ""},
     {"tf32", "tf32"},
+    {"fp8", "fp8"},
     {"micro_batch_size", "per_device_train_batch_size", as_number},
     {"gradient_accumulation_steps", "gradient_accumulation_steps", as_number},
     {"batch_size", ""},
@@ -294,6 +295,15 @@ void check_overrides(const ConfigFile& file, Material* material) {
     constexpr std::string_view kPrefix = "model_config.";
     if (s.source.file != file.path || !s.name.starts_with(kPrefix)) continue;
     const std::string_view key = std::string_view(s.name).substr(kPrefix.size());
+    const ModelConfig* config = material->configs.empty() ? nullptr : &material->configs.back();
+    if (config && config->text && is_moe_key(key) && family_reads(*family, key)) {
+      material->ignored_keys.push_back({file.path, s.source.line, s.source.key, with_version(*material, "axolotl"), true,
+                                        "In " + config->file + ":\n\"" + config->text_path + "\": {\"" + std::string(key) +
+                                            "\": " + flow_style(s.value) + "}",
+                                        "Axolotl sets it on the outer config, and the language model reads " +
+                                            config->text_path + "." + std::string(key)});
+      continue;
+    }
     const ForeignKey kind = foreign_moe_key(key);
     if (kind == ForeignKey::kNo || family_reads(*family, key)) continue;
     IgnoredKey ignored{file.path, s.source.line, s.source.key, with_version(*material, "axolotl"), true, "", ""};

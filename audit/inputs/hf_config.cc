@@ -40,11 +40,36 @@ void state_quantisation(const ConfigFile& file, Material* material) {
   read_rows({file.path, file.role, &only}, kQuantisationRows, Unread::kNonEmpty, material);
 }
 
+bool same_scalar(const Node& a, const Node& b) {
+  return a.kind == b.kind && a.text == b.text && a.boolean == b.boolean && a.items.empty() && b.items.empty();
+}
+
+/// A MoE key beside the nested config of the language model: transformers keeps it as an attribute of the outer config,
+/// and the layers and the loss read the nested one (self.config.text_config.router_aux_loss_coef in
+/// models/qwen3_vl_moe/modeling_qwen3_vl_moe.py@v5.23.0 and its relatives). Equal values are no conflict.
+void check_outer_keys(const ModelConfig& config, const Family& family, Material* material) {
+  for (std::size_t i = 0; i < config.root.keys.size(); ++i) {
+    const std::string& key = config.root.keys[i];
+    const Node& value = config.root.items[i];
+    if (!is_moe_key(key) || !family_reads(family, key) || !says_something(value)) continue;
+    const Node* inner = config.text->find(key);
+    if (inner && same_scalar(*inner, value)) continue;
+    const std::string written = value.is_string() ? "\"" + value.text + "\"" : value.kind == Node::Kind::kBool ? "true" : value.text;
+    material->ignored_keys.push_back(
+        {config.file, config.root.key_lines[i], key, with_version(*material, "transformers"), true,
+         "\"" + config.text_path + "\": {\"" + key + "\": " + written + "}",
+         "the language model reads " + config.text_path + "." + key + ", which " +
+             (inner ? "is " + (inner->kind == Node::Kind::kBool ? std::string(inner->boolean ? "true" : "false") : inner->text)
+                    : "is not stated")});
+  }
+}
+
 void check_model_config(const ModelConfig& config, Material* material) {
   const Node& text = config.text ? *config.text : config.root;
   const Node* type = text.find("model_type");
   const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
   if (!family) return;
+  if (config.text) check_outer_keys(config, *family, material);
   for (std::size_t i = 0; i < text.keys.size(); ++i) {
     const std::string& key = text.keys[i];
     const ForeignKey kind = foreign_moe_key(key);

@@ -92,6 +92,9 @@ void apply_config(Resolver& r, const ModelConfig& config) {
 /// Overrides that a training config makes on the model's config before loading (Axolotl model_config:).
 void apply_overrides(Resolver& r) {
   if (!r.family) return;
+  // Axolotl sets overrides on the outer config (loaders/utils.py@v0.18.0:203), which a nested language model does not
+  // read: axolotl_config.cc lists them as ignored.
+  if (r.material.framework == "axolotl" && !r.material.configs.empty() && r.material.configs.back().text) return;
   for (const Setting& s : r.material.settings) {
     constexpr std::string_view kPrefix = "model_config.";
     if (s.name.rfind(kPrefix, 0) != 0) continue;

@@ -217,6 +217,18 @@ void resolve_precision(Resolver& r) {
     f.precision.explain_unknown("no mixed precision is configured, and no file says in which dtype the weights are loaded");
   }
 
+  r.apply(f.fp8, "fp8", node_bool);
+  if (!f.fp8.known() && known_training(r)) f.fp8.set(false, Origin::kAbsent, r.material.framework_source);
+  if (r.material.framework == "axolotl") {
+    const BehaviourAnswer skips = r.ask_about("axolotl", "fp8_skips_router");
+    if (skips.value) f.fp8_skips_router.set(*skips.value == "true", Origin::kFrameworkDefault, source_of(skips));
+    else f.fp8_skips_router.explain_unknown(skips.why);
+  } else if (f.fp8.known()) {
+    Source source = f.fp8.source();
+    source.cite = "accelerate src/accelerate/utils/ao.py@v1.15.0 (filter_linear_layers)";
+    f.fp8_skips_router.set(false, Origin::kFrameworkDefault, source);
+  }
+
   if (!r.family) return;
   const DType written = r.family->routing.logits_dtype;  // kUnknown: the dtype of the activations
   if (written != DType::kUnknown) f.router_dtype_written.set(written, Origin::kFamily, f.family.source());
