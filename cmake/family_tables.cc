@@ -193,7 +193,8 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
   out += ", .weight_tensor = " + tensor("weight", true) +
          ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
          ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
-         ", .input_norm_tensor = " + tensor("input_norm", true) + "}";
+         ", .input_norm_tensor = " + tensor("input_norm", true) +
+         ", .input_norm_adds_one = " + yes("input_norm_adds_one") + "}";
   const std::string around = condition(m, "groups_if") + ", " + condition(m, "holds_if") + ", " +
                              (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
                              quoted(m.text_or("not_replayed", ""));
@@ -218,8 +219,43 @@ void check_complete(Map& top, const std::set<std::string>& given, const std::vec
   }
 }
 
+std::string renamed(const std::string& name, const std::vector<std::pair<std::string, std::string>>& prefixes) {
+  for (const auto& [from, to] : prefixes) {
+    if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
+  }
+  return name;
+}
+
+/// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`.
+YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
+  const YAML::Node like = own["like"];
+  if (!like) return own;
+  const fs::path other = path.parent_path() / (like.Scalar() + ".yaml");
+  if (!fs::exists(other)) fail(path.string(), like.Mark(), "like: there is no " + like.Scalar() + ".yaml");
+  YAML::Node out = load(other);
+  if (out["like"]) fail(path.string(), like.Mark(), "like: '" + like.Scalar() + "' is itself like another family");
+  std::vector<std::pair<std::string, std::string>> prefixes;
+  if (const YAML::Node rename = own["rename"]) {
+    Map map(path.string(), rename);
+    for (const auto& entry : rename) prefixes.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
+  }
+  for (YAML::Node tensor : out["tensors"]) {
+    for (const char* key : {"name", "instead"}) {
+      if (tensor[key]) tensor[key] = renamed(tensor[key].Scalar(), prefixes);
+    }
+  }
+  for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm"}) {
+    if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), prefixes);
+  }
+  for (const auto& entry : own) {
+    const std::string key = entry.first.Scalar();
+    if (key != "like" && key != "rename") out[key] = entry.second;
+  }
+  return out;
+}
+
 void read_family(const fs::path& path, FamilyTables& t) {
-  Map top(path.string(), load(path));
+  Map top(path.string(), read_like(path, load(path)));
   const std::string name = top.text("family");
   if (name != path.stem().string())
     fail(top.file(), top.node("family").Mark(), "family '" + name + "' must live in " + name + ".yaml");
@@ -303,7 +339,10 @@ void read_hub_ids(const fs::path& path, FamilyTables& t) {
 
 std::string families_source(const fs::path& dir) {
   FamilyTables t;
-  for (const fs::path& path : yaml_files(dir)) {
+  // Files that are `like` another come last: what is wrong in the other file is then reported where it stands.
+  std::vector<fs::path> files = yaml_files(dir);
+  std::stable_partition(files.begin(), files.end(), [](const fs::path& p) { return !load(p)["like"]; });
+  for (const fs::path& path : files) {
     if (path.filename() != "hub_ids.yaml") read_family(path, t);
   }
   if (fs::exists(dir / "hub_ids.yaml")) read_hub_ids(dir / "hub_ids.yaml", t);

@@ -59,6 +59,7 @@ struct Routing {
   std::string linear_bias_tensor;        // empty if none
   std::string correction_bias_tensor;    // empty if none
   std::string input_norm_tensor;         // RMSNorm weight in front of the MoE block, for the probe
+  bool input_norm_adds_one = false;      // that norm multiplies by 1 + weight (zero-centred)
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -79,6 +80,7 @@ struct Routing {
     f("linear_bias_tensor", s.linear_bias_tensor);
     f("correction_bias_tensor", s.correction_bias_tensor);
     f("input_norm_tensor", s.input_norm_tensor);
+    f("input_norm_adds_one", s.input_norm_adds_one);
   }
 };
 

@@ -105,6 +105,8 @@ constexpr std::array<std::string_view, 6> kWrappers = {
 constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bias",        "weight_scale_inv",
                                                              "weight_scale", "input_scale", "original",
                                                              "original0",    "original1",   "default"};
+// Steps in front of a name that say nothing of its part.
+constexpr std::array<std::string_view, 5> kRoots = {"module", "base_model", "model", "language_model", "transformer"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
 constexpr std::array<std::string_view, 7> kOtherTowers = {
     "visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "audio_model", "multi_modal_projector"};
@@ -156,11 +158,7 @@ Path parse(std::string_view name) {
     }
   }
   if (path.layer < 0) {
-    while (begin + 1 < parts.size() &&
-           (parts[begin] == "module" || parts[begin] == "base_model" || parts[begin] == "model" ||
-            parts[begin] == "language_model" || parts[begin] == "transformer")) {
-      ++begin;
-    }
+    while (begin + 1 < parts.size() && contains(kRoots, parts[begin])) ++begin;
   }
   path.tail.assign(parts.begin() + static_cast<std::ptrdiff_t>(begin), parts.end());
   return path;
@@ -170,7 +168,7 @@ Path parse(std::string_view name) {
 Names pattern_tail(std::string_view pattern) {
   const std::size_t layer = pattern.find("{L}.");
   Names tail = split(layer == std::string_view::npos ? pattern : pattern.substr(layer + 4), '.');
-  if (layer == std::string_view::npos && tail.size() > 1 && tail[0] == "model") tail.erase(tail.begin());
+  while (layer == std::string_view::npos && tail.size() > 1 && contains(kRoots, tail[0])) tail.erase(tail.begin());
   if (tail.size() > 1 && contains(kTensorSuffixes, tail.back())) tail.pop_back();
   return tail;
 }
@@ -215,6 +213,7 @@ Part part_by_common_names(const Path& path) {
   };
   const std::string_view leaf = tail.back();
   if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
+  if (leaf == "e_score_correction_bias") return Part::kRouter;
   if (any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
   if (contains(tail, "experts") || contains(tail, "local_experts")) return Part::kRoutedExpert;
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;

@@ -66,8 +66,7 @@ void check_outer_keys(const ModelConfig& config, const Family& family, Material*
 
 void check_model_config(const ModelConfig& config, Material* material) {
   const Node& text = config.text ? *config.text : config.root;
-  const Node* type = text.find("model_type");
-  const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+  const Family* family = family_of(config);
   if (!family) return;
   if (config.text) check_outer_keys(config, *family, material);
   for (std::size_t i = 0; i < text.keys.size(); ++i) {

@@ -286,8 +286,16 @@ std::string model_type_of(const Material& material) {
   return type && type->is_string() ? type->text : std::string();
 }
 
+const Family* family_of(const ModelConfig& config) {
+  const Node* type = config.root.find("model_type");
+  const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+  if (family || !config.text) return family;
+  type = config.text->find("model_type");
+  return type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+}
+
 const Family* family_of(const Material& material) {
-  if (!material.configs.empty()) return find_family_by_model_type(model_type_of(material));
+  if (!material.configs.empty()) return family_of(material.configs.back());
   const HubModel* hub = material.base_model.empty() ? nullptr : find_hub_model(material.base_model);
   return hub ? find_family(hub->family) : nullptr;
 }

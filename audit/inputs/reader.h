@@ -97,6 +97,8 @@ const ConfigReader* find_config_reader(const Node& root);
 /// The family of the model whose config was read last, or of the hub id that is in the committed table; nullptr:
 /// unknown.
 const Family* family_of(const Material& material);
+/// By the model_type of the file itself, else by that of the language model nested in it.
+const Family* family_of(const ModelConfig& config);
 /// model_type of the (text) config that was read last, "" if none.
 std::string model_type_of(const Material& material);
 

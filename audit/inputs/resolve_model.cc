@@ -3,16 +3,25 @@
 #include <charconv>
 #include <type_traits>
 
+#include "audit/inputs/reader.h"
 #include "audit/inputs/resolve_parts.h"
 #include "audit/tensors/recognise.h"
 
 namespace moeaudit {
 namespace {
 
+/// A number, or a list of one number a layer that are all the same (hunyuan_v1_moe: moe_topk).
+std::optional<std::int64_t> one_number(const Node& n) {
+  if (!n.is_list() || n.items.empty()) return node_int(n);
+  const auto first = node_int(n.items[0]);
+  const bool same = std::all_of(n.items.begin(), n.items.end(), [&](const Node& i) { return node_int(i) == first; });
+  return same ? first : std::nullopt;
+}
+
 template <class T>
 std::optional<T> convert(const Node& n) {
   if constexpr (std::is_same_v<T, bool>) return node_bool(n);
-  else if constexpr (std::is_same_v<T, std::int64_t>) return node_int(n);
+  else if constexpr (std::is_same_v<T, std::int64_t>) return one_number(n);
   else if constexpr (std::is_same_v<T, double>) return node_double(n);
   else if constexpr (std::is_same_v<T, std::string>) return node_string(n);
   else if constexpr (std::is_same_v<T, DType>) return n.is_string() ? dtype_from_text(n.text) : std::nullopt;
@@ -162,6 +171,26 @@ void resolve_routing(Resolver& r, const Source& source) {
   f.routing.set(std::move(routing), Origin::kFamily, source);
 }
 
+/// A list of one number a layer that are not all the same: no number stands for it, nor does the default of the class.
+bool explain_list(Resolver& r, const FamilyKey& row) {
+  for (const ModelConfig& c : r.material.configs) {
+    for (std::string_view key : row.keys) {
+      const Node* v = find_key(c.text ? *c.text : c.root, key);
+      if (!v || !v->is_list()) continue;
+      bool unset = false;
+      r.facts.visit([&](auto& fact) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(fact.value())>, std::int64_t>) {
+          if (fact.info().name != row.fact || fact.known()) return;
+          fact.explain_unknown(std::string(key) + " in " + c.file + " differs from layer to layer");
+          unset = true;
+        }
+      });
+      if (unset) return true;
+    }
+  }
+  return false;
+}
+
 void apply_family(Resolver& r) {
   Source source;
   source.role = Role::kFamilyTable;
@@ -169,7 +198,7 @@ void apply_family(Resolver& r) {
   FactSheet& f = r.facts;
   f.family.set(std::string(r.family->name), Origin::kFamily, source);
   for (const FamilyKey& row : r.family->keys) {
-    if (row.default_value.empty()) continue;
+    if (row.default_value.empty() || explain_list(r, row)) continue;
     Source s = source;
     s.cite = std::string(row.cite);
     s.key = row.keys.empty() ? std::string() : std::string(row.keys[0]);
@@ -320,8 +349,7 @@ void recognise_unknown(Resolver& r) {
 void resolve_model(Resolver& r) {
   FactSheet& f = r.facts;
   for (const ModelConfig& c : r.material.configs) {
-    const Node* v = (c.text ? *c.text : c.root).find("model_type");
-    if (v && v->is_string()) r.family = find_family_by_model_type(v->text);
+    if (c.root.find("model_type") || (c.text && c.text->find("model_type"))) r.family = family_of(c);
   }
   if (r.material.configs.empty()) apply_hub_model(r);
   for (const ModelConfig& c : r.material.configs) apply_config(r, c);

@@ -32,6 +32,8 @@ constexpr std::array<std::string_view, 25> kSideTensors = {
     "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format", "qzeros", "scales", "g_idx", "weight_shape", "weight_zero_point",
     "weight_g_idx", "weight_global_scale", "input_global_scale", "rotary_emb.inv_freq"};
 
+std::string_view leaf_of(std::string_view name) { return name.substr(name.rfind('.') + 1); }  // npos + 1 == 0
+
 bool is_side_tensor(std::string_view name) {
   return std::any_of(kSideTensors.begin(), kSideTensors.end(), [&](std::string_view leaf) {
     return ends_with(name, leaf) && name.size() > leaf.size() && name[name.size() - leaf.size() - 1] == '.';
@@ -77,6 +79,7 @@ bool is_float(DType d) {
 
 struct LayerRow {
   const TensorView* router = nullptr;
+  const TensorView* bias = nullptr;  // correction bias
   std::set<int> experts;
   std::int64_t stacked = 0;
   std::int64_t expert_hidden = -1;
@@ -107,6 +110,7 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
   for (const FamilyTensor& row : family.tensors) {
     if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(row.name, &row);
   }
+  const std::string_view correction = leaf_of(family.routing.correction_bias_tensor);
   std::map<int, LayerRow> layers;
   for (std::size_t i = 0; i < model.size(); ++i) {
     const TensorView& t = model[i];
@@ -116,15 +120,13 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
     const FamilyTensor& row = *found->second;
     if (row.part == Part::kRoutedExpert) add_expert(t, row, name, &layers[name.layer]);
     else if (row.shape == "E,H") layers[name.layer].router = &t;
+    else if (!correction.empty() && leaf_of(row.name) == correction) layers[name.layer].bias = &t;
   }
   RouterTable out;
   for (const auto& [index, row] : layers) {
     if (!row.router) continue;  // the missing router is in weights.tensor_diff
     const TensorView& router = *row.router;
     const bool plain = is_float(router.dtype) && router.shape.size() == 2;
-    std::string bias(router.name.substr(0, router.name.rfind('.') + 1));
-    bias += family.routing.correction_bias_tensor.substr(family.routing.correction_bias_tensor.rfind('.') + 1);
-    const bool has_bias = family.routing.correction_bias && model.find(bias);
     out.layer.push_back(index);
     out.tensor.emplace_back(router.name);
     out.file.push_back(model.files()[router.file]);
@@ -134,7 +136,7 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
     out.expert_count.push_back(row.stacked > 0 ? row.stacked : static_cast<std::int64_t>(row.experts.size()));
     out.expert_hidden.push_back(row.expert_hidden);
     out.fused.push_back(row.stacked > 0);
-    out.bias.push_back(has_bias ? bias : std::string());
+    out.bias.emplace_back(row.bias ? row.bias->name : std::string_view());
   }
   return out;
 }

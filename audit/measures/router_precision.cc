@@ -182,6 +182,8 @@ class RouterPrecision {
     if (!fault.empty()) {
       r->norm.assign(static_cast<std::size_t>(r->hidden), 1.0f);
       ++without_norm_;
+    } else if (routing_.input_norm_adds_one) {
+      for (float& w : r->norm) w += 1.0f;
     }
     inputs_.make_probe(tokens, r->hidden, ctx_.threads);
     return {};

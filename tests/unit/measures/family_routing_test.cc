@@ -1,0 +1,160 @@
+// The routing that audit/families describes, replayed with the host kernels on what the real MoE blocks of every tiny
+// model chose (fixtures/make/family_routing.py).
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "audit/inputs/inputs.h"
+#include "audit/measures/router_inputs.h"
+#include "audit/measures/router_replay.h"
+#include "tests/unit/measures/fixture_model.h"
+
+namespace moeaudit {
+extern const Measure measure_header_scan;
+namespace {
+
+namespace k = kernels;
+using namespace test;
+using k::Float;
+using Json = nlohmann::json;
+using Doubles = std::vector<double>;
+
+Float float_of(const std::string& name) { return name == "bfloat16" ? Float::kBF16 : Float::kF32; }
+
+std::string with_layer(std::string pattern, int layer) {
+  if (const std::size_t at = pattern.find("{L}"); at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
+  return pattern;
+}
+
+/// x W^T + b in float64.
+Doubles exact_logits(const Doubles& x, const std::vector<float>& w, const std::vector<float>& bias, std::size_t hidden) {
+  const std::size_t tokens = x.size() / hidden, experts = w.size() / hidden;
+  Doubles out;
+  for (std::size_t t = 0; t < tokens; ++t) {
+    for (std::size_t e = 0; e < experts; ++e) {
+      double sum = bias.empty() ? 0.0 : static_cast<double>(bias[e]);
+      for (std::size_t i = 0; i < hidden; ++i) sum += x[t * hidden + i] * static_cast<double>(w[e * hidden + i]);
+      out.push_back(sum);
+    }
+  }
+  return out;
+}
+
+/// Largest sum of |x w| over a logit: what bounds the rounding of a float32 sum.
+double largest_absolute_sum(const Doubles& x, const std::vector<float>& w, std::size_t hidden) {
+  Doubles ax(x);
+  std::vector<float> aw(w);
+  for (double& v : ax) v = std::fabs(v);
+  for (float& v : aw) v = std::fabs(v);
+  const Doubles sums = exact_logits(ax, aw, {}, hidden);
+  return *std::max_element(sums.begin(), sums.end());
+}
+
+struct Subject {
+  LoadedRun run;
+  Routing routing;
+  std::int64_t experts = 0, top_k = 0;
+  std::vector<float> w, linear_bias, correction;
+};
+
+/// The model as an audit would have it, and the router of its last MoE layer.
+void load(const std::string& name, const std::string& version, std::size_t hidden, Subject* s) {
+  RunOptions options;
+  options.paths = {fixture("models/" + name)};
+  options.assume = {{"transformers", version}};
+  s->run = std::move(load_runs(options).at(0));
+  std::vector<MeasureRecord> records;
+  MeasureContext context{s->run.facts, s->run.model, s->run.adapter, s->run.hidden_states, 1, true, {}, records};
+  measure_header_scan.run(context);
+  const FactSheet& f = s->run.facts;
+  ASSERT_TRUE(f.routing.known() && f.routers.known() && f.top_k.known()) << f.routing.why_unknown();
+  s->routing = f.routing.value();
+  s->top_k = f.top_k.value();
+  const RouterTable& t = f.routers.value();
+  s->experts = t.experts.back();
+  const TensorStore& model = s->run.model;
+  EXPECT_EQ(read_floats(model, t.tensor.back(), s->experts * static_cast<std::int64_t>(hidden), &s->w), "");
+  if (s->routing.linear_bias)
+    EXPECT_EQ(read_floats(model, with_layer(s->routing.linear_bias_tensor, t.layer.back()), s->experts, &s->linear_bias), "");
+  if (s->routing.correction_bias) EXPECT_EQ(read_floats(model, t.bias.back(), s->experts, &s->correction), "");
+}
+
+/// One dtype. The library's sets may differ from ours only where choices are level: bfloat16 logits tie.
+void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hidden) {
+  const Float loaded = float_of(run["dtype"]);
+  const Float gate = s.routing.logits_dtype == DType::kF32 ? Float::kF32 : loaded;
+  Doubles logits = exact_logits(x, s.w, s.linear_bias, hidden);
+  k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), gate, logits.data());
+  const double float_error = 2.0 * static_cast<double>(hidden + 2) * std::ldexp(1.0, -24) * largest_absolute_sum(x, s.w, hidden);
+  if (!run["logits"].is_null()) {
+    EXPECT_EQ(float_of(run["logits_dtype"]), gate) << "logits_dtype of the family";
+    const Doubles theirs = run["logits"];
+    ASSERT_EQ(theirs.size(), logits.size());
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      // A sum in bfloat16 is rounded once, with a bias twice.
+      const double reach = gate == Float::kBF16 ? (s.linear_bias.empty() ? 1 : 2) * k::spacing(theirs[i], gate) : 0.0;
+      ASSERT_NEAR(logits[i], theirs[i], reach + float_error) << i;
+    }
+    logits = theirs;
+  }
+
+  const std::vector<float> narrow(logits.begin(), logits.end());
+  k::RouteArgs<float> a = route_args<float>(s.routing, s.experts, s.top_k);
+  a.logits = narrow.data();
+  a.tokens = static_cast<std::int64_t>(x.size() / hidden);
+  a.correction_bias = s.correction.empty() ? nullptr : s.correction.data();
+  if (s.routing.scores_dtype == DType::kUnknown && gate != Float::kF32) a.tensor_dtype = gate;
+  std::vector<std::int32_t> chosen(static_cast<std::size_t>(a.tokens * s.top_k));
+  std::vector<float> weights(chosen.size()), choice(logits.size());
+  ASSERT_EQ(k::route(a, {chosen.data(), weights.data(), nullptr, choice.data()}), k::Status::kOk);
+
+  // Two float32 evaluations, of logits that may each be off by float_error, and where they are stored in bfloat16 one rounding.
+  const double relative = std::expm1(2 * float_error) + 1e-5 +
+                          (float_of(run["weights_dtype"]) == Float::kBF16 || gate == Float::kBF16 ? std::ldexp(1.0, -7) : 0.0);
+  std::int64_t same = 0;
+  for (std::int64_t t = 0; t < a.tokens; ++t) {
+    std::map<std::int64_t, double> ours;
+    for (std::int64_t j = 0; j < s.top_k; ++j) ours[chosen[t * s.top_k + j]] = weights[t * s.top_k + j];
+    const std::vector<std::int64_t> experts = run["experts"][t];
+    const Doubles values = run["weights"][t];
+    ASSERT_EQ(experts.size(), static_cast<std::size_t>(s.top_k)) << t;
+    Doubles mine, theirs;
+    bool equal = true;
+    for (const auto& [e, w] : ours) mine.push_back(choice[t * s.experts + e]);
+    for (std::size_t j = 0; j < experts.size(); ++j) {
+      theirs.push_back(choice[t * s.experts + experts[j]]);
+      if (const auto found = ours.find(experts[j]); found != ours.end()) EXPECT_NEAR(found->second, values[j], relative * values[j]) << t;
+      else equal = false;
+    }
+    same += equal;
+    std::sort(mine.begin(), mine.end());
+    std::sort(theirs.begin(), theirs.end());
+    for (std::size_t j = 0; j < mine.size(); ++j) EXPECT_NEAR(mine[j], theirs[j], 1e-5) << t;
+  }
+  EXPECT_GE(same, a.tokens - 1);
+}
+
+TEST(FamilyRouting, IsThatOfTheRealBlocks) {
+  const Json golden = read_json(fixture("golden/family_routing.json"));
+  const Doubles x = golden["x"];
+  const std::size_t hidden = golden["hidden"];
+  std::set<std::string> families;
+  for (const auto& [name, model] : golden["models"].items()) {
+    SCOPED_TRACE(name);
+    Subject s;
+    load(name, model["transformers"], hidden, &s);
+    if (HasFatalFailure()) continue;
+    families.insert(s.run.facts.family.value());
+    for (const Json& run : model["runs"]) {
+      SCOPED_TRACE(run["dtype"]);
+      replay(s, run, x, hidden);
+    }
+  }
+  EXPECT_GE(families.size(), 11u);
+}
+
+}  // namespace
+}  // namespace moeaudit
