@@ -96,5 +96,6 @@ std::string to_text(const LogTable& v) {
 std::string to_text(const std::vector<WeightProblem>& v) { return rows(v.size(), "problem", "problems"); }
 std::string to_text(const std::vector<IgnoredKey>& v) { return rows(v.size(), "key", "keys"); }
 std::string to_text(const std::vector<UnreadKey>& v) { return rows(v.size(), "key", "keys"); }
+std::string to_text(const std::vector<SettingConflict>& v) { return rows(v.size(), "setting", "settings"); }
 
 }  // namespace moeaudit

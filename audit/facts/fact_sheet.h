@@ -69,5 +69,6 @@ std::string to_text(const LogTable& v);
 std::string to_text(const std::vector<WeightProblem>& v);
 std::string to_text(const std::vector<IgnoredKey>& v);
 std::string to_text(const std::vector<UnreadKey>& v);
+std::string to_text(const std::vector<SettingConflict>& v);
 
 }  // namespace moeaudit

@@ -447,6 +447,29 @@ struct IgnoredKey {
     f("why", s.why);
   }
 };
+/// One setting, two values: the launcher's or engine's file against the trainer's (CF002).
+struct SettingConflict {
+  std::string setting;     // as the file with the lower word spells it: "gradient_accumulation_steps"
+  std::string value;       // "4"
+  std::string file;
+  int line = 0;
+  std::string other;       // the trainer's name of it: "gradient_accumulation_steps"
+  std::string other_value;
+  std::string other_file;  // "" if it is the trainer's default
+  int other_line = 0;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("setting", s.setting);
+    f("value", s.value);
+    f("file", s.file);
+    f("line", s.line);
+    f("other", s.other);
+    f("other_value", s.other_value);
+    f("other_file", s.other_file);
+    f("other_line", s.other_line);
+  }
+};
 struct UnreadKey {
   std::string file;
   int line = 0;

@@ -60,6 +60,7 @@ constexpr Row kRows[] = {
     {"deepspeed", "deepspeed"},
     {"fsdp", "fsdp"},
     {"fsdp_config", "fsdp"},  // FSDP2 needs no `fsdp:` list
+    {"fsdp_version", "fsdp_version"},
     {"unfrozen_parameters", "unfrozen_parameters"},
     {"rl", ""},
     {"reward_model", ""},
@@ -268,12 +269,22 @@ void report_lora_without_adapter(const ConfigFile& file, Material* material) {
                                         " do nothing and every weight is trained"});
 }
 
+/// fsdp_config.fsdp_version is the older place of fsdp_version (schemas/fsdp.py).
+void read_fsdp_version(const ConfigFile& file, Material* material) {
+  const Node* config = file.root->find("fsdp_config");
+  const Node* version = config && config->is_map() ? config->find("fsdp_version") : nullptr;
+  if (!version || version->is_null() || file.root->find("fsdp_version")) return;
+  material->settings.push_back(
+      {"fsdp_version", *version, place_of(file, *config, "fsdp_version", "fsdp_config.fsdp_version")});
+}
+
 void read(const ConfigFile& file, Material* material) {
   const Node& root = *file.root;
   const std::size_t first_unread = material->unread_keys.size();
   read_rows(file, kRows, Unread::kAll, material);
   read_precision(file, material);
   read_batch(file, material);
+  read_fsdp_version(file, material);
   sort_out_ignored(file, first_unread, material);
   state_base_model(file, "base_model", material);
   const Node* adapter = root.find("adapter");

@@ -16,6 +16,8 @@ constexpr Row kRows[] = {
     {"label_smoothing_factor", "label_smoothing_factor", as_number},
     {"deepspeed", "deepspeed"},
     {"fsdp", "fsdp"},
+    {"fsdp_config.version", "fsdp_version"},
+    {"fsdp_config.fsdp_version", "fsdp_version"},
     {"gradient_checkpointing", "gradient_checkpointing"},
     {"gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
     {"max_grad_norm", "max_grad_norm", as_number},

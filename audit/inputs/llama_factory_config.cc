@@ -1,21 +1,15 @@
-// LLaMA-Factory's YAML (hiyouga/LLaMA-Factory @ff6d4d12 src/llamafactory/hparams/{model,finetuning,data}_args.py).
-// Unknown keys are refused there (unless ALLOW_EXTRA_ARGS=1), so none is silently ignored; moe_aux_loss_coef is, for
-// some models.
+// LLaMA-Factory's YAML or JSON (hiyouga/LLaMA-Factory src/llamafactory/hparams/{model,finetuning,data}_args.py, read at
+// 0.7.1 to 0.9.5). What its loader then does to the model depends on the release: audit/behaviours/llama_factory.yaml.
+// Unknown keys are refused there (ValueError of HfArgumentParser.parse_dict), or ignored under ALLOW_EXTRA_ARGS=1.
 #include <algorithm>
 #include <vector>
 
+#include "audit/behaviours/behaviour.h"
 #include "audit/families/family.h"
 #include "audit/inputs/reader.h"
 
 namespace moeaudit {
 namespace {
-
-/// "all": the leaf names of every class with "Linear" in its name but the head (model_utils/misc.py
-/// find_all_linear_modules).
-std::optional<Node> all_linear(const Node& n) {
-  if (!n.is_string() || n.text != "all") return std::nullopt;
-  return bool_node(true, n);
-}
 
 constexpr Row kOwnRows[] = {
     {"model_name_or_path", ""},
@@ -26,13 +20,20 @@ constexpr Row kOwnRows[] = {
     {"lora_alpha", "lora_alpha", as_number},
     {"lora_dropout", "lora_dropout", as_number},
     {"lora_target", ""},
+    {"freeze_trainable_layers", "freeze_trainable_layers", as_number},
+    {"freeze_trainable_modules", "freeze_trainable_modules", comma_list},
+    {"freeze_extra_modules", "freeze_extra_modules", comma_list},
+    {"use_llama_pro", "use_llama_pro"},
     {"additional_target", "modules_to_save", comma_list},
     {"use_rslora", "use_rslora"},
     {"cutoff_len", "max_length", as_number},
     {"quantization_bit", ""},
+    {"quantization_method", ""},
     {"quantization_type", "bnb_4bit_quant_type"},
+    {"infer_dtype", ""},  // of the loaded weights outside training
     {"pure_bf16", ""},
     {"disable_gradient_checkpointing", "gradient_checkpointing", not_bool},
+    {"use_reentrant_gc", "checkpointing_reentrant"},
     {"moe_aux_loss_coef", ""},  // after_model, since it depends on the model
     {"use_kt", ""},
     {"use_mca", ""},
@@ -50,7 +51,8 @@ Match recognises(const Node& root) {
                                                                                                          : Match::kNo;
 }
 
-/// The loop that runs. "" is transformers' own (CustomSeq2SeqTrainer and CustomTrainer add nothing to the loss).
+/// The loop that runs. "" is transformers' own (CustomSeq2SeqTrainer and CustomTrainer add nothing to the loss, unless a
+/// loss function of their own replaces the model's).
 std::string_view trainer_of(const Node& root, std::string_view* key) {
   *key = "model_name_or_path";
   for (std::string_view megatron : kMegatronKeys) {
@@ -65,6 +67,12 @@ std::string_view trainer_of(const Node& root, std::string_view* key) {
   if (is_true(root.find("use_kt"))) {  // KTransformers replaces the experts' forward
     *key = "use_kt";
     return "KTrainer";
+  }
+  constexpr std::string_view kLosses[] = {"use_dft_loss", "use_eaft_loss", "use_asft_loss"};
+  for (std::string_view loss : kLosses) {  // train/sft/trainer.py: compute_loss_func takes the logits alone
+    if (!is_true(root.find(loss))) continue;
+    *key = loss;
+    return "CustomSeq2SeqTrainer with a loss of its own";
   }
   const Node* stage = root.find("stage");
   if (!stage || !stage->is_string()) return "";
@@ -84,25 +92,67 @@ void read_adapter(const ConfigFile& file, Material* material) {
     for (UnreadKey& key : take_back_adapter_settings(file, material)) material->unread_keys.push_back(std::move(key));
     return;
   }
-  const std::string_view key = type ? "finetuning_type" : "lora_rank";  // lora is the default of the field
-  if (!type && !root.find("lora_rank") && !root.find("lora_target")) return;
-  const Node& place = type ? *type : root;
-  add_setting(file, key, "peft_type", string_node(type && type->text == "oft" ? "OFT" : "LORA", place), material);
+  // lora is the default of finetuning_type, and all of lora_target.
+  const std::string_view key = type ? "finetuning_type" : root.find("lora_rank") ? "lora_rank" : "lora_target";
+  if (!type && !root.find(key)) return;
+  const Node& place = *root.find(key);
+  const bool oft = type && type->text == "oft";
+  add_setting(file, key, "peft_type", string_node(oft ? "OFT" : "LORA", place), material);
   state_adapter(file, key, material);
-  const Node* target = root.find("lora_target");
-  if (!target) return;
-  if (auto all = all_linear(*target)) {
-    add_setting(file, "lora_target", "lora_target_linear", std::move(*all), material);
-  } else if (auto list = comma_list(*target)) {
-    add_setting(file, "lora_target", "target_modules", std::move(*list), material);
+  const Node* target = root.find(oft ? "oft_target" : "lora_target");
+  const auto list = target ? comma_list(*target) : std::nullopt;
+  if (!target || (list && list->items.size() == 1 && list->items[0].is_string() && list->items[0].text == "all")) {
+    add_setting(file, target ? "lora_target" : key, "lora_target_linear", bool_node(true, target ? *target : place), material);
+    material->settings.back().source.key = "lora_target";  // by default, where the key is not there
+  } else if (list) {
+    add_setting(file, "lora_target", "target_modules", *list, material);
   }
 }
 
+/// Quantised on the fly. A base that is quantised already keeps its own, whatever these keys say
+/// (model_utils/quantization.py), and only adapters train on either.
 void read_quantisation(const ConfigFile& file, Material* material) {
   const Node* bits = file.root->find("quantization_bit");
-  const auto n = bits ? bits->as_int() : std::nullopt;
-  if (n == 4) add_setting(file, "quantization_bit", "load_in_4bit", bool_node(true, *bits), material);
-  if (n == 8) add_setting(file, "quantization_bit", "load_in_8bit", bool_node(true, *bits), material);
+  const auto n = bits ? as_number(*bits)->as_int() : std::nullopt;
+  if (!n || *n < 1) return;
+  const Node* method = file.root->find("quantization_method");
+  const std::string_view name = method && method->is_string() ? std::string_view(method->text) : "bnb";
+  if (name == "bnb" || name == "bitsandbytes") {
+    if (*n == 4) add_setting(file, "quantization_bit", "load_in_4bit", bool_node(true, *bits), material);
+    if (*n == 8) add_setting(file, "quantization_bit", "load_in_8bit", bool_node(true, *bits), material);
+    if (*n == 4 && !file.root->find("quantization_type"))
+      add_setting(file, "quantization_bit", "bnb_4bit_quant_type", string_node("nf4", *bits), material);
+  } else if (name == "hqq" || name == "eetq") {
+    add_setting(file, "quantization_method", "quant_method", *method, material);
+    add_setting(file, "quantization_bit", "quant_bits", *as_number(*bits), material);
+  }
+}
+
+constexpr std::string_view kKeyList = "llamafactory";  // audit/behaviours/llamafactory_keys.yaml
+
+/// HfArgumentParser.parse_dict() raises ValueError at a key that no dataclass has.
+void sort_out_unknown(const ConfigFile& file, std::size_t first_unread, Material* material) {
+  const VersionSet* versions = version_of(*material, "llamafactory");
+  const bool megatron = file.root->find("use_mca") ||
+                        std::any_of(std::begin(kMegatronKeys), std::end(kMegatronKeys),
+                                    [&](std::string_view k) { return file.root->find(k); });
+  if (megatron || !has_key_list("llamafactory", kKeyList, versions)) return;  // mcore_adapter brings keys of its own
+  auto& unread = material->unread_keys;
+  for (std::size_t i = first_unread; i < unread.size();) {
+    const UnreadKey& key = unread[i];
+    if (key.key.find('.') != std::string::npos || !key_unknown("llamafactory", kKeyList, key.key, versions)) {
+      ++i;
+      continue;
+    }
+    IgnoredKey ignored{file.path, key.line, key.key, with_version(*material, "llamafactory"), is_moe_key(key.key), "", ""};
+    ignored.why = "none of its arguments has this name: it refuses to start, and under ALLOW_EXTRA_ARGS=1 does nothing with it";
+    const Node* value = file.root->find(key.key);
+    if (foreign_moe_key(key.key) == ForeignKey::kBalanceLoss || key.key == "router_aux_loss_coef") {
+      ignored.instead = "moe_aux_loss_coef: " + (value && value->is_number() ? value->text : std::string("0.001"));
+    }
+    material->ignored_keys.push_back(std::move(ignored));
+    unread.erase(unread.begin() + static_cast<std::ptrdiff_t>(i));
+  }
 }
 
 void read(const ConfigFile& file, Material* material) {
@@ -110,7 +160,9 @@ void read(const ConfigFile& file, Material* material) {
   const std::span<const Row> shared = training_arguments_rows();
   std::vector<Row> rows(shared.begin(), shared.end());
   rows.insert(rows.end(), std::begin(kOwnRows), std::end(kOwnRows));
+  const std::size_t first_unread = material->unread_keys.size();
   read_rows(file, rows, Unread::kAll, material);
+  sort_out_unknown(file, first_unread, material);
   read_adapter(file, material);
   read_quantisation(file, material);
   if (is_true(root.find("pure_bf16"))) {
@@ -122,56 +174,53 @@ void read(const ConfigFile& file, Material* material) {
   state_framework(file, "llama-factory", trainer, key, material);
 }
 
-bool one_of(std::string_view word, std::span<const std::string_view> words) {
-  return std::find(words.begin(), words.end(), word) != words.end();
-}
-
-// model_utils/moe.py configure_moe() @ff6d4d12: the models whose config it touches, by model_type.
-constexpr std::string_view kFlagAndCoefficient[] = {"ernie4_5_moe", "granitemoe", "jamba",     "llama4",   "mixtral",
-                                                    "olmoe",        "phimoe",     "qwen2_moe", "qwen3_moe"};
-constexpr std::string_view kFlagOnly[] = {"dbrx", "glm4v_moe_text"};
-
-/// A coefficient of zero touches nothing (the test is truthiness), so it cannot switch off what the checkpoint has on.
-void read_moe_aux_loss_coef(const ConfigFile& file, Material* material) {
+/// model_utils/moe.py configure_moe(): what it does to the config of this model, at the releases this run may use.
+void configure_moe(const ConfigFile& file, Material* material) {
+  const bool nested = !material->configs.empty() && material->configs.back().text;
+  std::string type = model_type_of(*material);
+  if (type.empty() && family_of(*material)) type = family_of(*material)->model_types[0];
+  const VersionSet* versions = version_of(*material, "llamafactory");
+  auto answer = [&](std::string_view topic) {
+    BehaviourQuery query{"llamafactory", topic, {{"nested", nested ? "true" : "false"}}};
+    if (!type.empty()) query.subject.emplace_back("model_type", type);
+    return ask(query, versions);
+  };
+  const BehaviourAnswer unasked = answer("switches_router_logits_on");
+  if (unasked.value == "true") {
+    Source source;
+    source.role = Role::kBehaviourTable;
+    source.cite = unasked.cite;
+    material->settings.push_back({"model_config.output_router_logits", bool_node(true, *file.root), std::move(source)});
+  }
   const Node* written = file.root->find("moe_aux_loss_coef");
   if (!written || written->is_null()) return;
-  const auto value = as_number(*written)->as_double();
-  const std::string type = model_type_of(*material).empty() && family_of(*material)
-                               ? std::string(family_of(*material)->model_types[0])
-                               : model_type_of(*material);
   const Source place = place_of(file, *file.root, "moe_aux_loss_coef", "moe_aux_loss_coef");
-  if (!value || type.empty()) {
+  const auto number = as_number(*written);
+  const auto value = number->as_double();
+  const BehaviourAnswer effect = answer("moe_aux_loss_coef");
+  const BehaviourAnswer zero = answer("moe_aux_loss_coef_zero");
+  if (!value || !effect.value || (*value == 0.0 && !zero.value)) {
     material->unread_keys.push_back({file.path, place.line, place.key});
     return;
   }
   IgnoredKey ignored{file.path, place.line, place.key, with_version(*material, "llamafactory"), true, "", ""};
-  if (*value == 0.0) {
-    ignored.why =
-        "LLaMA-Factory acts on a non-zero value only: 0 leaves the flag and the coefficient of the model's config as "
-        "they are";
+  if (*effect.value == "none") {
+    ignored.why = "its configure_moe() does nothing for " + std::string(nested ? "a text_config of " : "") + "model_type " + type;
     material->ignored_keys.push_back(std::move(ignored));
-    return;
+  } else if (*value == 0.0 && *zero.value == "ignored") {
+    ignored.why = "it acts on a value other than zero only: 0 leaves flag and coefficient of the model's config as they are";
+    material->ignored_keys.push_back(std::move(ignored));
+  } else {
+    if (*value != 0.0) add_setting(file, place.key, "model_config.output_router_logits", bool_node(true, *written), material);
+    if (*effect.value == "flag and coefficient")
+      add_setting(file, place.key, "model_config.router_aux_loss_coef", *number, material);
   }
-  const bool both = one_of(type, kFlagAndCoefficient);
-  if (both || one_of(type, kFlagOnly)) {
-    add_setting(file, place.key, "model_config.output_router_logits", bool_node(true, *written), material);
-    if (both) add_setting(file, place.key, "model_config.router_aux_loss_coef", *as_number(*written), material);
-    return;
-  }
-  const VersionSet* versions = version_of(*material, "llamafactory");
-  const VersionWindow read_here{Version::parse("0.9.0"), Version::parse("0.9.6")};
-  if (!versions || !versions->inside(read_here)) {  // another release may know this model
-    material->unread_keys.push_back({file.path, place.line, place.key});
-    return;
-  }
-  ignored.why = "LLaMA-Factory's configure_moe() does nothing for model_type " + type;
-  material->ignored_keys.push_back(std::move(ignored));
 }
 
 }  // namespace
 
 extern const ConfigReader config_reader_llama_factory_config;
 const ConfigReader config_reader_llama_factory_config{
-    "llama-factory", "LLaMA-Factory config", recognises, read, "", read_moe_aux_loss_coef};
+    "llama-factory", "LLaMA-Factory config", recognises, read, "", configure_moe};
 
 }  // namespace moeaudit

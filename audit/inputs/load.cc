@@ -106,7 +106,8 @@ class Loader {
       const ConfigReader* reader = find_config_reader(root);
       if (!reader) {
         m_.problems.push_back({path, 0, 0, "is no training config that moe-audit knows",
-                               "known are Axolotl, TRL, LLaMA-Factory and TrainingArguments files, in YAML or JSON"});
+                               "known are the configs of Axolotl, TRL, LLaMA-Factory, ms-swift, Accelerate and DeepSpeed, and "
+                               "TrainingArguments, in YAML or JSON"});
         continue;
       }
       if (!reader->read) {
@@ -120,9 +121,48 @@ class Loader {
       input(path, std::string(reader->kind));
       remember_base();
     }
-    if (plan_.training_args.empty()) return;
-    read_training_args(plan_.training_args.path, &m_);
-    input(plan_.training_args.path, "training_args.bin");
+    if (!plan_.training_args.empty()) {
+      read_training_args(plan_.training_args.path, &m_);
+      input(plan_.training_args.path, "training_args.bin");
+    }
+    read_engine();
+  }
+
+  /// The DeepSpeed settings that `deepspeed:` holds, as a dict or as the path of a JSON file.
+  void read_engine() {
+    std::vector<Setting> named;
+    for (const Setting& s : m_.settings) {
+      if (s.name == "deepspeed" || s.name == "deepspeed.file") named.push_back(s);
+    }
+    for (const Setting& s : named) {
+      if (s.value.is_map()) {
+        read_deepspeed({s.source.file, s.source.role, &s.value}, s.source.key, &m_);
+      } else if (s.value.is_string() && !s.value.text.empty()) {
+        read_engine_file(s);
+      }
+    }
+  }
+
+  void read_engine_file(const Setting& named) {
+    for (const std::string& place : places_of(named.source.file)) {
+      const std::string path = join_path(place, named.value.text);
+      std::string why;
+      if (path_kind(path, &why) != PathKind::kFile) continue;
+      const bool known = std::any_of(configs_.begin(), configs_.end(), [&](const Parsed& p) { return p.path == path; });
+      Node root;
+      if (known || !read_tree(path, &root, &m_)) return;
+      const ConfigReader* reader = find_config_reader(root);
+      if (!reader || reader->framework != "" || !reader->read) {
+        m_.problems.push_back({path, 0, 0, "is no DeepSpeed config, as " + to_text(named.source) + " says",
+                               "give the JSON that the run used with --config FILE", false});
+        return;
+      }
+      configs_.push_back({path, std::move(root), reader});
+      reader->read({path, Role::kTrainingConfig, &configs_.back().root}, &m_);
+      input(path, std::string(reader->kind), "named by " + to_text(named.source));
+      return;
+    }
+    m_.settings.push_back({"deepspeed.not_found", named.value, named.source});
   }
 
   // ---- the base model --------------------------------------------------------------------------------------------
@@ -160,14 +200,18 @@ class Loader {
     if (!folder.weights.empty()) plan_.base_weights = {folder.weights, Slot::Rank::kFound};
   }
 
-  /// Looks where the framework would: the path as it is, relative to the file that names it, the run's folders, and the
-  /// current directory; then the local hub cache.
-  bool find_named(const BaseName& base, std::string* note) {
+  /// Where a path may lie that a file names: beside the file, in the run's folders, in the current directory.
+  std::vector<std::string> places_of(const std::string& file) const {
     std::vector<std::string> places;
-    if (!base.source.file.empty()) places.push_back(folder_of(base.source.file));
+    if (!file.empty()) places.push_back(folder_of(file));
     places.insert(places.end(), plan_.folders.begin(), plan_.folders.end());
     places.push_back(".");
-    for (const std::string& place : places) {
+    return places;
+  }
+
+  /// Looks where the framework would, then in the local hub cache.
+  bool find_named(const BaseName& base, std::string* note) {
+    for (const std::string& place : places_of(base.source.file)) {
       const std::string path = join_path(place, base.name);
       if (!is_model_folder(path)) continue;
       use_base_folder(path);

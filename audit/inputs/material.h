@@ -22,8 +22,12 @@ namespace moeaudit {
 ///                modules_to_save, layers_to_transform, rank_pattern, alpha_pattern, lora_target_linear (Axolotl, bool)
 ///   model        model_config.<key>: an override of the model's config.json (Axolotl model_config:, TRL router_aux_loss_coef
 ///                is stated as trl.router_aux_loss_coef, since TRL decides itself what to do with it)
+///   engine       deepspeed.<path in its JSON>, deepspeed.read (its settings are here), deepspeed.not_found (it names a file
+///                that is not here), accelerate.mixed_precision, accelerate.moe_layer_cls_names, fsdp_version
+///   what trains  finetuning_type, freeze_trainable_layers, freeze_trainable_modules, freeze_extra_modules (LLaMA-Factory),
+///                unfrozen_parameters (Axolotl), checkpointing_reentrant
 ///   quantised    load_in_4bit, load_in_8bit, bnb_4bit_quant_type, llm_int8_skip_modules, quantize_moe_experts,
-///                quant_method
+///                quant_method, quant_bits
 struct Setting {
   std::string name;
   Node value;

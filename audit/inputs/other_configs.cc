@@ -6,18 +6,14 @@ namespace moeaudit {
 namespace {
 
 Match recognises(const Node& root) {
-  const bool accelerate =
-      root.find("compute_environment") || (root.find("distributed_type") && root.find("num_processes"));
-  const bool deepspeed = root.find("zero_optimization") || root.find("train_micro_batch_size_per_gpu");
-  const bool torchtune = root.find_path("model._component_") || root.find_path("tokenizer._component_");
-  return accelerate || deepspeed || torchtune ? Match::kSure : Match::kNo;
+  return root.find_path("model._component_") || root.find_path("tokenizer._component_") ? Match::kSure : Match::kNo;
 }
 
 }  // namespace
 
 extern const ConfigReader config_reader_other_configs;
 const ConfigReader config_reader_other_configs{
-    "", "launcher or engine config (Accelerate, DeepSpeed, torchtune)", recognises, nullptr,
-    "state the number of processes with --world-size N, and give the trainer's own config with --config FILE"};
+    "", "torchtune config", recognises, nullptr,
+    "state the number of processes with --world-size N, and give the model with --model DIR"};
 
 }  // namespace moeaudit

@@ -131,16 +131,24 @@ void PlanBuilder::add_version_files(const Folder& folder) {
 }
 
 bool PlanBuilder::choose_config(const Folder& folder) {
-  std::vector<std::string> found;
+  std::vector<std::string> found, launchers;
   for (const std::string& path : folder.maybe_configs) {
     const Sniffed sniffed = sniff_config(path);
-    if (sniffed.broken || (sniffed.reader && sniffed.reader->read)) {
+    if (sniffed.broken || (sniffed.reader && sniffed.reader->read && !sniffed.reader->framework.empty())) {
       found.push_back(path);
+    } else if (sniffed.reader && sniffed.reader->read) {  // Accelerate, DeepSpeed: they say nothing of who trains
+      launchers.push_back(path);
     } else if (sniffed.reader) {
       problem(path, "is a " + std::string(sniffed.reader->kind) + ", which moe-audit does not read",
               std::string(sniffed.reader->why_not_read), false);
     }
   }
+  // Which of them a run used is known only if one of its files names it, or the user does.
+  for (const std::string& path : launchers) {
+    if (found.empty() && launchers.size() == 1) break;
+    plan_.inputs.push_back({path, "launcher or engine config", "read only where a config names it, or with --config"});
+  }
+  if (found.empty() && launchers.size() == 1 && plan_.training_configs.empty()) found = launchers;
   if (found.empty()) return false;
   if (!plan_.training_configs.empty()) {
     for (const std::string& path : found) {

@@ -102,6 +102,9 @@ const Family* family_of(const ModelConfig& config);
 /// model_type of the (text) config that was read last, "" if none.
 std::string model_type_of(const Material& material);
 
+/// DeepSpeed's settings: `file.root` is the JSON, or the dict that stands at `key` of another file ("" for a file).
+void read_deepspeed(const ConfigFile& file, std::string_view key, Material* material);
+
 /// Rows that every framework on transformers' TrainingArguments shares.
 std::span<const Row> training_arguments_rows();
 /// Keys of TrainingArguments in `root` by which a file is recognised as one of its kind.

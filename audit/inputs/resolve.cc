@@ -16,15 +16,30 @@ const Setting* Resolver::last(std::string_view name) const {
   return found;
 }
 
+namespace {
+
+/// The fact that holds a package's releases, or nullptr.
+template <class Sheet>
+auto* version_fact(Sheet& f, std::string_view package) {
+  auto* none = static_cast<decltype(&f.transformers)>(nullptr);
+  if (package == "transformers") return &f.transformers;
+  if (package == "peft") return &f.peft;
+  if (package == "trl") return &f.trl;
+  if (package == "accelerate") return &f.accelerate;
+  if (package == "axolotl") return &f.axolotl;
+  if (package == "llamafactory") return &f.llamafactory;
+  if (package == "ms-swift") return &f.ms_swift;
+  if (package == "deepspeed") return &f.deepspeed_package;
+  if (package == "bitsandbytes") return &f.bitsandbytes;
+  if (package == "torch") return &f.torch;
+  return none;
+}
+
+}  // namespace
+
 const VersionSet* Resolver::versions(std::string_view package) const {
-  if (package == "transformers") return facts.transformers.get();
-  if (package == "peft") return facts.peft.get();
-  if (package == "trl") return facts.trl.get();
-  if (package == "accelerate") return facts.accelerate.get();
-  if (package == "axolotl") return facts.axolotl.get();
-  if (package == "bitsandbytes") return facts.bitsandbytes.get();
-  if (package == "torch") return facts.torch.get();
-  return nullptr;
+  const auto* fact = version_fact(facts, package);
+  return fact ? fact->get() : nullptr;
 }
 
 BehaviourAnswer Resolver::ask_about(std::string_view package, std::string_view topic) const {
@@ -142,19 +157,8 @@ std::optional<DType> dtype_from_text(std::string_view text) {
 }
 
 void resolve_versions(Resolver& r) {
-  auto target = [&](std::string_view package) -> Fact<VersionSet>* {
-    FactSheet& f = r.facts;
-    if (package == "transformers") return &f.transformers;
-    if (package == "peft") return &f.peft;
-    if (package == "trl") return &f.trl;
-    if (package == "accelerate") return &f.accelerate;
-    if (package == "axolotl") return &f.axolotl;
-    if (package == "bitsandbytes") return &f.bitsandbytes;
-    if (package == "torch") return &f.torch;
-    return nullptr;
-  };
   for (const VersionStatement& s : r.material.versions) {
-    if (Fact<VersionSet>* fact = target(s.package)) fact->set(s.versions, Resolver::origin_of(s.source), s.source);
+    if (auto* fact = version_fact(r.facts, s.package)) fact->set(s.versions, Resolver::origin_of(s.source), s.source);
   }
 }
 
@@ -163,9 +167,11 @@ void resolve(const Material& material, const RunOptions& options, FactSheet* fac
   resolve_versions(r);
   resolve_model(r);
   resolve_training(r);
+  resolve_engine(r);
   resolve_precision(r);
   resolve_quantisation(r);
   resolve_balance(r);
+  resolve_conflicts(r);
 
   if (!material.log.step.empty()) facts->log.set(material.log, Origin::kMeasured, material.log_source);
   if (material.global_step >= 0) {

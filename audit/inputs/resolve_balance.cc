@@ -50,7 +50,7 @@ void resolve_added(Resolver& r) {
   }
   const std::string& trainer = f.trainer.value();
   if (trainer != "Trainer" && trainer != "SFTTrainer") {
-    const BehaviourAnswer path = r.ask_about("trl", "aux_path");
+    const BehaviourAnswer path = r.ask_about(r.material.framework == "llama-factory" ? "llamafactory" : "trl", "aux_path");
     if (!path.value) {
       f.aux_added.explain_unknown(path.why.empty() ? "how " + trainer + " treats the balance loss is not known" : path.why);
       return;

@@ -18,6 +18,9 @@ struct Resolver {
   FactSheet& facts;
   const Family* family = nullptr;  // set by resolve_model()
 
+  /// A file says who trains: what it does not state is a default, not a gap.
+  bool training_known() const { return !material.framework.empty() || !material.trainer.empty(); }
+
   /// The statement that wins, or nullptr.
   const Setting* last(std::string_view name) const;
 
@@ -41,6 +44,7 @@ struct Resolver {
   BehaviourAnswer ask_about(std::string_view package, std::string_view topic) const;
 
   static Origin origin_of(const Source& source) {
+    if (source.role == Role::kBehaviourTable) return Origin::kFrameworkDefault;
     return source.role == Role::kCommandLine ? Origin::kAssumed : Origin::kStated;
   }
 };
@@ -58,8 +62,10 @@ std::optional<DType> dtype_from_text(std::string_view text);  // "bfloat16", "to
 void resolve_versions(Resolver& r);
 void resolve_model(Resolver& r);
 void resolve_training(Resolver& r);
+void resolve_engine(Resolver& r);     // DeepSpeed, FSDP, what trains by pattern
 void resolve_precision(Resolver& r);
 void resolve_quantisation(Resolver& r);
 void resolve_balance(Resolver& r);
+void resolve_conflicts(Resolver& r);  // the engine's file against the trainer's
 
 }  // namespace moeaudit

@@ -19,8 +19,6 @@ void resolve_trainer(Resolver& r) {
   }
 }
 
-bool known_training(const Resolver& r) { return !r.material.framework.empty() || !r.material.trainer.empty(); }
-
 /// PEFT takes one layer or a list of them.
 std::optional<std::vector<std::int64_t>> node_ints(const Node& n) {
   if (const auto one = node_int(n)) return std::vector<std::int64_t>{*one};
@@ -47,7 +45,7 @@ void resolve_adapter(Resolver& r) {
   const Setting* kind = r.last("peft_type");
   if (r.material.adapter_seen) {
     f.has_adapter.set(true, Origin::kStated, r.material.adapter_source);
-  } else if (known_training(r)) {
+  } else if (r.training_known()) {
     // A trainer's own files or config were read and none of them speaks of an adapter.
     f.has_adapter.set(false, Origin::kAbsent, r.material.framework_source);
   }
@@ -78,11 +76,12 @@ void resolve_adapter(Resolver& r) {
   }
   if (!f.has_adapter.known() || !f.has_adapter.value()) return;
   if (r.material.framework == "llama-factory") {
-    // Its own defaults (hparams/finetuning_args.py): alpha is 2 x rank, rank 8; PEFT's would be wrong.
-    Source source = r.material.framework_source;
-    source.cite = "LLaMA-Factory src/llamafactory/hparams/finetuning_args.py@ff6d4d12";
-    f.adapter_rank.set_if_unknown(8, Origin::kFrameworkDefault, source);
-    f.adapter_alpha.set_if_unknown(2.0 * static_cast<double>(f.adapter_rank.value()), Origin::kFrameworkDefault, source);
+    r.apply_default(f.adapter_rank, "llamafactory", "lora_rank");
+    if (f.adapter_rank.known()) {  // alpha is 2 x rank where it is not given; PEFT's default would be wrong
+      Source source = r.material.framework_source;
+      source.cite = "LLaMA-Factory src/llamafactory/hparams/finetuning_args.py@v0.9.5:568";
+      f.adapter_alpha.set_if_unknown(2.0 * static_cast<double>(f.adapter_rank.value()), Origin::kFrameworkDefault, source);
+    }
   }
   r.apply_default(f.adapter_rank, "peft", "r");
   r.apply_default(f.adapter_alpha, "peft", "lora_alpha");
@@ -103,8 +102,10 @@ void resolve_batches(Resolver& r) {
   r.apply(f.label_smoothing, "label_smoothing_factor", node_double);
   r.apply(f.deepspeed, "deepspeed", [](const Node& n) -> std::optional<bool> {
     if (n.is_null()) return false;
+    if (n.kind == Node::Kind::kBool) return n.boolean;
     return !(n.is_string() && n.text.empty());
   });
+  if (!f.deepspeed.known()) r.apply(f.deepspeed, "deepspeed.read", node_bool);  // its JSON was given beside the config
   Source cli;
   cli.role = Role::kCommandLine;
   if (r.options.world_size > 0) {
@@ -115,7 +116,7 @@ void resolve_batches(Resolver& r) {
     cli.key = "--sequence-length";
     f.sequence_length.set(r.options.sequence_length, Origin::kAssumed, cli);
   }
-  if (known_training(r)) {
+  if (r.training_known()) {
     const std::string_view package = r.material.framework == "axolotl" ? "axolotl" : "transformers";
     r.apply_default(f.accumulation, package, "gradient_accumulation_steps");
     r.apply_default(f.micro_batch, package, package == "axolotl" ? "micro_batch_size" : "per_device_train_batch_size");
@@ -138,20 +139,65 @@ void resolve_batches(Resolver& r) {
   }
 }
 
+/// LLaMA-Factory's freeze trains every parameter whose name contains ".<layer>.<module>" for a layer at the end (at the
+/// beginning, if the number is negative) and one of the modules; "all" is the empty name (model/adapter.py
+/// _setup_freeze_tuning).
+bool resolve_freeze(Resolver& r, const Setting& type) {
+  FactSheet& f = r.facts;
+  const Setting* layers = r.last("freeze_trainable_layers");
+  const Setting* modules = r.last("freeze_trainable_modules");
+  const Setting* extra = r.last("freeze_extra_modules");
+  const Setting* pro = r.last("use_llama_pro");  // other layers, spread over the model
+  std::int64_t n = layers ? node_int(layers->value).value_or(0) : 2;
+  const std::vector<std::string> names =
+      modules ? node_strings(modules->value).value_or(std::vector<std::string>()) : std::vector<std::string>{"all"};
+  if (n == 0 || names.empty() || (pro && node_bool(pro->value).value_or(true)) || !f.num_layers.known()) return true;
+  const std::int64_t depth = f.num_layers.value();
+  if (depth < 1 || depth > 100000) return true;
+  n = std::clamp(n, -depth, depth);
+  const std::int64_t first = n > 0 ? depth - n : 0;
+  const std::int64_t end = n > 0 ? depth : -n;
+  std::vector<std::string> patterns;
+  for (const std::string& name : names) {
+    for (std::int64_t layer = first; layer < end; ++layer)
+      patterns.push_back("." + std::to_string(layer) + "." + (name == "all" ? std::string() : name));
+  }
+  if (extra) {
+    for (const std::string& name : node_strings(extra->value).value_or(std::vector<std::string>())) patterns.push_back(name);
+  }
+  const Source& source = modules ? modules->source : layers ? layers->source : type.source;
+  f.unfrozen_patterns.set(std::move(patterns), Origin::kStated, source);
+  const bool all = std::find(names.begin(), names.end(), "all") != names.end();
+  if (!all || !f.moe_layers.known()) return true;
+  const auto& moe = f.moe_layers.value();
+  const bool reached = std::any_of(moe.begin(), moe.end(), [&](std::int64_t l) { return l >= first && l < end; });
+  // ".46." is in "layers.3.mlp.experts.46.up_proj.weight" too, so that experts may train where their layer does not.
+  f.router_trains.set(reached, Origin::kDerived, source);
+  if (reached) f.experts_train.set(true, Origin::kDerived, source);
+  return true;
+}
+
+/// Does only a part of the model train, chosen by patterns?
+bool resolve_unfrozen(Resolver& r) {
+  const Setting* unfrozen = r.last("unfrozen_parameters");  // Axolotl: everything else is frozen
+  if (unfrozen && unfrozen->value.is_list() && !unfrozen->value.items.empty()) {
+    r.apply(r.facts.unfrozen_patterns, "unfrozen_parameters", node_strings);
+    return true;
+  }
+  const Setting* type = r.last("finetuning_type");
+  return type && type->value.is_string() && type->value.text == "freeze" && resolve_freeze(r, *type);
+}
+
 void resolve_method(Resolver& r) {
   FactSheet& f = r.facts;
   if (f.method.known() || !f.has_adapter.known()) return;
   if (!f.has_adapter.value()) {
     f.method.set(Method::kFull, Origin::kDerived, f.has_adapter.source());
-    const Setting* unfrozen = r.last("unfrozen_parameters");  // Axolotl: everything else is frozen
-    const Setting* type = r.last("finetuning_type");          // LLaMA-Factory: "freeze" trains some layers only
-    const bool partly = (unfrozen && unfrozen->value.is_list() && !unfrozen->value.items.empty()) ||
-                        (type && type->value.is_string() && type->value.text == "freeze");
-    r.apply(f.unfrozen_patterns, "unfrozen_parameters", node_strings);
+    const bool partly = resolve_unfrozen(r);
     if (partly) {
       const char* why = "only some parameters are trained, and what the patterns reach is not known yet";
-      f.router_trains.explain_unknown(why);
-      f.experts_train.explain_unknown(why);
+      if (!f.router_trains.known()) f.router_trains.explain_unknown(why);
+      if (!f.experts_train.known()) f.experts_train.explain_unknown(why);
     } else {
       f.router_trains.set(true, Origin::kDerived, f.has_adapter.source());
       f.experts_train.set(true, Origin::kDerived, f.has_adapter.source());
@@ -179,6 +225,82 @@ void resolve_tokens(FactSheet& f) {
                           Origin::kDerived, f.num_experts.source());
 }
 
+/// A mode that one file switches on: TrainingArguments, or the launcher where TrainingArguments says nothing (its bf16 and
+/// fp16 outrank ACCELERATE_MIXED_PRECISION, transformers training_args.py).
+struct Mode {
+  bool on = false;
+  const Setting* by = nullptr;
+};
+
+Mode mode_of(const Resolver& r, std::string_view name) {
+  const Setting* own = r.last(name);
+  if (own && node_bool(own->value).value_or(false)) return {true, own};
+  for (std::string_view flag : {"bf16", "fp16"}) {
+    const Setting* s = r.last(flag);
+    if (s && (node_bool(s->value).value_or(false) || s->value.is_string())) return {};
+  }
+  const Setting* launcher = r.last("accelerate.mixed_precision");
+  if (launcher && launcher->value.is_string() && launcher->value.text == name) return {true, launcher};
+  return {};
+}
+
+/// DeepSpeed casts the model to the dtype of its JSON and Accelerate starts no autocast under it (accelerator.py,
+/// runtime/engine.py _configure_distributed_model). What its JSON leaves to "auto" comes from TrainingArguments.
+bool resolve_engine_precision(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (!f.deepspeed.known() || !f.deepspeed.value()) return false;
+  const Setting* autocast = r.last("deepspeed.torch_autocast.enabled");
+  if (autocast && node_bool(autocast->value).value_or(true)) {
+    const Setting* dtype = r.last("deepspeed.torch_autocast.dtype");
+    const auto d = dtype && dtype->value.is_string() ? dtype_from_text(dtype->value.text) : std::nullopt;
+    if (d == DType::kBF16 || d == DType::kF16)
+      f.precision.set(d == DType::kBF16 ? Precision::kAutocastBf16 : Precision::kAutocastFp16, Origin::kStated, dtype->source);
+    else
+      f.precision.explain_unknown("DeepSpeed's torch_autocast is on, and its dtype is not stated");
+    return true;
+  }
+  for (const auto& [name, mode] : {std::pair{"bf16", Precision::kPureBf16}, {"fp16", Precision::kPureFp16}}) {
+    const Setting* json = r.last("deepspeed." + std::string(name) + ".enabled");
+    const auto stated = json ? node_bool(json->value) : std::nullopt;
+    const Mode trainer = mode_of(r, name);
+    if (stated.value_or(false)) {
+      f.precision.set(mode, Origin::kStated, json->source);
+      return true;
+    }
+    if (!stated && trainer.on) {
+      f.precision.set(mode, Origin::kDerived, trainer.by->source);
+      return true;
+    }
+  }
+  return false;
+}
+
+void resolve_mixed_precision(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (resolve_engine_precision(r)) return;
+  const Setting* bf16 = r.last("bf16");
+  const Setting* fp16 = r.last("fp16");
+  const Setting* launcher = r.last("accelerate.mixed_precision");
+  const bool automatic = (bf16 && bf16->value.is_string() && bf16->value.text == "auto") ||
+                         (!bf16 && !fp16 && r.material.framework == "axolotl");  // Axolotl's default is auto
+  if (const Mode b = mode_of(r, "bf16"); b.on) {
+    f.precision.set(Precision::kAutocastBf16, Origin::kStated, b.by->source);
+  } else if (const Mode h = mode_of(r, "fp16"); h.on) {
+    f.precision.set(Precision::kAutocastFp16, Origin::kStated, h.by->source);
+  } else if (automatic) {
+    f.precision.explain_unknown("bf16: auto is decided on the training machine: bf16 where the GPU has it, else fp16");
+  } else if (launcher && launcher->value.is_string() && launcher->value.text == "fp8") {
+    f.precision.explain_unknown("the launcher asks for fp8, and which layers it converts is not modelled");
+  } else if (r.training_known() && f.load_dtype.known()) {
+    // No autocast: everything runs in the dtype of the weights.
+    const DType d = f.load_dtype.value();
+    const Precision p = d == DType::kBF16 ? Precision::kPureBf16 : d == DType::kF16 ? Precision::kPureFp16 : Precision::kFp32;
+    f.precision.set(p, Origin::kDerived, f.load_dtype.source());
+  } else if (r.training_known()) {
+    f.precision.explain_unknown("no mixed precision is configured, and no file says in which dtype the weights are loaded");
+  }
+}
+
 }  // namespace
 
 void resolve_training(Resolver& r) {
@@ -197,28 +319,13 @@ void resolve_precision(Resolver& r) {
     f.load_dtype.set(f.weights_dtype.value(), Origin::kDerived, f.weights_dtype.source());
   }
 
-  const Setting* bf16 = r.last("bf16");
-  const Setting* fp16 = r.last("fp16");
-  const auto b = bf16 ? node_bool(bf16->value) : std::nullopt;
-  const auto h = fp16 ? node_bool(fp16->value) : std::nullopt;
-  if (b.value_or(false)) {
-    f.precision.set(Precision::kAutocastBf16, Origin::kStated, bf16->source);
-  } else if (h.value_or(false)) {
-    f.precision.set(Precision::kAutocastFp16, Origin::kStated, fp16->source);
-  } else if ((bf16 && bf16->value.is_string() && bf16->value.text == "auto") ||
-             (!bf16 && !fp16 && r.material.framework == "axolotl")) {  // Axolotl's default is auto
-    f.precision.explain_unknown("bf16: auto is decided on the training machine: bf16 where the GPU has it, else fp16");
-  } else if (known_training(r) && f.load_dtype.known()) {
-    // No autocast: everything runs in the dtype of the weights.
-    const DType d = f.load_dtype.value();
-    const Precision p = d == DType::kBF16 ? Precision::kPureBf16 : d == DType::kF16 ? Precision::kPureFp16 : Precision::kFp32;
-    f.precision.set(p, Origin::kDerived, f.load_dtype.source());
-  } else if (known_training(r)) {
-    f.precision.explain_unknown("no mixed precision is configured, and no file says in which dtype the weights are loaded");
-  }
+  resolve_mixed_precision(r);
 
   r.apply(f.fp8, "fp8", node_bool);
-  if (!f.fp8.known() && known_training(r)) f.fp8.set(false, Origin::kAbsent, r.material.framework_source);
+  if (const Setting* launcher = r.last("accelerate.mixed_precision"); launcher && launcher->value.is_string() && launcher->value.text == "fp8") {
+    f.fp8.set(true, Origin::kStated, launcher->source);
+  }
+  if (!f.fp8.known() && r.training_known()) f.fp8.set(false, Origin::kAbsent, r.material.framework_source);
   if (r.material.framework == "axolotl") {
     const BehaviourAnswer skips = r.ask_about("axolotl", "fp8_skips_router");
     if (skips.value) f.fp8_skips_router.set(*skips.value == "true", Origin::kFrameworkDefault, source_of(skips));
@@ -274,7 +381,7 @@ void resolve_quantisation(Resolver& r) {
     f.quant_method.set("bitsandbytes int8", Origin::kStated, eight->source);
   } else if (method && method->value.is_string()) {
     f.quant_method.set(method->value.text, Origin::kStated, method->source);
-  } else if (known_training(r) || !r.material.configs.empty()) {
+  } else if (r.training_known() || !r.material.configs.empty()) {
     f.quant_bits.set(0, Origin::kAbsent, derived_from("no quantisation in the files read"));
   }
   r.apply(f.quant_skip, "llm_int8_skip_modules", node_strings);

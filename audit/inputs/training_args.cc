@@ -22,7 +22,10 @@ constexpr Row kRows[] = {
     {"label_smoothing_factor", "label_smoothing_factor"},
     {"deepspeed", "deepspeed", nullptr, true},
     {"deepspeed_plugin", "deepspeed"},  // set when `accelerate launch` brings DeepSpeed in and `deepspeed` stays None
+    {"hf_deepspeed_config.config", "deepspeed"},  // its JSON as it ran, "auto" filled in
     {"fsdp", "fsdp"},
+    {"fsdp_config.version", "fsdp_version"},
+    {"fsdp_config.fsdp_version", "fsdp_version"},
     {"gradient_checkpointing", "gradient_checkpointing"},
     {"gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
     {"max_grad_norm", "max_grad_norm"},

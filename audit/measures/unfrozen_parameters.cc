@@ -1,4 +1,5 @@
-// What Axolotl's unfrozen_parameters reach (src/axolotl/utils/freeze.py@v0.18.0, freeze_layers_except and
+// What patterns of parameter names to train reach. LLaMA-Factory's freeze looks for them anywhere in the name
+// (src/llamafactory/model/adapter.py, _setup_freeze_tuning). Axolotl's unfrozen_parameters (src/axolotl/utils/freeze.py@v0.18.0, freeze_layers_except and
 // LayerNamePattern): every parameter whose name no pattern matches is frozen. The patterns are tried as Axolotl tries
 // them: a dot that no plus follows is a literal dot, so ".*" is "any number of dots"; re.match, so the pattern begins at
 // the beginning of the name, although its documentation says "any part"; a range of rows behind it is no part of it.
@@ -56,6 +57,20 @@ struct Reach {
   std::string why;
 };
 
+Part part_of(const ModelParameter& p, const ModuleTree& tree) {
+  return p.module < 0 ? Part::kOther : tree.modules[static_cast<std::size_t>(p.module)].part;
+}
+
+Reach try_substring(std::string_view text, const ModuleTree& tree) {
+  Reach reach;
+  for (const ModelParameter& p : tree.parameters) {
+    if (p.path.find(text) == std::string::npos) continue;
+    ++reach.hits;
+    ++reach.parts[part_of(p, tree)];
+  }
+  return reach;
+}
+
 Reach try_pattern(std::string_view pattern, const ModuleTree& tree, std::int64_t* steps) {
   Reach reach;
   RegexError error;
@@ -74,7 +89,7 @@ Reach try_pattern(std::string_view pattern, const ModuleTree& tree, std::int64_t
     }
     if (answer == RegexAnswer::kYes) {
       ++reach.hits;
-      ++reach.parts[p.module < 0 ? Part::kOther : tree.modules[static_cast<std::size_t>(p.module)].part];
+      ++reach.parts[part_of(p, tree)];
     } else if (reach.anywhere.empty() && inside && inside->match(p.path, steps) == RegexAnswer::kYes) {
       reach.anywhere = p.path;
     }
@@ -109,11 +124,12 @@ void run(MeasureContext& context) {
   std::set<bool> router, experts;  // over the layouts
   std::int64_t steps = kSteps;
   bool tried = true;
+  const bool substrings = f.framework.known() && f.framework.value() == "llama-factory";
   for (const MemoryLayout& layout : layouts(f)) {
     const ModuleTree tree = build_module_tree(*family, shape, layout, context.model);
     bool reaches_router = false, reaches_experts = false;
     for (std::size_t i = 0; i < patterns.size(); ++i) {
-      const Reach reach = try_pattern(patterns[i], tree, &steps);
+      const Reach reach = substrings ? try_substring(patterns[i], tree) : try_pattern(patterns[i], tree, &steps);
       tried &= reach.why.empty();
       reaches_router |= reach.parts.count(Part::kRouter) > 0;
       reaches_experts |= reach.parts.count(Part::kRoutedExpert) > 0;

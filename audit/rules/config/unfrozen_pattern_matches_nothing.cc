@@ -38,6 +38,8 @@ std::string corrected(const std::string& pattern) {
 Outcome check(Facts& f) {
   const std::vector<std::string>* patterns = f.want(f->unfrozen_patterns);
   if (!patterns || patterns->empty()) return Outcome::not_applicable("no parameters are unfrozen by pattern");
+  const std::string* framework = f.want(f->framework);
+  if (framework && *framework != "axolotl") return Outcome::not_applicable(*framework + " stops at a name that it does not find");
   const UnfrozenTargets* targets = f.require(f->unfrozen_targets);
   if (f.missing()) return f.cannot_tell();
   const Source& said = f->unfrozen_patterns.source();

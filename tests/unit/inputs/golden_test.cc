@@ -94,14 +94,17 @@ TEST(Golden, TrainingConfigs) {
   }
 }
 
-TEST(Golden, AccelerateConfigIsKnownAndNotRead) {
+TEST(Golden, AccelerateConfigOfLlamaFactory) {
   Material m;
   Node root;
-  ASSERT_TRUE(read_tree(test::fixture("configs/llama-factory/accelerate__fsdp2_config_qwen35_moe.yaml"), &root, &m));
+  const std::string path = test::fixture("configs/llama-factory/accelerate__fsdp2_config_qwen35_moe.yaml");
+  ASSERT_TRUE(read_tree(path, &root, &m));
   const ConfigReader* reader = find_config_reader(root);
-  ASSERT_TRUE(reader);
-  EXPECT_EQ(reader->read, nullptr);
-  EXPECT_FALSE(reader->why_not_read.empty());
+  ASSERT_TRUE(reader && reader->read);
+  EXPECT_EQ(reader->framework, "");  // it does not say who trains
+  reader->read({path, Role::kTrainingConfig, &root}, &m);
+  EXPECT_EQ(settings_of(m), Json({{"accelerate.mixed_precision", "bf16"}, {"fsdp", true}, {"fsdp_version", 2}, {"world_size", 8}}));
+  expect_places(m, true, path);
 }
 
 TEST(Golden, TrainingArguments) {

@@ -209,6 +209,64 @@ TEST(Load, AllShippedConfigs) {
   EXPECT_EQ(n, 37);
 }
 
+/// A LLaMA-Factory run on a model folder.
+LoadedRun factory(const std::string& yaml, const std::string& model,
+                  const std::vector<std::pair<std::string, std::string>>& assume) {
+  test::TempTree tree;
+  RunOptions options;
+  options.configs = {tree.write("train.yaml", "model_name_or_path: x\nstage: sft\n" + yaml)};
+  options.models = {fixture(model)};
+  options.assume = assume;
+  return std::move(load_runs(options).at(0));
+}
+
+TEST(LlamaFactory, BalanceLossAsItsLoaderLeavesIt) {
+  const std::string kFull = "finetuning_type: full\nbf16: true\n", kModel = "models/mixtral-tf4";
+  const LoadedRun on = factory(kFull + "moe_aux_loss_coef: 0.01\n", kModel, {{"llamafactory", "0.9.4"}});
+  EXPECT_TRUE(on.facts.aux_flag.value());
+  EXPECT_EQ(on.facts.aux_coefficient.value(), 0.01);
+  const LoadedRun off = factory(kFull, kModel, {{"llamafactory", "0.9.4"}});
+  EXPECT_FALSE(off.facts.aux_flag.value());
+  const LoadedRun unasked = factory(kFull, kModel, {{"llamafactory", "0.9.2"}});
+  EXPECT_TRUE(unasked.facts.aux_flag.value());
+  EXPECT_EQ(unasked.facts.aux_flag.origin(), Origin::kFrameworkDefault);
+  const LoadedRun dpo = factory("finetuning_type: full\nmoe_aux_loss_coef: 0.01\nstage: dpo\n", kModel,
+                                {{"llamafactory", "0.9.4"}, {"transformers", "4.57.1"}});
+  EXPECT_FALSE(dpo.facts.aux_added.value());  // its loss takes the logits alone
+}
+
+TEST(LlamaFactory, LoraDefaults) {
+  const LoadedRun run = factory("finetuning_type: lora\nlora_rank: 16\nlora_target: all\n", "models/mixtral-tf4", {});
+  EXPECT_EQ(run.facts.adapter_rank.value(), 16);
+  EXPECT_EQ(run.facts.adapter_alpha.value(), 32.0);
+  EXPECT_EQ(factory("finetuning_type: lora\n", "models/mixtral-tf4", {}).facts.adapter_rank.value(), 8);
+  EXPECT_TRUE(run.facts.gradient_checkpointing.value());
+  EXPECT_TRUE(run.facts.checkpointing_reentrant.value());
+  EXPECT_FALSE(factory("use_reentrant_gc: false\n", "models/mixtral-tf4", {}).facts.checkpointing_reentrant.value());
+}
+
+TEST(LlamaFactory, FreezeTrainsByPattern) {
+  // The model has 4 layers, of which those that are MoE are all.
+  const LoadedRun last = factory("finetuning_type: freeze\nfreeze_trainable_layers: 2\n", "models/mixtral-tf4", {});
+  const std::int64_t n = last.facts.num_layers.value();
+  EXPECT_EQ(last.facts.unfrozen_patterns.value(),
+            (std::vector<std::string>{"." + std::to_string(n - 2) + ".", "." + std::to_string(n - 1) + "."}));
+  EXPECT_TRUE(last.facts.router_trains.value());
+  const LoadedRun first = factory("finetuning_type: freeze\nfreeze_trainable_layers: -1\nfreeze_trainable_modules: self_attn\n"
+                                  "freeze_extra_modules: embed_tokens,norm\n", "models/mixtral-tf4", {});
+  EXPECT_EQ(first.facts.unfrozen_patterns.value(), (std::vector<std::string>{".0.self_attn", "embed_tokens", "norm"}));
+  EXPECT_FALSE(first.facts.router_trains.known());
+  // Layer 0 of DeepSeek-V3 is dense: no router trains there.
+  const LoadedRun dense = factory("finetuning_type: freeze\nfreeze_trainable_layers: -1\n", "models/deepseek_v3-tf4", {});
+  EXPECT_FALSE(dense.facts.router_trains.value());
+  EXPECT_FALSE(dense.facts.experts_train.known());  // ".0." is in the name of expert 0 too
+  for (const char* odd : {"freeze_trainable_layers: 0\n", "freeze_trainable_layers: many\n", "freeze_trainable_layers: 999999999999\n",
+                          "freeze_trainable_layers: -9223372036854775808\n", "freeze_trainable_modules: []\n", "use_llama_pro: true\n"}) {
+    const LoadedRun run = factory(std::string("finetuning_type: freeze\n") + odd, "models/mixtral-tf4", {});
+    EXPECT_EQ(run.facts.method.value(), Method::kFull) << odd;
+  }
+}
+
 TEST(Load, NothingGiven) {
   const LoadedRun run = load({});
   EXPECT_TRUE(run.inputs.empty());

@@ -24,7 +24,7 @@ AXOLOTL = {
     "warmup_steps": "warmup_steps", "warmup_ratio": "warmup_ratio", "learning_rate": "learning_rate",
     "max_grad_norm": "max_grad_norm", "gradient_checkpointing": "gradient_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs", "deepspeed": "deepspeed", "fsdp_config": "fsdp",
-    "fsdp": "fsdp", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision"}
+    "fsdp": "fsdp", "fsdp_version": "fsdp_version", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision"}
 AXOLOTL_OTHER = {"base_model", "adapter", "bf16", "fp16", "plugins", "model_config"}
 LORA = {k: k for k in ("peft_type r lora_alpha lora_dropout use_rslora target_modules target_parameters exclude_modules "
                        "modules_to_save layers_to_transform rank_pattern alpha_pattern").split()}
@@ -50,6 +50,8 @@ def axolotl(d):
         if "fp16" in d:
             s["fp16"] = False
         assert not d.get("fp16") and not d.get("load_in_8bit")
+    if "fsdp_version" in (d.get("fsdp_config") or {}) and "fsdp_version" not in d:
+        s["fsdp_version"] = d["fsdp_config"]["fsdp_version"]
     for k, v in (d.get("model_config") or {}).items():
         s["model_config." + k] = v
     other = [k for k in d if k not in AXOLOTL and k not in AXOLOTL_OTHER and k != "bnb_config_kwargs"]

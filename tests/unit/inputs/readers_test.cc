@@ -380,11 +380,24 @@ TEST(LlamaFactory, MoeAuxLossCoefDependsOnTheModel) {
   EXPECT_EQ(said(mixtral, "model_config.router_aux_loss_coef"), "0.02");
   EXPECT_EQ(setting(mixtral, "model_config.router_aux_loss_coef")->source.key, "moe_aux_loss_coef");
 
-  const Material zero = factory_with_model("moe_aux_loss_coef: 0.0\n", "models/mixtral-tf4/config.json");
+  // Zero is written before 0.9.3 and ignored since; which of the two is not known without the release.
+  const std::string kZero = "moe_aux_loss_coef: 0.0\n", kMixtral = "models/mixtral-tf4/config.json";
+  const Material zero = factory_with_model(kZero, kMixtral, "0.9.5");
   EXPECT_EQ(said(zero, "model_config.output_router_logits"), "-");
   ASSERT_EQ(zero.ignored_keys.size(), 1u);
   EXPECT_TRUE(zero.ignored_keys[0].about_moe);
   EXPECT_EQ(zero.ignored_keys[0].line, 3);
+  const Material old_zero = factory_with_model(kZero, kMixtral, "0.9.2");
+  EXPECT_EQ(said(old_zero, "model_config.router_aux_loss_coef"), "0.0");
+  EXPECT_EQ(said(old_zero, "model_config.output_router_logits"), "true");  // switched on unasked
+  EXPECT_EQ(factory_with_model(kZero, kMixtral).unread_keys.back().key, "moe_aux_loss_coef");
+
+  // Before 0.9.3 the flag is on without the key; since then nothing touches it.
+  const Material unasked = factory_with_model("", kMixtral, "0.9.2");
+  EXPECT_EQ(said(unasked, "model_config.output_router_logits"), "true");
+  EXPECT_EQ(setting(unasked, "model_config.output_router_logits")->source.role, Role::kBehaviourTable);
+  EXPECT_EQ(said(factory_with_model("", kMixtral, "0.9.4"), "model_config.output_router_logits"), "-");
+  EXPECT_EQ(said(factory_with_model("", kMixtral), "model_config.output_router_logits"), "-");
 
   const Material gpt = factory_with_model("moe_aux_loss_coef: 0.02\n", "models/gpt_oss-tf5/config.json");
   EXPECT_TRUE(gpt.ignored_keys.empty());  // the release is unknown: a later one may do it
@@ -393,10 +406,50 @@ TEST(LlamaFactory, MoeAuxLossCoefDependsOnTheModel) {
   EXPECT_EQ(
       factory_with_model("moe_aux_loss_coef: 0.02\n", "models/gpt_oss-tf5/config.json", "0.9.4").ignored_keys.size(),
       1u);
+  const Material olmoe = factory_with_model("moe_aux_loss_coef: 0.02\n", "models/olmoe-tf4/config.json", "0.9.2");
+  EXPECT_EQ(olmoe.ignored_keys.size(), 1u);
+  EXPECT_EQ(said(factory_with_model("moe_aux_loss_coef: 0.02\n", "models/olmoe-tf4/config.json", "0.9.3"),
+                 "model_config.router_aux_loss_coef"),
+            "0.02");
+  // Its list has qwen3_vl_moe neither as the model nor as a text_config.
+  EXPECT_EQ(factory_with_model("moe_aux_loss_coef: 0.02\n", "models/nested-text-config/config.json", "0.9.5")
+                .ignored_keys.size(),
+            1u);
 
   const Material unknown = factory_with_model("moe_aux_loss_coef: 0.02\n", "");
   EXPECT_TRUE(unknown.ignored_keys.empty());
   EXPECT_EQ(unknown.unread_keys.back().key, "moe_aux_loss_coef");
+  for (const char* wrong : {"moe_aux_loss_coef: [1]\n", "moe_aux_loss_coef: {a: 1}\n", "moe_aux_loss_coef: much\n"}) {
+    const Material m = factory_with_model(wrong, kMixtral, "0.9.5");
+    EXPECT_TRUE(m.ignored_keys.empty()) << wrong;
+    EXPECT_EQ(m.unread_keys.back().key, "moe_aux_loss_coef") << wrong;
+  }
+}
+
+TEST(LlamaFactory, UnknownKeysAreRefusedThere) {
+  const Material m = factory_with_model("router_aux_loss_coef: 0.02\nlora_ranc: 8\ngradient_clip: 1\n", "", "0.9.5");
+  ASSERT_EQ(m.ignored_keys.size(), 3u);
+  EXPECT_EQ(m.ignored_keys[0].key, "router_aux_loss_coef");
+  EXPECT_TRUE(m.ignored_keys[0].about_moe);
+  EXPECT_EQ(m.ignored_keys[0].instead, "moe_aux_loss_coef: 0.02");
+  EXPECT_FALSE(m.ignored_keys[1].about_moe);
+  EXPECT_TRUE(factory_with_model("router_aux_loss_coef: 0.02\n", "").ignored_keys.empty());  // which release?
+  EXPECT_TRUE(factory_with_model("moe_grouped_gemm: true\nmoe_layer_freq: 1\n", "", "0.9.5").ignored_keys.empty());
+}
+
+TEST(LlamaFactory, DefaultsOfItsOwn) {
+  const Material m = read_config(kFactory + "lora_rank: 4\n");
+  EXPECT_TRUE(m.adapter_seen);  // finetuning_type is lora, lora_target all
+  EXPECT_EQ(said(m, "lora_target_linear"), "true");
+  EXPECT_EQ(setting(m, "lora_target_linear")->source.key, "lora_target");
+  EXPECT_EQ(said(read_config(kFactory + "quantization_bit: 4\n"), "bnb_4bit_quant_type"), "nf4");
+  EXPECT_EQ(said(read_config(kFactory + "quantization_bit: 4\nquantization_type: fp4\n"), "bnb_4bit_quant_type"), "fp4");
+  const Material hqq = read_config(kFactory + "quantization_bit: 6\nquantization_method: hqq\n");
+  EXPECT_EQ(said(hqq, "quant_method"), "hqq");
+  EXPECT_EQ(said(hqq, "quant_bits"), "6");
+  EXPECT_EQ(said(hqq, "load_in_4bit"), "-");
+  EXPECT_EQ(read_config(kFactory + "use_dft_loss: true\n").trainer, "CustomSeq2SeqTrainer with a loss of its own");
+  EXPECT_EQ(read_config("model_name_or_path: a/b\nstage: rm\n").trainer, "PairwiseTrainer");
 }
 
 // ---- config.json
