@@ -39,6 +39,8 @@ constexpr Row kRows[] = {
     {"load_in_8bit", "load_in_8bit"},
     {"bnb_config_kwargs.bnb_4bit_quant_type", "bnb_4bit_quant_type"},
     {"bnb_config_kwargs.llm_int8_skip_modules", "llm_int8_skip_modules"},
+    {"model_quantization_config", ""},
+    {"model_quantization_config_kwargs.dequantize", "quant_dequantize"},
     {"quantize_moe_experts", "quantize_moe_experts"},
     {"bf16", ""},
     {"fp16", ""},

@@ -1,5 +1,6 @@
 // config.json of a model: kept whole (audit/families says which keys mean what), with its quantisation as statements.
 #include <algorithm>
+#include <optional>
 
 #include "audit/families/family.h"
 #include "audit/inputs/readers.h"
@@ -14,7 +15,55 @@ constexpr Row kQuantisationRows[] = {
     {"quantization_config.bnb_4bit_quant_type", "bnb_4bit_quant_type"},
     {"quantization_config.llm_int8_skip_modules", "llm_int8_skip_modules"},
     {"quantization_config.modules_to_not_convert", "llm_int8_skip_modules"},  // the same list for mxfp4, awq, fp8
+    {"quantization_config.ignore", "llm_int8_skip_modules"},                  // and for compressed-tensors
+    {"quantization_config.bits", "quant_bits", as_number},
+    {"quantization_config.config_groups", ""},
+    // How the values are stored, and what a kernel needs: nothing of it says which modules are rounded.
+    {"quantization_config._load_in_4bit", ""},
+    {"quantization_config._load_in_8bit", ""},
+    {"quantization_config.activation_scheme", ""},
+    {"quantization_config.backend", ""},
+    {"quantization_config.bnb_4bit_compute_dtype", ""},
+    {"quantization_config.bnb_4bit_quant_storage", ""},
+    {"quantization_config.bnb_4bit_use_double_quant", ""},
+    {"quantization_config.checkpoint_format", ""},
+    {"quantization_config.desc_act", ""},
+    {"quantization_config.format", ""},
+    {"quantization_config.group_size", ""},
+    {"quantization_config.llm_int8_threshold", ""},
+    {"quantization_config.quantization_status", ""},
+    {"quantization_config.sym", ""},
+    {"quantization_config.version", ""},
+    {"quantization_config.weight_block_size", ""},
+    {"quantization_config.zero_point", ""},
 };
+
+/// compressed-tensors: bits of the weights, if all groups have the same, and targets other than every Linear.
+void state_groups(const ConfigFile& file, const Node& quantisation, Material* material) {
+  const Node* groups = quantisation.find("config_groups");
+  if (!groups || !groups->is_map()) return;
+  std::optional<std::int64_t> bits;
+  const Node* place = nullptr;
+  bool same = true, linear = true;
+  for (const Node& group : groups->items) {
+    if (!group.is_map()) continue;
+    const Node* n = group.find_path("weights.num_bits");
+    const auto value = n ? n->as_int() : std::nullopt;
+    same = same && value && (!bits || bits == value);
+    bits = value;
+    place = n;
+    const Node* targets = group.find("targets");
+    linear = linear && targets && targets->is_list() && targets->items.size() == 1 && targets->items[0].is_string() &&
+             targets->items[0].text == "Linear";
+  }
+  auto state = [&](std::string name, Node value) {
+    Source source = place_of(file, quantisation, "config_groups", "quantization_config.config_groups");
+    if (value.line > 0) source.line = value.line;
+    material->settings.push_back({std::move(name), std::move(value), std::move(source)});
+  };
+  if (same && bits && place) state("quant_bits", *place);
+  if (!linear) state("quant_targets_other", bool_node(true, *groups));
+}
 
 // Where multimodal configs keep their language model.
 constexpr std::string_view kNested[] = {"text_config", "llm_config", "language_config", "thinker_config.text_config"};
@@ -38,6 +87,7 @@ void state_quantisation(const ConfigFile& file, Material* material) {
   only.key_lines = {quantisation->line};
   only.items = {*quantisation};
   read_rows({file.path, file.role, &only}, kQuantisationRows, Unread::kNonEmpty, material);
+  state_groups(file, *quantisation, material);
 }
 
 bool same_scalar(const Node& a, const Node& b) {

@@ -50,7 +50,10 @@ void resolve_added(Resolver& r) {
   }
   const std::string& trainer = f.trainer.value();
   if (trainer != "Trainer" && trainer != "SFTTrainer") {
-    const BehaviourAnswer path = r.ask_about(r.material.framework == "llama-factory" ? "llamafactory" : "trl", "aux_path");
+    const BehaviourAnswer path = r.ask_about(r.material.framework == "llama-factory" ? "llamafactory"
+                                             : r.material.framework == "ms-swift"    ? "ms-swift"
+                                                                                     : "trl",
+                                             "aux_path");
     if (!path.value) {
       f.aux_added.explain_unknown(path.why.empty() ? "how " + trainer + " treats the balance loss is not known" : path.why);
       return;
@@ -67,7 +70,8 @@ void resolve_added(Resolver& r) {
       return;
     }
   }
-  if (f.label_smoothing.known() && f.label_smoothing.value() != 0.0) {
+  // ms-swift adds the model's balance loss to the smoothed loss itself.
+  if (f.label_smoothing.known() && f.label_smoothing.value() != 0.0 && r.material.framework != "ms-swift") {
     // Trainer takes the labels away before the forward, so the model cannot add its balance loss (trainer.py compute_loss).
     f.aux_added.set(false, Origin::kDerived, f.label_smoothing.source());
     return;

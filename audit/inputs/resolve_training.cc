@@ -83,6 +83,11 @@ void resolve_adapter(Resolver& r) {
       f.adapter_alpha.set_if_unknown(2.0 * static_cast<double>(f.adapter_rank.value()), Origin::kFrameworkDefault, source);
     }
   }
+  if (r.material.framework == "ms-swift") {
+    r.apply_default(f.adapter_rank, "ms-swift", "lora_rank");
+    r.apply_default(f.adapter_alpha, "ms-swift", "lora_alpha");
+    r.apply_default(f.adapter_dropout, "ms-swift", "lora_dropout");
+  }
   r.apply_default(f.adapter_rank, "peft", "r");
   r.apply_default(f.adapter_alpha, "peft", "lora_alpha");
   r.apply_default(f.adapter_dropout, "peft", "lora_dropout");
@@ -366,6 +371,59 @@ void resolve_precision(Resolver& r) {
   }
 }
 
+namespace {
+
+/// Bits of a method that has one width only; 0: its config states them.
+std::int64_t bits_of(std::string_view method) {
+  if (method == "fp8" || method == "fbgemm_fp8" || method == "eetq") return 8;
+  if (method == "mxfp4") return 4;
+  return 0;
+}
+
+/// Some trainers load a quantised checkpoint in full precision.
+bool dequantised(Resolver& r, const Setting& method) {
+  FactSheet& f = r.facts;
+  if (const Setting* s = r.last("quant_dequantize"); s && node_bool(s->value).value_or(false)) {
+    f.quant_bits.set(0, Origin::kStated, s->source);
+    return true;
+  }
+  if (r.material.framework != "llama-factory") return false;
+  const BehaviourAnswer answer = ask({"llamafactory", "dequantises", {{"method", method.value.text}}}, f.llamafactory.get());
+  if (answer.value == "true") f.quant_bits.set(0, Origin::kFrameworkDefault, source_of(answer));
+  if (!answer.value) f.quant_bits.explain_unknown(answer.why);
+  return answer.value != "false";
+}
+
+void resolve_stored_quantisation(Resolver& r, const Setting& method) {
+  FactSheet& f = r.facts;
+  const std::string& name = method.value.text;
+  f.quant_method.set(name, Origin::kStated, method.source);
+  const bool can_be = name == "mxfp4" || name == "fp8";
+  if (can_be && dequantised(r, method)) return;
+  const Setting* bits = r.last("quant_bits");
+  const auto stated = bits ? node_int(bits->value) : std::nullopt;
+  if (stated && *stated >= 1 && *stated <= 16) {
+    f.quant_bits.set(*stated, Origin::kStated, bits->source);
+  } else if (bits_of(name) > 0) {
+    f.quant_bits.set(bits_of(name), Origin::kDerived, method.source);
+  } else {
+    f.quant_bits.explain_unknown("the quantization_config of " + name + " states no bits that are read here");
+  }
+  if (const Setting* other = r.last("quant_targets_other")) {
+    const std::string why = "its config_groups name other targets than Linear (" + to_text(other->source) + ")";
+    f.router_quantised.explain_unknown(why);
+    f.experts_quantised.explain_unknown(why);
+  }
+}
+
+/// "gate" of "model.layers.0.mlp.gate", "mlp.gate" and "re:.*mlp\\.gate$".
+std::string_view last_name(std::string_view entry) {
+  if (entry.ends_with('$')) entry.remove_suffix(1);
+  return entry.substr(entry.find_last_of(".*\\") + 1);
+}
+
+}  // namespace
+
 void resolve_quantisation(Resolver& r) {
   FactSheet& f = r.facts;
   const Setting* four = r.last("load_in_4bit");
@@ -380,7 +438,7 @@ void resolve_quantisation(Resolver& r) {
     f.quant_bits.set(8, Origin::kStated, eight->source);
     f.quant_method.set("bitsandbytes int8", Origin::kStated, eight->source);
   } else if (method && method->value.is_string()) {
-    f.quant_method.set(method->value.text, Origin::kStated, method->source);
+    resolve_stored_quantisation(r, *method);
   } else if (r.training_known() || !r.material.configs.empty()) {
     f.quant_bits.set(0, Origin::kAbsent, derived_from("no quantisation in the files read"));
   }
@@ -391,28 +449,20 @@ void resolve_quantisation(Resolver& r) {
   const Source why = f.quant_bits.source();
   if (f.quant_bits.value() == 0) {
     f.router_quantised.set(false, Origin::kDerived, why);
+    f.experts_quantised.set(false, Origin::kDerived, why);
     return;
   }
-  // transformers' bitsandbytes integration skips a module if an entry is its full name, or a part of its path.
-  bool skipped = false;
-  if (f.quant_skip.known()) {
-    for (const std::string& entry : f.quant_skip.value()) {
-      const std::string leaf = entry.substr(entry.rfind('.') == std::string::npos ? 0 : entry.rfind('.') + 1);
-      const auto& names = r.family->router_names;
-      skipped |= std::find(names.begin(), names.end(), leaf) != names.end();
-    }
-    f.router_quant_claimed_skipped.set(skipped, Origin::kDerived, f.quant_skip.source());
-  } else {
-    f.router_quant_claimed_skipped.set(false, Origin::kAbsent, why);
+  if (const Setting* stacks = r.last("quantize_moe_experts"); stacks && node_bool(stacks->value).value_or(false)) {
+    f.experts_quantised.set(true, Origin::kStated, stacks->source);  // Axolotl rounds the 3-D parameters itself
   }
-  if (skipped) {
-    f.router_quantised.set(false, Origin::kDerived, f.quant_skip.source());
-  } else if (f.router_is_linear.known()) {
-    // bitsandbytes replaces nn.Linear modules only; a bare parameter stays as it is.
-    f.router_quantised.set(f.router_is_linear.value(), Origin::kDerived, why);
-  } else {
-    f.router_quantised.explain_unknown(f.router_is_linear.why_unknown());
-  }
+  // What the list really spares is for the measure quantised_parts to say.
+  const auto& names = r.family->router_names;
+  const bool claimed = f.quant_skip.known() &&
+                       std::any_of(f.quant_skip.value().begin(), f.quant_skip.value().end(), [&](const std::string& entry) {
+                         return std::find(names.begin(), names.end(), last_name(entry)) != names.end();
+                       });
+  f.router_quant_claimed_skipped.set(claimed, f.quant_skip.known() ? Origin::kDerived : Origin::kAbsent,
+                                     f.quant_skip.known() ? f.quant_skip.source() : why);
 }
 
 }  // namespace moeaudit

@@ -77,8 +77,9 @@ Configuration read_configuration(const FactSheet& f, bool as_written) {
     const Source* source = c.sources["target_modules"];
     if (!modules->empty() || f.target_modules.origin() != Origin::kAbsent) t.modules = *modules;
     t.modules_is_string = flag_at(f.target_modules_is_pattern, source);
-    // Axolotl's key, and "all" of LLaMA-Factory's
-    t.linear_leaf_names = source->key == "lora_target_linear" || (t.modules_is_string && source->key == "lora_target");
+    // Axolotl's key; "all" of LLaMA-Factory, "all-linear" of ms-swift, which list the names themselves
+    t.linear_leaf_names = source->key == "lora_target_linear" || source->key == "target_modules.all-linear" ||
+                          (t.modules_is_string && source->key == "lora_target");
   }
   if (const auto* v = take(f.target_parameters, "target_parameters", as_written)) t.parameters = *v;
   if (const auto* v = take(f.exclude_modules, "exclude_modules", false)) t.exclude = *v;

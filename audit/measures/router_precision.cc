@@ -299,7 +299,7 @@ void run(MeasureContext& ctx) {
 }
 
 constexpr std::string_view kSupplies[] = {"router.precision"};
-constexpr std::string_view kWants[] = {"weights.routers"};
+constexpr std::string_view kWants[] = {"weights.routers", "quantisation.router_quantised"};
 
 }  // namespace
 

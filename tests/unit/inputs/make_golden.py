@@ -25,7 +25,7 @@ AXOLOTL = {
     "max_grad_norm": "max_grad_norm", "gradient_checkpointing": "gradient_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs", "deepspeed": "deepspeed", "fsdp_config": "fsdp",
     "fsdp": "fsdp", "fsdp_version": "fsdp_version", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision"}
-AXOLOTL_OTHER = {"base_model", "adapter", "bf16", "fp16", "plugins", "model_config"}
+AXOLOTL_OTHER = {"model_quantization_config", "base_model", "adapter", "bf16", "fp16", "plugins", "model_config"}
 LORA = {k: k for k in ("peft_type r lora_alpha lora_dropout use_rslora target_modules target_parameters exclude_modules "
                        "modules_to_save layers_to_transform rank_pattern alpha_pattern").split()}
 
@@ -55,6 +55,12 @@ def axolotl(d):
     for k, v in (d.get("model_config") or {}).items():
         s["model_config." + k] = v
     other = [k for k in d if k not in AXOLOTL and k not in AXOLOTL_OTHER and k != "bnb_config_kwargs"]
+    kwargs = d.get("model_quantization_config_kwargs") or {}
+    if "dequantize" in kwargs:
+        s["quant_dequantize"] = kwargs["dequantize"]
+    if kwargs:
+        other.remove("model_quantization_config_kwargs")
+        other += ["model_quantization_config_kwargs." + k for k in kwargs if k != "dequantize"]
     for k, v in d.get("bnb_config_kwargs", {}).items():
         if k in ("bnb_4bit_quant_type", "llm_int8_skip_modules"):
             s[k] = v
