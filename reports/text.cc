@@ -131,8 +131,49 @@ void write_suppressed(const RunResult& run, const Paint& paint, int width, std::
   }
 }
 
+/// Smallest and largest ||W1 - W0|| / ||W0|| of some rows, and how many did not move.
+std::string moved(const BaseChanges& c, bool routers) {
+  double low = -1, high = -1;
+  long long rows = 0, same = 0;
+  for (std::size_t i = 0; i < c.part.size(); ++i) {
+    if (c.is_buffer[i] || c.part[i] != (routers ? Part::kRouter : Part::kRoutedExpert) || c.base_norm[i] <= 0) continue;
+    const double relative = c.change_norm[i] / c.base_norm[i];
+    low = rows == 0 ? relative : std::min(low, relative);
+    high = std::max(high, relative);
+    same += c.changed[i] == 0;
+    ++rows;
+  }
+  if (rows == 0) return {};
+  char text[160];
+  std::snprintf(text, sizeof text, "%s moved by %.3g to %.3g (||W1 - W0|| / ||W0||), %lld of %lld not at all", routers ? "routers" : "experts", low, high, same, rows);
+  return text;
+}
+
+/// What the trained model is against its base.
+void write_base(const FactSheet& f, int width, std::ostream& out) {
+  if (const BaseChanges* c = f.base_changes.get()) {
+    for (bool routers : {true, false}) {
+      if (const std::string text = moved(*c, routers); !text.empty()) fill(out, "against the base: " + text, 4, width);
+    }
+    std::vector<std::string> others;
+    for (std::size_t i = 0; i < c->part.size(); ++i) {
+      if (c->part[i] == Part::kRouter || c->part[i] == Part::kRoutedExpert) continue;
+      others.push_back(std::string(name_of(c->part[i])) + " " + std::to_string(c->changed[i]) + " of " + std::to_string(c->elements[i]));
+    }
+    if (!others.empty()) fill(out, "against the base: elements changed: " + join(others, ", "), 4, width);
+  }
+  if (const RoutingKept* r = f.base_routing.get(); r && !r->layer.empty()) {
+    const std::size_t i = static_cast<std::size_t>(std::min_element(r->kept.begin(), r->kept.end()) - r->kept.begin());
+    char share[200];
+    std::snprintf(share, sizeof share, "routers keep %.3g %% of the base's choices (95 %% interval %.3g to %.3g, chance %.3g), layer %d, the lowest of %zu", 100 * r->kept[i],
+                  100 * r->low[i], 100 * r->high[i], 100 * r->chance[i], r->layer[i], r->layer.size());
+    fill(out, std::string("against the base: ") + share, 4, width);
+  }
+}
+
 void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
-  std::vector<std::string> passed, not_applicable;
+  std::vector<std::string> passed;
+  std::vector<std::pair<std::string, std::string>> not_applicable;  // reason, rules
   std::map<std::string, std::vector<std::string>> waiting;  // what would settle it -> rules
   std::vector<const RuleResult*> undecided;
   for (const RuleResult& rule : run.rules) {
@@ -140,13 +181,18 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
     switch (rule.outcome.kind) {
       case Outcome::Kind::kPass: passed.push_back(id); break;
       case Outcome::Kind::kFinding: break;
-      case Outcome::Kind::kNotApplicable: not_applicable.push_back(id + " (" + rule.outcome.reason + ")"); break;
+      case Outcome::Kind::kNotApplicable: {
+        const auto same = std::find_if(not_applicable.begin(), not_applicable.end(), [&](const auto& n) { return n.first == rule.outcome.reason; });
+        if (same == not_applicable.end()) not_applicable.emplace_back(rule.outcome.reason, id);
+        else same->second += " " + id;
+        break;
+      }
       case Outcome::Kind::kCannotTell: undecided.push_back(&rule); break;
     }
   }
   out << "\n" << paint.bold("Checked") << "\n";
   fill(out, passed.empty() ? "nothing passed" : "passed: " + join(passed, " "), 2, width);
-  for (const std::string& item : not_applicable) fill(out, "not applicable: " + item, 2, width);
+  for (const auto& [reason, ids] : not_applicable) fill(out, "not applicable: " + ids + " (" + reason + ")", 2, width);
   for (const MeasureRecord& m : run.measures) {
     fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
   }
@@ -162,6 +208,7 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
     fill(out, text, 4, width);
   }
   if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), width, out);
+  write_base(run.facts, width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
   for (const RuleResult* rule : undecided) {

@@ -76,9 +76,8 @@ RunResult audit_run(LoadedRun run, const EngineOptions& options) {
   result.inputs = std::move(run.inputs);
   result.problems = std::move(run.problems);
 
-  MeasureContext context{result.facts,     run.model,       run.adapter,      run.hidden_states,
-                         options.threads,  options.replays, options.progress, result.measures,
-                         options.full};
+  MeasureContext context{result.facts,    run.model,       run.base,         run.adapter,    run.hidden_states,
+                         options.threads, options.replays, options.progress, result.measures, options.full};
   Measures measures(context);
   if (options.measure_everything) {
     Names all;

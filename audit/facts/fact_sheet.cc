@@ -88,6 +88,24 @@ std::string to_text(const AdapterModules& v) {
   return text;
 }
 
+std::string to_text(const BaseChanges& v) { return rows(v.part.size(), "row", "rows") + " (routers, experts, other parts)"; }
+std::string to_text(const RoutingKept& v) { return rows(v.layer.size(), "router", "routers") + "; " + v.input; }
+std::string to_text(const DTypePairs& v) {
+  std::string text;
+  for (std::size_t i = 0; i < v.part.size(); ++i) {
+    if (v.base[i] == v.trained[i]) continue;
+    text += (text.empty() ? "" : ", ") + std::string(name_of(v.part[i])) + " " + name_of(v.base[i]) + " -> " + name_of(v.trained[i]);
+  }
+  return text.empty() ? "as in the base" : text;
+}
+std::string to_text(const BiasChanges& v) { return rows(v.layer.size(), "correction bias", "correction biases"); }
+std::string to_text(const ConfigChanges& v) {
+  std::string text;
+  for (std::size_t i = 0; i < v.key.size(); ++i) text += (i ? ", " : "") + v.key[i] + " " + v.base[i] + " -> " + v.trained[i];
+  return text.empty() ? "none" : text;
+}
+std::string to_text(const MergeTable& v) { return rows(v.module.size(), "matrix", "matrices"); }
+
 std::string to_text(const LogTable& v) {
   std::string text = rows(v.step.size(), "entry", "entries");
   if (!v.step.empty()) text += ", steps " + std::to_string(v.step.front()) + " to " + std::to_string(v.step.back());

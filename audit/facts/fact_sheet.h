@@ -65,6 +65,12 @@ std::string to_text(const PrecisionTable& v);
 std::string to_text(const AdapterModules& v);
 std::string to_text(const AdapterTargets& v);
 std::string to_text(const AdapterTensors& v);
+std::string to_text(const BaseChanges& v);
+std::string to_text(const RoutingKept& v);
+std::string to_text(const DTypePairs& v);
+std::string to_text(const BiasChanges& v);
+std::string to_text(const ConfigChanges& v);  // "top_k 2 -> 4"
+std::string to_text(const MergeTable& v);
 std::string to_text(const LogTable& v);
 std::string to_text(const std::vector<WeightProblem>& v);
 std::string to_text(const std::vector<IgnoredKey>& v);

@@ -398,6 +398,170 @@ struct UnfrozenTargets {
   }
 };
 
+// ---- two models of one lineage: a base and what was trained from it ------------------------------------------------------
+
+/// What training changed: one row per router tensor, one per routed expert (all its matrices), and one for each other part
+/// of the network as a whole. A base stored in a wider dtype is first rounded to the dtype of the trained tensor: what the
+/// save alone did is no change. Norms are Frobenius norms in float64.
+struct BaseChanges {
+  std::vector<Part> part;
+  std::vector<int> layer, expert;          // -1 none
+  std::vector<std::string> tensor;         // of the trained model; the first one of several
+  std::vector<std::string> file;
+  std::vector<char> is_buffer;             // correction bias
+  std::vector<std::int64_t> tensors;
+  std::vector<std::int64_t> elements;
+  std::vector<std::int64_t> changed;       // elements with another value
+  std::vector<double> base_norm;
+  std::vector<double> change_norm;         // ||W1 - W0||
+  std::vector<double> along;               // cosine of W1 - W0 and W0; -1: only shrunk; 0 where nothing changed
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("part", s.part);
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("is_buffer", s.is_buffer);
+    f("tensors", s.tensors);
+    f("elements", s.elements);
+    f("changed", s.changed);
+    f("base_norm", s.base_norm);
+    f("change_norm", s.change_norm);
+    f("along", s.along);
+  }
+};
+
+/// One row per router: how many of the base's choices the trained router still makes on the same inputs, each router
+/// behind the norm of its own model. kept = mean over tokens of |S0 and S1| / k.
+struct RoutingKept {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;
+  std::vector<std::int64_t> tokens;
+  std::vector<double> kept;
+  std::vector<double> low, high;           // 95 % interval of `kept`: mean +- 1.96 standard errors
+  std::vector<double> same;                // share of tokens with the same expert set
+  std::vector<double> chance;              // k / E: what independent uniform choices would keep
+  std::string input;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("tokens", s.tokens);
+    f("kept", s.kept);
+    f("low", s.low);
+    f("high", s.high);
+    f("same", s.same);
+    f("chance", s.chance);
+    f("input", s.input);
+  }
+};
+
+/// How tensors of a part are stored in the two models: one row per part and pair of dtypes.
+struct DTypePairs {
+  std::vector<Part> part;
+  std::vector<DType> base, trained;
+  std::vector<std::int64_t> tensors;
+  std::vector<std::string> first;          // name of the first one
+  std::vector<std::string> file;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("part", s.part);
+    f("base", s.base);
+    f("trained", s.trained);
+    f("tensors", s.tensors);
+    f("first", s.first);
+    f("file", s.file);
+  }
+};
+
+/// One row per correction bias of the base.
+struct BiasChanges {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;           // of the trained model
+  std::vector<char> present;               // the trained model has it
+  std::vector<std::int64_t> elements;
+  std::vector<std::int64_t> base_non_zero, non_zero, changed;  // against the base as stored, unrounded
+  std::vector<std::string> rounded_to;     // "BF16", "F16": the base rounded to it is the trained one; "" otherwise
+  std::vector<double> largest_change;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("present", s.present);
+    f("elements", s.elements);
+    f("base_non_zero", s.base_non_zero);
+    f("non_zero", s.non_zero);
+    f("changed", s.changed);
+    f("rounded_to", s.rounded_to);
+    f("largest_change", s.largest_change);
+  }
+};
+
+/// Keys of config.json that say how the MoE works and that the two models do not share. `effect`: "routing" (what a token
+/// is computed by), "training" (the balance loss), "shape"; "chosen" where the training config itself overrides the key.
+struct ConfigChanges {
+  std::vector<std::string> key, base, trained, effect;
+  std::vector<int> base_line, line;        // 0: a default
+  std::string base_file, file;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("key", s.key);
+    f("base", s.base);
+    f("trained", s.trained);
+    f("effect", s.effect);
+    f("base_line", s.base_line);
+    f("line", s.line);
+    f("base_file", s.base_file);
+    f("file", s.file);
+  }
+};
+
+/// Is the trained model the base with the adapter merged in? One row per adapted matrix (per expert of a stack), and one per
+/// other tensor that differs although no adapter reaches it (rank 0).
+struct MergeTable {
+  std::vector<std::string> module;
+  std::vector<Part> part;
+  std::vector<int> layer, expert;          // -1 none
+  std::vector<std::string> tensor;         // in the merged model
+  std::vector<std::string> file;
+  std::vector<std::int64_t> rank;
+  std::vector<std::int64_t> elements;
+  std::vector<std::int64_t> outside;       // elements that no rounding of base + scale B A explains
+  std::vector<double> worst;               // largest |M - W - scale B A| over its bound
+  std::vector<double> scale;               // that the adapter's configuration asks for
+  std::vector<double> fitted;              // <M - W, B A> / ||B A||^2
+  std::vector<double> residual;            // ||M - W - fitted B A|| / ||M - W||; 0 where nothing changed
+  std::vector<std::string> form;           // "": as it should be; "scale alpha / sqrt(r)", "twice", "none", "unknown", ...
+  std::int64_t unadapted = 0;              // tensors without an adapter that were compared with the base
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("module", s.module);
+    f("part", s.part);
+    f("layer", s.layer);
+    f("expert", s.expert);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("rank", s.rank);
+    f("elements", s.elements);
+    f("outside", s.outside);
+    f("worst", s.worst);
+    f("scale", s.scale);
+    f("fitted", s.fitted);
+    f("residual", s.residual);
+    f("form", s.form);
+    f("unadapted", s.unadapted);
+  }
+};
+
 // ---- logs and configs ----------------------------------------------------------------------------------------------
 
 /// One row per entry of trainer_state.json's log_history. NaN where an entry has no such number; `has_*` tells a

@@ -27,7 +27,7 @@ struct RunOptions {
 struct LoadedRun {
   std::string name;
   FactSheet facts;
-  TensorStore model, adapter, hidden_states;
+  TensorStore model, base, adapter, hidden_states;  // base: only beside weights that were trained from it
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;
   std::vector<Suppression> suppressions;

@@ -41,6 +41,7 @@ class Loader {
     run.name = m_.name;
     resolve(m_, options_, &run.facts);
     run.model = std::move(m_.model);
+    run.base = std::move(m_.base);
     run.adapter = std::move(m_.adapter);
     run.hidden_states = std::move(m_.hidden_states);
     run.inputs = std::move(m_.inputs);
@@ -252,6 +253,11 @@ class Loader {
     if (!model.empty()) {
       m_.model = TensorStore::open(model.path, "model", &m_.weight_problems);
       input(model.path, plan_.run_weights.empty() ? "base model weights" : "trained weights");
+    }
+    if (!plan_.run_weights.empty() && !plan_.base_weights.empty() && plan_.run_weights.path != plan_.base_weights.path) {
+      m_.base_asked = plan_.base_weights.rank > Slot::Rank::kFound;
+      m_.base = TensorStore::open(plan_.base_weights.path, "model", &m_.weight_problems);
+      input(plan_.base_weights.path, "base model weights");
     }
     if (!plan_.adapter_weights.empty()) {
       m_.adapter = TensorStore::open(plan_.adapter_weights.path, "adapter_model", &m_.weight_problems);

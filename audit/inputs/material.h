@@ -71,7 +71,8 @@ struct Material {
   std::string keys_not_compared;          // why unread_keys may hold keys that the framework ignores; "": it has none
   std::vector<UnreadKey> unread_keys;
   std::vector<Suppression> suppressions;  // comments in the files that were read
-  TensorStore model, adapter, hidden_states;
+  TensorStore model, base, adapter, hidden_states;  // base: only where the model under audit has weights of its own
+  bool base_asked = false;                // the user gave the base; otherwise it was found under the name that some file has for it
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;
 };

@@ -18,6 +18,8 @@ constexpr Row kRows[] = {
     {"layers_to_transform", "layers_to_transform"},
     {"rank_pattern", "rank_pattern"},
     {"alpha_pattern", "alpha_pattern"},
+    {"use_dora", "use_dora"},
+    {"init_lora_weights", "init_lora_weights"},
     {"base_model_name_or_path", ""},
     {"revision", "base_model_revision"},
     {"peft_version", ""},

@@ -172,6 +172,7 @@ void resolve(const Material& material, const RunOptions& options, FactSheet* fac
   resolve_quantisation(r);
   resolve_balance(r);
   resolve_conflicts(r);
+  resolve_base(r);
 
   if (!material.log.step.empty()) facts->log.set(material.log, Origin::kMeasured, material.log_source);
   if (material.global_step >= 0) {

@@ -67,5 +67,6 @@ void resolve_precision(Resolver& r);
 void resolve_quantisation(Resolver& r);
 void resolve_balance(Resolver& r);
 void resolve_conflicts(Resolver& r);  // the engine's file against the trainer's
+void resolve_base(Resolver& r);
 
 }  // namespace moeaudit

@@ -31,13 +31,29 @@ std::optional<std::vector<std::int64_t>> node_ints(const Node& n) {
 }
 
 /// {"w1": 4} -> "w1=4", in the order of the file: the first pattern that matches counts.
-std::optional<std::vector<std::string>> node_rank_pattern(const Node& n) {
+template <auto convert>
+std::optional<std::vector<std::string>> node_pattern(const Node& n) {
   if (!n.is_map()) return std::nullopt;
   std::vector<std::string> out;
   for (std::size_t i = 0; i < n.keys.size(); ++i) {
-    if (const auto rank = node_int(n.items[i])) out.push_back(n.keys[i] + "=" + std::to_string(*rank));
+    if (const auto v = convert(n.items[i])) out.push_back(n.keys[i] + "=" + to_text(*v));
   }
   return out;
+}
+
+/// What makes base + scale B A the wrong sum: DoRA rescales it, and these initialisations change the base weights themselves.
+void resolve_variant(Resolver& r) {
+  const Setting* dora = r.last("use_dora");
+  const Setting* init = r.last("init_lora_weights");
+  const Setting* stated = dora ? dora : init;
+  if (!stated) return;
+  std::string variant = "lora";
+  if (init && init->value.is_string() && init->value.text != "gaussian" && init->value.text != "orthogonal" && init->value.text != "eva") {
+    variant = init->value.text;
+    stated = init;
+  }
+  if (dora && node_bool(dora->value).value_or(false)) variant = "dora";
+  r.facts.adapter_variant.set(std::move(variant), Origin::kStated, stated->source);
 }
 
 void resolve_adapter(Resolver& r) {
@@ -62,7 +78,9 @@ void resolve_adapter(Resolver& r) {
     return n.is_string();
   });
   r.apply(f.layers_to_transform, "layers_to_transform", node_ints);
-  r.apply(f.rank_pattern, "rank_pattern", node_rank_pattern);
+  r.apply(f.rank_pattern, "rank_pattern", node_pattern<node_int>);
+  r.apply(f.alpha_pattern, "alpha_pattern", node_pattern<node_double>);
+  resolve_variant(r);
   r.apply(f.target_modules_is_pattern, "target_modules", [](const Node& n) -> std::optional<bool> {
     if (n.is_null()) return std::nullopt;
     return n.is_string();

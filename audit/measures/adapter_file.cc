@@ -102,7 +102,6 @@ class Reader {
   struct Group {
     AdapterFileModule module;
     const TensorView* weight = nullptr;  // of a module that was saved whole
-    bool embedding = false;
     bool lora = false;
   };
 
@@ -117,8 +116,10 @@ class Reader {
       const bool bias = ends_with(t.name, ".bias");
       if (name.what == "lora_A" || name.what == "lora_embedding_A") g.module.a = &t;
       if ((name.what == "lora_B" || name.what == "lora_embedding_B") && !bias) g.module.b = &t;
-      g.embedding |= name.what.rfind("lora_embedding", 0) == 0;
+      g.module.embedding |= name.what.rfind("lora_embedding", 0) == 0;
       if (name.what.empty() && t.shape.size() >= 2) g.weight = &t;
+      if (name.what.empty()) out_.whole.emplace_back(name.path + std::string(t.name.substr(std::min(t.name.rfind('.'), t.name.size()))), &t);
+      out_.magnitudes |= name.what == "lora_magnitude_vector";
     }
   }
 

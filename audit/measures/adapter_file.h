@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "audit/facts/fact_sheet.h"
@@ -18,6 +19,7 @@ struct AdapterFileModule {
   NamedPart part;
   const TensorView* a = nullptr;
   const TensorView* b = nullptr;
+  bool embedding = false;       // B A is [hidden, vocabulary]: the weight gets its transpose
   std::int64_t rank = 0;        // 0: saved whole (modules_to_save)
   std::int64_t in = 0, out = 0;
   std::int64_t copies = 1;      // experts of a stack
@@ -27,6 +29,8 @@ struct AdapterFileModule {
 
 struct AdapterFile {
   std::vector<AdapterFileModule> modules;  // by layer, then path
+  std::vector<std::pair<std::string, const TensorView*>> whole;  // tensors that are no LoRA matrices, by their name in memory
+  bool magnitudes = false;                 // of DoRA
   std::vector<std::string> incomplete;     // modules with an A and no B, or the other way round
 };
 

@@ -17,6 +17,7 @@ namespace moeaudit {
 struct MeasureContext {
   FactSheet& facts;                     // read what is known, set what the measure supplies
   const TensorStore& model;             // weights of the model under audit; may be empty
+  const TensorStore& base;              // weights that `model` was trained from; may be empty
   const TensorStore& adapter;           // adapter_model.safetensors; may be empty
   const TensorStore& hidden_states;     // --hidden-states; may be empty
   int threads = 1;                      // results do not depend on it

@@ -116,6 +116,10 @@ json blanks_of(const RouterValues*) { return {{"first_index", -1}, {"first_zero_
 json blanks_of(const WeightScan*) { return {{"part", "routed_expert"}, {"dtype", "BF16"}, {"layer", -1}, {"expert", -1}, {"first_index", -1}}; }
 json blanks_of(const AdapterModules*) { return {{"part", "other"}, {"layer", -1}, {"expert", -1}, {"copies", 1}}; }
 json blanks_of(const AdapterTargets*) { return {{"field", "target_modules"}, {"certain", true}}; }
+json blanks_of(const BaseChanges*) { return {{"part", "routed_expert"}, {"layer", -1}, {"expert", -1}, {"tensors", 1}}; }
+json blanks_of(const DTypePairs*) { return {{"part", "other"}, {"base", "BF16"}, {"trained", "BF16"}, {"tensors", 1}}; }
+json blanks_of(const BiasChanges*) { return {{"present", true}}; }
+json blanks_of(const MergeTable*) { return {{"part", "attention"}, {"layer", -1}, {"expert", -1}}; }
 json blanks_of(const AdapterTensors*) { return {{"part", "routed_expert"}, {"layer", -1}, {"expert", -1}, {"norm_a", 1.0}}; }
 
 /// Any struct that has visit(): its single values, and its columns, of which those that are not given are filled up to

@@ -68,12 +68,12 @@ inline TensorStore open_weights(const std::string& path, const char* stem = "mod
 /// Everything a measure runs on.
 struct Bench {
   FactSheet facts;
-  TensorStore model, adapter, hidden_states;
+  TensorStore model, base, adapter, hidden_states;
   std::vector<MeasureRecord> records;
   int threads = 1;
 
   void run(const Measure& measure) {
-    MeasureContext context{facts, model, adapter, hidden_states, threads, true, {}, records};
+    MeasureContext context{facts, model, base, adapter, hidden_states, threads, true, {}, records};
     measure.run(context);
   }
 };
