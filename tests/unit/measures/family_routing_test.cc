@@ -67,7 +67,7 @@ void load(const std::string& name, const std::string& version, std::size_t hidde
   options.assume = {{"transformers", version}};
   s->run = std::move(load_runs(options).at(0));
   std::vector<MeasureRecord> records;
-  MeasureContext context{s->run.facts, s->run.model, s->run.adapter, s->run.hidden_states, 1, true, {}, records};
+  MeasureContext context{s->run.facts, s->run.model, s->run.base, s->run.adapter, s->run.hidden_states, 1, true, {}, records};
   measure_header_scan.run(context);
   const FactSheet& f = s->run.facts;
   ASSERT_TRUE(f.routing.known() && f.routers.known() && f.top_k.known()) << f.routing.why_unknown();
@@ -77,9 +77,12 @@ void load(const std::string& name, const std::string& version, std::size_t hidde
   s->experts = t.experts.back();
   const TensorStore& model = s->run.model;
   EXPECT_EQ(read_floats(model, t.tensor.back(), s->experts * static_cast<std::int64_t>(hidden), &s->w), "");
-  if (s->routing.linear_bias)
+  if (s->routing.linear_bias) {
     EXPECT_EQ(read_floats(model, with_layer(s->routing.linear_bias_tensor, t.layer.back()), s->experts, &s->linear_bias), "");
-  if (s->routing.correction_bias) EXPECT_EQ(read_floats(model, t.bias.back(), s->experts, &s->correction), "");
+  }
+  if (s->routing.correction_bias) {
+    EXPECT_EQ(read_floats(model, t.bias.back(), s->experts, &s->correction), "");
+  }
 }
 
 /// One dtype. The library's sets may differ from ours only where choices are level: bfloat16 logits tie.

@@ -115,7 +115,7 @@ Measured measure(FactSheet facts, const TensorStore& model, const TensorStore& s
                  bool replays = true) {
   Measured m{std::move(facts), {}};
   const TensorStore none;
-  MeasureContext ctx{m.facts, model, none, states, threads, replays, {}, m.records};
+  MeasureContext ctx{m.facts, model, none, none, states, threads, replays, {}, m.records};
   measure_router_precision.run(ctx);
   return m;
 }

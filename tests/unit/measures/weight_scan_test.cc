@@ -258,7 +258,7 @@ TEST(WeightScanMeasure, SaysWhyItDidNotRun) {
   EXPECT_EQ(none.facts.weight_scan.why_unknown(), "no weights of the model are among the inputs");
   Bench headers;
   headers.model = open_weights(fixture("models/mixtral-tf4"));
-  MeasureContext context{headers.facts, headers.model, headers.adapter, headers.hidden_states, 1, false, {}, headers.records};
+  MeasureContext context{headers.facts, headers.model, headers.base, headers.adapter, headers.hidden_states, 1, false, {}, headers.records};
   measure_weight_scan.run(context);
   EXPECT_EQ(headers.facts.weight_scan.why_unknown(), "the values were not read; --full reads them all");
   context.full = true;
