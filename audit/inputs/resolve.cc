@@ -188,8 +188,8 @@ void resolve(const Material& material, const RunOptions& options, FactSheet* fac
                                                       : std::string();
     facts->weight_problems.set(material.weight_problems, Origin::kMeasured, source);
   }
-  const bool read_a_config = !material.settings.empty() || !material.configs.empty();
-  if (read_a_config) {
+  // A launcher's or an engine's file alone says nothing of what a trainer would ignore.
+  if (r.training_known() || !material.configs.empty() || material.adapter_seen) {
     if (material.ignored_keys.empty() && !material.keys_not_compared.empty()) {
       facts->ignored_keys.explain_unknown(material.keys_not_compared);
     } else {

@@ -12,7 +12,8 @@ namespace moeaudit {
 namespace {
 
 constexpr std::string_view kJudged[] = {"transformers", "peft",         "trl",  "accelerate",
-                                        "axolotl",      "bitsandbytes", "torch"};
+                                        "axolotl",      "bitsandbytes", "torch",
+                                        "llamafactory", "ms-swift", "deepspeed"};
 
 std::string_view trim(std::string_view s) {
   while (!s.empty() && std::isspace(static_cast<unsigned char>(s.front()))) s.remove_prefix(1);
@@ -303,10 +304,11 @@ void read_assumption(const std::string& package, const std::string& version, Mat
          "write a release or a constraint, for example --assume transformers=4.57.1"});
     return;
   }
-  if (!is_judged(name) && name != "llamafactory") {
+  if (!is_judged(name)) {
     material->problems.push_back(
         {"", 0, 0, "--assume " + package + ": no check depends on this package",
-         "packages that count: transformers, peft, trl, accelerate, axolotl, bitsandbytes, torch"});
+         "packages that count: transformers, peft, trl, accelerate, axolotl, llamafactory, ms-swift, deepspeed, "
+         "bitsandbytes, torch"});
     return;
   }
   material->versions.push_back({name, *set, std::move(source)});

@@ -102,6 +102,7 @@ bool run_on_tensors(MeasureContext& context, const Family& family) {
     Found& found = t.part == Part::kRouter ? routers : experts;
     if (known) ++(rounded ? found.replaced : found.kept);
   }
+  if (routers.replaced + experts.replaced == 0) return false;  // these are the weights before they are rounded
   Source source;
   source.role = Role::kModelWeights;
   source.file = context.model.files().front();
@@ -158,7 +159,7 @@ void run_on_modules(MeasureContext& context, const Family& family, const std::st
   }
   std::vector<Entry> entries;
   if (f.quant_skip.known() && !f.quant_skip.value().empty()) {
-    Comparison comparison;
+    Comparison comparison = Comparison::kRegex;
     if (!comparison_of(f, method, &comparison, &why)) return unknown();
     for (const std::string& text : f.quant_skip.value()) {
       entries.emplace_back(text, comparison);
@@ -202,9 +203,7 @@ void run(MeasureContext& context) {
   const Family* family = find_family(f.family.value());
   if (!family) return;
   const std::string method = first_word(f.quant_method.value());
-  const Role role = f.quant_method.source().role;
-  const bool stored = role == Role::kBaseModelConfig || role == Role::kCheckpointConfig;
-  if (stored && run_on_tensors(context, *family)) return;
+  if (run_on_tensors(context, *family)) return;
   if (method == "mxfp4") {  // GptOssExperts alone is replaced
     f.router_quantised.set(false, Origin::kDerived, f.quant_method.source());
     f.experts_quantised.set(true, Origin::kDerived, f.quant_method.source());

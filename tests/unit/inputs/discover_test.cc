@@ -318,15 +318,18 @@ TEST(Discover, BrokenTrainingConfigInAFolderIsNotPassedOver) {
   EXPECT_EQ(plan.version_files.size(), 1u);
 }
 
-TEST(Discover, LauncherConfigIsNamedAsNotRead) {
+TEST(Discover, LauncherConfigBesideATrainersIsNoRival) {
   TempTree tree;
   tree.write("p/accelerate.yaml", "compute_environment: LOCAL_MACHINE\nnum_processes: 8\n");
   tree.write("p/train.yml", kAxolotl);
   const RunPlan plan = plan_of({tree.path("p")});
   EXPECT_EQ(plan.training_configs, std::vector<std::string>{tree.path("p/train.yml")});
-  ASSERT_EQ(plan.problems.size(), 1u);
-  EXPECT_FALSE(plan.problems[0].fatal);
-  EXPECT_TRUE(has(plan.problems[0].remedy, "--world-size"));
+  EXPECT_TRUE(plan.problems.empty());
+  ASSERT_EQ(plan.inputs.size(), 1u);  // whether the run was launched with it is for the user to say
+  EXPECT_EQ(plan.inputs[0].path, tree.path("p/accelerate.yaml"));
+  EXPECT_TRUE(has(plan.inputs[0].note, "--config"));
+  const RunPlan given = plan_of({tree.path("p/train.yml"), tree.path("p/accelerate.yaml")});
+  EXPECT_EQ(given.training_configs.size(), 2u);
 }
 
 // ---- who wins

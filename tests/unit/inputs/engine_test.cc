@@ -189,7 +189,7 @@ TEST(Accelerate, DeepSpeedInside) {
   EXPECT_EQ(load_configs({train, accelerate("zero_default")}).facts.zero_stage.value(), 2);
   const LoadedRun file = load_configs({train, accelerate("file")});
   EXPECT_EQ(file.facts.zero_stage.value(), 3);
-  EXPECT_EQ(file.facts.zero_stage.source().file, fixture("engines/accelerate/../deepspeed/zero3.json"));
+  EXPECT_EQ(file.facts.zero_stage.source().file, fixture("engines/deepspeed/zero3.json"));
 }
 
 TEST(Accelerate, WrongTypes) {
@@ -201,7 +201,7 @@ TEST(Accelerate, WrongTypes) {
                            "distributed_type: FSDP\nnum_processes: 8\nfsdp_config: {fsdp_version: three}\nmixed_precision: 4\n"}) {
     const LoadedRun run = load_configs({train, tree.write("accelerate.yaml", yaml)});
     EXPECT_EQ(fatal(run), "") << yaml;
-    EXPECT_EQ(run.facts.precision.value(), Precision::kAutocastBf16) << yaml;
+    EXPECT_EQ(run.facts.precision.value(), run.facts.deepspeed.value() ? Precision::kPureBf16 : Precision::kAutocastBf16) << yaml;
     EXPECT_FALSE(run.facts.fsdp_version.known()) << yaml;
   }
 }
@@ -231,6 +231,35 @@ TEST(Companions, LauncherConfigsInAFolderAreNoRivals) {
   const LoadedRun run = std::move(load_runs(options).at(0));
   EXPECT_EQ(run.facts.framework.value(), "axolotl");
   EXPECT_EQ(run.facts.zero_stage.value(), 3);  // the one that the config names
+}
+
+// ---- damage: a problem with a remedy, or what is left; nothing else -------------------------------------------------
+
+TEST(Engines, DamagedFiles) {
+  const std::pair<std::string, std::string> files[] = {{"zero3.json", fixture("engines/deepspeed/zero3.json")},
+                                                       {"zero3.yaml", accelerate("zero3")},
+                                                       {"fsdp.yaml", accelerate("fsdp2_tp")},
+                                                       {"args.bin", fixture("engines/deepspeed/training_args.bin")}};
+  std::uint32_t state = 99;
+  auto random = [&](std::size_t n) {
+    state = state * 1664525u + 1013904223u;
+    return static_cast<std::size_t>(state >> 8) % n;
+  };
+  test::TempTree tree;
+  const std::string train = tree.write("train.yaml", train_yaml("bf16: true\n"));
+  for (const auto& [name, path] : files) {
+    std::ifstream in(path, std::ios::binary);
+    const std::string whole((std::istreambuf_iterator<char>(in)), {});
+    ASSERT_FALSE(whole.empty()) << path;
+    for (int i = 0; i < 60; ++i) {
+      std::string damaged = whole;
+      if (i % 3 == 0) damaged.resize(random(whole.size()));
+      if (i % 3 == 1) damaged[random(whole.size())] = static_cast<char>(random(256));
+      if (i % 3 == 2) damaged.insert(random(whole.size()), "\"}]:\n\t{[,&*-|>#%@`'");
+      const LoadedRun run = load_configs({train, tree.write(name, damaged)});
+      for (const InputProblem& p : run.problems) EXPECT_FALSE(p.what.empty() || p.remedy.empty()) << name << " step " << i;
+    }
+  }
 }
 
 }  // namespace
