@@ -370,7 +370,18 @@ void run(MeasureContext& ctx) {
     return;
   }
   std::vector<const WeightPair*> all;
-  for (const WeightPair& p : pairs.pairs) all.push_back(&p);
+  std::int64_t bytes = 0;
+  for (const WeightPair& p : pairs.pairs) {
+    all.push_back(&p);
+    bytes += p.base.matrix.elements() * size_of(p.base.matrix.tensor->dtype) + p.trained.matrix.elements() * size_of(p.trained.matrix.tensor->dtype);
+  }
+  const bool asked = ctx.full || (f.base_given.known() && f.base_given.origin() == Origin::kStated);
+  if (!asked && bytes > kUnaskedScan) {
+    const std::string why = std::to_string(bytes / 1'000'000'000) + " GB in both models: give the base with --base DIR, or --full";
+    unknown(why);
+    ctx.records.push_back({"base_comparison", "host", note + ", headers only: " + why});
+    return;
+  }
   const std::vector<PairSums> sums = compare(all, ctx.threads, [&ctx](double done) {
     if (ctx.progress) ctx.progress("base against trained", done);
   });
