@@ -184,20 +184,22 @@ UnitNames::UnitNames(const Family* family, std::int64_t experts) : family_(famil
     if (t.part == Part::kRoutedExpert) {
       const bool one = t.name.find("{e}") != std::string_view::npos;
       apart |= one && t.where == FamilyTensor::Where::kHub;
-      if (one || t.where != FamilyTensor::Where::kMemory) continue;
-      stacked = true;
-      // [E, in, out] where the experts' own tensors are [out, in].
-      std::string suffix;
-      const std::string leaf = leaf_of(t.name, &suffix);
-      if (t.shape == "E,H,2*I" || (leaf == "down_proj" && t.shape == "E,I,H")) input_major_.push_back(leaf);
-      continue;
+      if (one) continue;
+      if (t.where == FamilyTensor::Where::kMemory) {
+        stacked = true;
+        // [E, in, out] where the experts' own tensors are [out, in].
+        std::string suffix;
+        const std::string leaf = leaf_of(t.name, &suffix);
+        if (t.shape == "E,H,2*I" || (leaf == "down_proj" && t.shape == "E,I,H")) input_major_.push_back(leaf);
+      }
     }
     if (t.where != FamilyTensor::Where::kHub || behind_layer(t.name).empty() || has(*family, FamilyTensor::Where::kMemory, t.name)) continue;
-    for (const FamilyTensor& m : family->tensors) {  // block_sparse_moe.gate -> mlp.gate
+    for (const FamilyTensor& m : family->tensors) {  // block_sparse_moe.gate -> mlp.gate, input_linear -> experts.gate_up_proj
       if (m.where != FamilyTensor::Where::kMemory || m.part != t.part || m.shape != t.shape || m.layers != t.layers) continue;
       if (has(*family, FamilyTensor::Where::kHub, m.name)) continue;
       const std::string_view hub = behind_layer(t.name), memory = behind_layer(m.name);
-      if (memory.empty() || hub.substr(hub.rfind('.')) != memory.substr(memory.rfind('.'))) continue;
+      const bool same_leaf = hub.substr(hub.rfind('.')) == memory.substr(std::min(memory.rfind('.'), memory.size()));
+      if (memory.empty() || (t.part != Part::kRoutedExpert && !same_leaf)) continue;  // of stacks the leaf is the parameter
       renamed_.emplace_back(hub, memory);
       break;
     }
@@ -253,7 +255,7 @@ std::vector<std::string> UnitNames::stack_keys(std::string_view parameter, int e
   const std::string leaf = leaf_of(parameter, &suffix);
   if (two_layouts_ && leaf == "gate_up_proj") return {expert_key(part, "gate" + suffix), expert_key(part, "up" + suffix)};
   if (two_layouts_ && !role_of(leaf).empty()) return {expert_key(part, std::string(role_of(leaf)) + suffix)};
-  return {std::string(parameter) + "/" + std::to_string(expert)};
+  return {in_memory(parameter) + "/" + std::to_string(expert)};
 }
 
 bool UnitNames::cut(const TensorView& t, std::vector<WeightUnit>* out) const {
