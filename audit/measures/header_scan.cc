@@ -224,6 +224,11 @@ void run(MeasureContext& context) {
     f.tensor_diff.set(std::move(diff), Origin::kMeasured, source);
     return;
   }
+  // A model around the language model (text_config) may put a prefix before all names, which this family does not know.
+  if (!f.routers.known() && f.model_type.source().key.find('.') != std::string::npos) {
+    f.tensor_diff.explain_unknown("no router has a name of family " + f.family.value() + ", and the config is nested: the model around it names tensors its own way");
+    return;
+  }
   f.tensor_diff.set(compare(model, *family, shape, skipped), Origin::kMeasured, source);
 }
 
