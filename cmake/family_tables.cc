@@ -108,9 +108,9 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
   for (const auto& entry : top.node("tensors")) {
     Map row(top.file(), entry);
     const std::string name = row.text("name"), layers = row.word("layers", kLayers), where = row.word("where", kWhere);
-    const bool layered = name.find("{L}") != std::string::npos;
+    const bool layered = name.find("{L}") != std::string::npos || name.find("{D}") != std::string::npos;
     if (layered == (layers == "kNone"))
-      fail(top.file(), entry.Mark(), "'" + name + "': {L} and 'layers: none' exclude each other, and one is needed");
+      fail(top.file(), entry.Mark(), "'" + name + "': {L} or {D} and 'layers: none' exclude each other, and one is needed");
     const std::string instead = row.text_or("instead", ""), when = row.text_or("optional", "");
     if (!instead.empty()) alternatives.push_back({instead, entry.Mark()});
     const std::string shape = shape_of(row), part = row.word("part", kParts);
@@ -132,20 +132,24 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
   return t.writer.array("FamilyTensor", rows);
 }
 
-/// `key: {config_key: value}` as the initialiser of a FamilyCondition.
-std::string condition(Map& m, const std::string& key) {
-  if (!m.has(key)) return "{}";
+/// `key: {config_key: value, ...}` as initialisers of FamilyConditions.
+std::vector<std::string> conditions(Map& m, const std::string& key) {
+  std::vector<std::string> out;
+  if (!m.has(key)) return out;
   const YAML::Node node = m.node(key);
-  if (!node.IsMap() || node.size() != 1) fail(m.file(), node.Mark(), "'" + key + "' must be one {config_key: value}");
-  const std::string name = node.begin()->first.Scalar();
-  return "{" + quoted(name) + ", " + quoted(Map(m.file(), node).text(name)) + "}";
+  if (!node.IsMap() || node.size() == 0) fail(m.file(), node.Mark(), "'" + key + "' must be {config_key: value}");
+  for (const auto& entry : node) {
+    const std::string name = entry.first.Scalar();
+    out.push_back("{" + quoted(name) + ", " + quoted(Map(m.file(), node).text(name)) + "}");
+  }
+  return out;
 }
 
 /// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
-std::string layer_rule(Map& top) {
-  const YAML::Node node = top.node("moe_layer_rule");
+std::string layer_rule(Map& top, const std::string& key) {
+  const YAML::Node node = top.node(key);
   if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\"}";
-  if (!node.IsMap()) fail(top.file(), node.Mark(), "'moe_layer_rule' is 'all' or a mapping (docs/add_a_family.md)");
+  if (!node.IsMap()) fail(top.file(), node.Mark(), "'" + key + "' is 'all' or a mapping (docs/add_a_family.md)");
   Map m(top.file(), node);
   auto number = [&](const std::string& key, const std::string& otherwise) {
     const std::string text = m.text_or(key, otherwise);
@@ -169,7 +173,7 @@ struct RoutingText {
 };
 
 /// The routing conventions.
-RoutingText family_routing(Map& top, const Sources& sources, const std::set<std::string>& tensors) {
+RoutingText family_routing(Map& top, const Sources& sources, const std::set<std::string>& tensors, Writer& w) {
   Map m(top.file(), top.node("routing"));
   m.word("renormalise", kRenormalise);
   const std::string renormalise = m.text("renormalise");
@@ -189,13 +193,17 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
   out += ", .renormalise = " + std::string(renormalise == "always" ? "true" : "false") +
          ", .renormalise_eps = " + m.number("renormalise_eps", "0");
   out += ", .logits_dtype = DType::" + m.word("logits_dtype", kDTypes) +
-         ", .scores_dtype = DType::" + m.word("scores_dtype", kScoresDTypes);
+         ", .scores_dtype = DType::" + m.word("scores_dtype", kScoresDTypes) +
+         ", .scores_cast_back = " + yes("scores_cast_back");
   out += ", .weight_tensor = " + tensor("weight", true) +
          ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
          ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
          ", .input_norm_tensor = " + tensor("input_norm", true) +
          ", .input_norm_adds_one = " + yes("input_norm_adds_one") + "}";
-  const std::string around = condition(m, "groups_if") + ", " + condition(m, "holds_if") + ", " +
+  const std::vector<std::string> groups_if = conditions(m, "groups_if");
+  if (groups_if.size() > 1) fail(m.file(), m.node("groups_if").Mark(), "'groups_if' must be one {config_key: value}");
+  const std::string around = (groups_if.empty() ? "{}" : groups_if[0]) + ", " +
+                             w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
                              (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
                              quoted(m.text_or("not_replayed", ""));
   sources.cite(m);
@@ -270,7 +278,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   std::set<std::string> given, tensor_names;
   const std::string keys = family_keys(top, sources, t, name, &given);
   const std::string tensors = family_tensors(top, t, &tensor_names);
-  const auto [routing, around, renormalise] = family_routing(top, sources, tensor_names);
+  const auto [routing, around, renormalise] = family_routing(top, sources, tensor_names, t.writer);
   if ((renormalise == "config") != (given.count("router.renormalised") != 0)) {
     fail(top.file(), top.node("routing").Mark(),
          "renormalise: config and a key for router.renormalised belong together");
@@ -296,7 +304,8 @@ void read_family(const fs::path& path, FamilyTables& t) {
   Writer& w = t.writer;
   std::ostringstream out;
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
-      << keys << ", " << tensors << ",\n     " << layer_rule(top) << ", " << routing << ", " << around << ",\n     "
+      << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule") << ", "
+      << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule") << ", " << routing << ", " << around << ",\n     "
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "

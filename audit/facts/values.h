@@ -55,6 +55,7 @@ struct Routing {
   double scaling = 1.0;
   DType logits_dtype = DType::kUnknown;  // as written; kUnknown: the dtype of the activations
   DType scores_dtype = DType::kF32;      // dtype in which softmax/sigmoid runs
+  bool scores_cast_back = false;         // the scores are rounded to the dtype of the activations before the choice
   std::string weight_tensor;             // "model.layers.{L}.mlp.gate.weight"
   std::string linear_bias_tensor;        // empty if none
   std::string correction_bias_tensor;    // empty if none
@@ -76,6 +77,7 @@ struct Routing {
     f("scaling", s.scaling);
     f("logits_dtype", s.logits_dtype);
     f("scores_dtype", s.scores_dtype);
+    f("scores_cast_back", s.scores_cast_back);
     f("weight_tensor", s.weight_tensor);
     f("linear_bias_tensor", s.linear_bias_tensor);
     f("correction_bias_tensor", s.correction_bias_tensor);

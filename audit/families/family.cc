@@ -71,12 +71,14 @@ std::vector<std::int64_t> dimensions(std::string_view text, const FamilyShape& s
   return out;
 }
 
-std::string replaced(std::string_view pattern, std::int64_t layer, std::int64_t expert) {
+std::string replaced(std::string_view pattern, const FamilyShape& shape, std::int64_t layer, std::int64_t expert) {
   std::string out;
   out.reserve(pattern.size() + 8);
   for (std::size_t i = 0; i < pattern.size();) {
     if (pattern.substr(i, 3) == "{L}")
       out += std::to_string(layer), i += 3;
+    else if (pattern.substr(i, 3) == "{D}")
+      out += std::to_string(layer - shape.encoder_layers), i += 3;
     else if (pattern.substr(i, 3) == "{e}")
       out += std::to_string(expert), i += 3;
     else
@@ -88,8 +90,16 @@ std::string replaced(std::string_view pattern, std::int64_t layer, std::int64_t 
 std::vector<std::int64_t> layers_of(const FamilyTensor& tensor, const FamilyShape& shape) {
   std::vector<std::int64_t> out;
   if (tensor.layers == FamilyTensor::Layers::kNone) return {-1};
-  if (tensor.layers == FamilyTensor::Layers::kMoe) return shape.moe_layers;
-  for (std::int64_t l = 0; l < shape.layers; ++l) {
+  const bool decoder = tensor.name.find("{D}") != std::string_view::npos;
+  const std::int64_t first = decoder ? shape.encoder_layers : 0;
+  const std::int64_t end = decoder || shape.encoder_layers == 0 ? shape.layers : shape.encoder_layers;
+  if (tensor.layers == FamilyTensor::Layers::kMoe) {
+    for (std::int64_t l : shape.moe_layers) {
+      if (l >= first && l < end) out.push_back(l);
+    }
+    return out;
+  }
+  for (std::int64_t l = first; l < end; ++l) {
     const bool moe = std::find(shape.moe_layers.begin(), shape.moe_layers.end(), l) != shape.moe_layers.end();
     if (tensor.layers == FamilyTensor::Layers::kAll || !moe) out.push_back(l);
   }
@@ -111,17 +121,18 @@ constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h",
 constexpr std::array<std::string_view, 7> kOtherTowers = {
     "visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "audio_model", "multi_modal_projector"};
 constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
-constexpr std::array<std::string_view, 6> kAttentions = {"self_attn",      "attn",        "attention",
-                                                         "self_attention", "linear_attn", "cross_attn"};
+constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
+                                                         "self_attention", "linear_attn", "cross_attn",
+                                                         "SelfAttention",  "EncDecAttention", "cross_attention"};
 constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "q_proj",    "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
     "kv_b_proj", "Wqkv",   "sinks"};
-constexpr std::array<std::string_view, 5> kEmbeddings = {"embed_tokens", "wte", "wpe", "word_embeddings",
-                                                         "tok_embeddings"};
+constexpr std::array<std::string_view, 6> kEmbeddings = {"embed_tokens",    "wte",            "wpe",
+                                                         "word_embeddings", "tok_embeddings", "shared"};
 constexpr std::array<std::string_view, 2> kHeads = {"lm_head", "embed_out"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
-constexpr std::array<std::string_view, 11> kMlpLeaves = {
-    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj"};
+constexpr std::array<std::string_view, 13> kMlpLeaves = {
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo"};
 constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
@@ -138,6 +149,7 @@ bool is_adapter_tensor(std::string_view part) {
 struct Path {
   Names tail;
   int layer = -1;
+  bool decoder = false;  // below a module called decoder
   bool other_tower = false;
 };
 
@@ -152,6 +164,7 @@ Path parse(std::string_view name) {
   std::size_t begin = 0;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     path.other_tower |= contains(kOtherTowers, parts[i]);
+    path.decoder |= path.layer < 0 && parts[i] == "decoder";
     if (path.layer < 0 && i + 1 < parts.size() && contains(kLayerLists, parts[i]) && as_index(parts[i + 1]) >= 0) {
       path.layer = as_index(parts[i + 1]);
       begin = i + 2;
@@ -166,18 +179,27 @@ Path parse(std::string_view name) {
 
 /// The pattern's parts behind "{L}.", without the tensor suffix.
 Names pattern_tail(std::string_view pattern) {
-  const std::size_t layer = pattern.find("{L}.");
+  const std::size_t layer = std::min(pattern.find("{L}."), pattern.find("{D}."));
   Names tail = split(layer == std::string_view::npos ? pattern : pattern.substr(layer + 4), '.');
   while (layer == std::string_view::npos && tail.size() > 1 && contains(kRoots, tail[0])) tail.erase(tail.begin());
   if (tail.size() > 1 && contains(kTensorSuffixes, tail.back())) tail.pop_back();
   return tail;
 }
 
+constexpr int kNoMatch = -2;
+
+/// The number at the placeholder with which a segment of a pattern ends ("{e}", "expert_{e}"); -1 if it has none.
+int match_segment(std::string_view pattern, std::string_view segment) {
+  const std::size_t at = pattern.find('{');
+  if (at == std::string_view::npos) return pattern == segment ? -1 : kNoMatch;
+  const int index = starts_with(segment, pattern.substr(0, at)) ? as_index(segment.substr(at)) : -1;
+  return index >= 0 ? index : kNoMatch;
+}
+
 bool matches_at(const Names& tail, const Names& pattern, std::size_t at) {
   if (at + tail.size() > pattern.size()) return false;
   for (std::size_t i = 0; i < tail.size(); ++i) {
-    const bool same = pattern[at + i] == "{e}" ? as_index(tail[i]) >= 0 : pattern[at + i] == tail[i];
-    if (!same) return false;
+    if (match_segment(pattern[at + i], tail[i]) == kNoMatch) return false;
   }
   return true;
 }
@@ -281,8 +303,9 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
     const bool per_expert = tensor.name.find("{e}") != std::string_view::npos;
     for (std::int64_t layer : layers_of(tensor, shape)) {
       for (std::int64_t e = 0; e < (per_expert ? shape.experts : 1); ++e) {
-        out.push_back({replaced(tensor.name, layer, e), dims, tensor.part, static_cast<int>(layer),
-                       per_expert ? static_cast<int>(e) : -1, tensor.optional, replaced(tensor.alternative, layer, e)});
+        out.push_back({replaced(tensor.name, shape, layer, e), dims, tensor.part, static_cast<int>(layer),
+                       per_expert ? static_cast<int>(e) : -1, tensor.optional,
+                       replaced(tensor.alternative, shape, layer, e)});
       }
     }
   }
@@ -294,10 +317,25 @@ bool is_known_extra(const Family& family, std::string_view name) {
                      [&](auto pattern) { return matches_glob(pattern, name); });
 }
 
-NamedPart classify(const Family* family, std::string_view name) {
+std::optional<PatternMatch> match_pattern(std::string_view pattern, std::string_view name, std::int64_t encoder_layers) {
+  const Names want = split(pattern, '.'), have = split(name, '.');
+  if (want.size() != have.size()) return std::nullopt;
+  PatternMatch out;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const int index = match_segment(want[i], have[i]);
+    if (index == kNoMatch) return std::nullopt;
+    if (want[i] == "{L}") out.layer = index;
+    if (want[i] == "{D}") out.layer = index + static_cast<int>(encoder_layers);
+    if (index >= 0 && want[i].find("{e}") != std::string_view::npos) out.expert = index;
+  }
+  return out;
+}
+
+NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers) {
   const Path path = parse(name);
   NamedPart out;
   out.layer = path.other_tower ? -1 : path.layer;
+  if (out.layer >= 0 && path.decoder) out.layer += static_cast<int>(encoder_layers);
   if (path.tail.empty() || path.other_tower) return out;
   const std::optional<Part> by_family = family ? part_by_family(*family, path) : std::nullopt;
   out.part = by_family ? *by_family : part_by_common_names(path);

@@ -22,11 +22,11 @@ struct FamilyKey {
   std::string_view cite;                    // framework file at a commit : line
 };
 
-/// One tensor of the family. Placeholders: {L} layer, {e} expert. Shape symbols: E experts, H hidden, I expert width,
+/// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert. Shape symbols: E experts, H hidden, I expert width,
 /// S shared width, V vocabulary, numbers, products ("2*I"), "?" any.
 struct FamilyTensor {
   enum class Where { kHub, kMemory };       // name in the saved file | parameter name in memory (transformers >= 5)
-  enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: no {L}
+  enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: neither {L} nor {D}
   std::string_view name;
   std::string_view shape;
   Part part;
@@ -63,10 +63,11 @@ struct Family {
   std::span<const std::string_view> classes;       // causal-LM classes
   std::span<const FamilyKey> keys;
   std::span<const FamilyTensor> tensors;
-  MoeLayerRule moe_layer_rule;
+  MoeLayerRule moe_layer_rule;         // of the encoder, where there is one
+  MoeLayerRule decoder_layer_rule;     // of the decoder behind it
   Routing routing;                     // conventions; groups, scaling and renormalise are overwritten from the config
   FamilyCondition groups_if;           // groups count only where the config says so
-  FamilyCondition routing_if;          // where the config says something else, the order is not known
+  std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
   bool scores_dtype_by_version;        // routing.scores_dtype is behaviours' "router_scores_dtype"
   std::string_view not_replayed;       // why `routing` cannot be replayed: an order that its fields cannot express; ""
   std::string_view renormalise;        // "always" | "never" | "config" (key of router.renormalised)
@@ -104,6 +105,7 @@ const HubModel* find_hub_model(std::string_view id);
 struct FamilyShape {
   std::int64_t layers = 0, experts = 0, hidden = 0, expert_width = 0, shared_width = 0, vocabulary = 0;
   std::vector<std::int64_t> moe_layers;
+  std::int64_t encoder_layers = 0;     // of `layers`: layer encoder_layers is the decoder's first
 };
 struct ExpandedTensor {
   std::string name;
@@ -128,6 +130,13 @@ struct NamedPart {
   int expert = -1;
   bool fused = false;   // a whole stack of experts
 };
-NamedPart classify(const Family* family, std::string_view name);
+/// Layers are numbered through both stacks: behind an encoder of `encoder_layers`, decoder layer 0 is that number.
+NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers = 0);
+/// The layer and expert for which `name` is `pattern`; nullopt if it is not.
+struct PatternMatch {
+  int layer = -1;
+  int expert = -1;
+};
+std::optional<PatternMatch> match_pattern(std::string_view pattern, std::string_view name, std::int64_t encoder_layers = 0);
 
 }  // namespace moeaudit

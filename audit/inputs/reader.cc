@@ -248,10 +248,15 @@ bool is_moe_key(std::string_view key) {
 }
 
 bool family_reads(const Family& family, std::string_view key) {
-  const MoeLayerRule& rule = family.moe_layer_rule;
-  for (std::string_view read : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only,
-                                family.groups_if.key, family.routing_if.key}) {
-    if (!read.empty() && read == key) return true;
+  if (key.empty()) return false;
+  for (const MoeLayerRule& rule : {family.moe_layer_rule, family.decoder_layer_rule}) {
+    for (std::string_view read : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only}) {
+      if (read == key) return true;
+    }
+  }
+  if (key == family.groups_if.key) return true;
+  for (const FamilyCondition& holds : family.routing_if) {
+    if (key == holds.key) return true;
   }
   return std::any_of(family.keys.begin(), family.keys.end(), [&](const FamilyKey& row) {
     return std::find(row.keys.begin(), row.keys.end(), key) != row.keys.end();

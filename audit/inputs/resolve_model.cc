@@ -126,6 +126,8 @@ const Node* config_value(const Resolver& r, std::string_view key) {
 
 bool has_value(const Node* node, std::string_view value) {
   const Node wanted = text_node(value);
+  const auto yes = node_bool(*node), wanted_yes = node_bool(wanted);
+  if (yes && wanted_yes) return *yes == *wanted_yes;
   const auto have = node_double(*node), want = node_double(wanted);
   return have && want ? *have == *want : node->is_string() && node->text == value;
 }
@@ -134,13 +136,14 @@ void resolve_routing(Resolver& r, const Source& source) {
   FactSheet& f = r.facts;
   const Family& family = *r.family;
   Routing routing = family.routing;
-  const FamilyCondition &holds = family.routing_if, &grouped = family.groups_if;
-  const Node* condition = config_value(r, holds.key);
+  const FamilyCondition& grouped = family.groups_if;
   if (!family.not_replayed.empty()) {
     f.routing.explain_unknown(std::string(family.not_replayed));
     return;
   }
-  if (condition && !has_value(condition, holds.value)) {
+  for (const FamilyCondition& holds : family.routing_if) {
+    const Node* condition = config_value(r, holds.key);
+    if (!condition || has_value(condition, holds.value)) continue;
     f.routing.explain_unknown("the order is known for " + std::string(holds.key) + " " + std::string(holds.value) +
                               " only, and the configuration says something else");
     return;
@@ -267,12 +270,8 @@ std::string rule_text(const MoeLayerRule& rule) {
   return out.empty() ? "all layers are MoE" : "the family's rule on " + out;
 }
 
-void resolve_moe_layers(Resolver& r) {
-  FactSheet& f = r.facts;
-  if (!r.family || !f.num_layers.known()) return;
-  const std::int64_t n = f.num_layers.value();
-  if (n < 0 || n > 100000) return;  // nonsense in the config; RT003 and the tensor comparison speak of it
-  const MoeLayerRule& rule = r.family->moe_layer_rule;
+/// Appends the MoE layers of one stack of n layers, the first of which is layer `first` of the model.
+void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t first, std::int64_t n, std::vector<std::int64_t>* layers) {
   const std::int64_t from = config_number(r, rule.from), to = config_number(r, rule.to);
   const std::int64_t every = std::max<std::int64_t>(1, config_number(r, rule.every));
   const std::int64_t offset = config_number(r, rule.offset);
@@ -280,10 +279,26 @@ void resolve_moe_layers(Resolver& r) {
   auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return std::find(list.begin(), list.end(), i) != list.end();
   };
-  std::vector<std::int64_t> layers;
   for (std::int64_t i = 0; i < n; ++i) {
-    const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == (offset < 0 ? every - 1 : offset);
-    if (only ? names(*only, i) : by_rule && !(dense && names(*dense, i))) layers.push_back(i);
+    const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == (offset < 0 ? every - 1 : offset % every);
+    if (only ? names(*only, i) : by_rule && !(dense && names(*dense, i))) layers->push_back(first + i);
+  }
+}
+
+void resolve_moe_layers(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (!r.family || !f.num_layers.known()) return;
+  constexpr std::int64_t kMost = 100000;  // more is nonsense in the config; RT003 and the tensor comparison speak of it
+  const std::int64_t encoder = f.encoder_layers.known() ? f.encoder_layers.value() : 0, n = f.num_layers.value();
+  if (n < 0 || n > kMost || encoder < 0 || encoder > kMost) return;
+  const MoeLayerRule& rule = r.family->moe_layer_rule;
+  std::vector<std::int64_t> layers;
+  if (f.encoder_layers.known()) {
+    add_moe_layers(r, rule, 0, encoder, &layers);
+    add_moe_layers(r, r.family->decoder_layer_rule, encoder, n, &layers);
+    f.num_layers.set(encoder + n, Origin::kDerived, derived_from("layers of the encoder and of the decoder"));
+  } else {
+    add_moe_layers(r, rule, 0, n, &layers);
   }
   f.moe_layers.set(std::move(layers), Origin::kDerived, derived_from(rule_text(rule)));
 }

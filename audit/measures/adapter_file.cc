@@ -125,7 +125,7 @@ class Reader {
 
   void finish(int depth, Group& g) {
     AdapterFileModule& m = g.module;
-    m.part = classify(family_, m.path);
+    m.part = classify(family_, m.path, facts_.encoder_layers.known() ? facts_.encoder_layers.value() : 0);
     if (!g.lora) {
       if (g.weight && was_saved_on_purpose(m)) {
         m.in = columns(*g.weight);

@@ -96,7 +96,7 @@ std::set<int> prediction_layers(const TensorStore& model, const FactSheet& f) {
   return layers;
 }
 
-void add_expert(const TensorView& t, const FamilyTensor& row, const Pattern& name, LayerRow* layer) {
+void add_expert(const TensorView& t, const FamilyTensor& row, const PatternMatch& name, LayerRow* layer) {
   const int experts = axis_of(row.shape, "E"), hidden = axis_of(row.shape, "H");
   if (name.expert >= 0) layer->experts.insert(name.expert);
   else if (experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
@@ -105,22 +105,42 @@ void add_expert(const TensorView& t, const FamilyTensor& row, const Pattern& nam
   if (layer->expert_hidden < 0 && shaped && hidden >= 0 && hidden < static_cast<int>(t.shape.size())) layer->expert_hidden = t.shape[hidden];
 }
 
-RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped) {
-  std::unordered_map<std::string_view, const FamilyTensor*> patterns;
+/// What a name and its pattern have in common: every number and every placeholder is a '#'.
+std::string without_numbers(std::string_view name) {
+  std::string out;
+  for (std::size_t i = 0; i < name.size(); ++i) {
+    const bool digit = name[i] >= '0' && name[i] <= '9', placeholder = name[i] == '{';
+    if (!digit && !placeholder) {
+      out += name[i];
+      continue;
+    }
+    if (placeholder) i = std::min(name.find('}', i), name.size());
+    if (out.empty() || out.back() != '#') out += '#';
+  }
+  return out;
+}
+
+RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped, std::int64_t encoder_layers) {
+  std::unordered_multimap<std::string, const FamilyTensor*> patterns;
   for (const FamilyTensor& row : family.tensors) {
-    if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(row.name, &row);
+    if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(without_numbers(row.name), &row);
   }
   const std::string_view correction = leaf_of(family.routing.correction_bias_tensor);
   std::map<int, LayerRow> layers;
   for (std::size_t i = 0; i < model.size(); ++i) {
     const TensorView& t = model[i];
-    const Pattern name = pattern_of(unpacked_name(t.name));
-    const auto found = patterns.find(name.text);
-    if (name.layer < 0 || found == patterns.end() || skipped.count(name.layer)) continue;
-    const FamilyTensor& row = *found->second;
-    if (row.part == Part::kRoutedExpert) add_expert(t, row, name, &layers[name.layer]);
-    else if (row.shape == "E,H") layers[name.layer].router = &t;
-    else if (!correction.empty() && leaf_of(row.name) == correction) layers[name.layer].bias = &t;
+    const std::string name = unpacked_name(t.name);
+    const auto [first, last] = patterns.equal_range(without_numbers(name));
+    for (auto it = first; it != last; ++it) {
+      const FamilyTensor& row = *it->second;
+      const std::optional<PatternMatch> match = match_pattern(row.name, name, encoder_layers);
+      if (!match || match->layer < 0 || skipped.count(match->layer)) continue;
+      LayerRow& layer = layers[match->layer];
+      if (row.part == Part::kRoutedExpert) add_expert(t, row, *match, &layer);
+      else if (row.shape == "E,H") layer.router = &t;
+      else if (!correction.empty() && leaf_of(row.name) == correction) layer.bias = &t;
+      break;
+    }
   }
   RouterTable out;
   for (const auto& [index, row] : layers) {
@@ -197,7 +217,8 @@ void run(MeasureContext& context) {
   const Family* family = f.family.known() ? find_family(f.family.value()) : nullptr;
   std::set<int> skipped;
   if (family) skipped = prediction_layers(model, f);
-  RouterTable routers = family ? find_routers(model, *family, skipped) : recognise_moe(model).table;
+  const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
+  RouterTable routers = family ? find_routers(model, *family, skipped, encoder_layers) : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
   if (routers.layer.empty()) {

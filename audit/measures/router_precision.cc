@@ -55,6 +55,15 @@ Float activation_dtype(const FactSheet& facts) {
   return Float::kBF16;
 }
 
+/// The tensor that stands to `router` as `pattern` stands to `weight` in the family; "" if their names do not say.
+std::string beside(const std::string& router, std::string_view weight, std::string_view pattern) {
+  std::size_t same = 0;
+  while (same < weight.size() && same < pattern.size() && weight[same] == pattern[same]) ++same;
+  const std::string_view tail = weight.substr(same);
+  if (same == 0 || !std::string_view(router).ends_with(tail)) return {};
+  return router.substr(0, router.size() - tail.size()) + std::string(pattern.substr(same));
+}
+
 // ---- one router
 // ----------------------------------------------------------------------------------------------------------
 
@@ -67,7 +76,9 @@ std::string read_router(const MeasureContext& ctx, const Routing& routing, std::
   if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
   std::string fault = read_floats(ctx.model, out->tensor, out->experts * out->hidden, &out->w);
   if (fault.empty() && routing.linear_bias) {
-    fault = read_floats(ctx.model, with_layer(routing.linear_bias_tensor, out->layer), out->experts, &out->linear_bias);
+    std::string name = beside(out->tensor, routing.weight_tensor, routing.linear_bias_tensor);
+    if (ctx.model.find(name) == nullptr) name = with_layer(routing.linear_bias_tensor, out->layer);
+    fault = read_floats(ctx.model, name, out->experts, &out->linear_bias);
   }
   if (fault.empty() && routing.correction_bias) {
     const std::string name =
@@ -176,7 +187,8 @@ class RouterPrecision {
   }
 
   std::string prepare_probe(Router* r, std::int64_t tokens) {
-    const std::string name = with_layer(routing_.input_norm_tensor, r->layer);
+    std::string name = beside(r->tensor, routing_.weight_tensor, routing_.input_norm_tensor);
+    if (ctx_.model.find(name) == nullptr) name = with_layer(routing_.input_norm_tensor, r->layer);
     const std::string fault =
         name.empty() ? "the family names none" : read_floats(ctx_.model, name, r->hidden, &r->norm);
     if (!fault.empty()) {

@@ -164,6 +164,7 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
   args.tokens = n;
   args.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
   if (routing_.scores_dtype == DType::kUnknown && ready.mode.dtype != Float::kF32) args.tensor_dtype = ready.mode.dtype;
+  if (routing_.scores_cast_back && activations_ != Float::kF32) args.tensor_dtype = activations_;
   k::route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
   for (std::int64_t t = 0; t < n; ++t) {
     const double* truth = s.truth.data() + t * r.experts;

@@ -71,6 +71,7 @@ Plan make_plan(const MeasureContext& context) {
     const RouterTable& r = f.routers.value();
     for (std::size_t i = 0; i < r.layer.size(); ++i) experts.emplace(r.layer[i], r.expert_count[i]);
   }
+  const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
   Plan plan;
   std::unordered_set<const TensorView*> side;
   std::vector<ValueScan> scans;
@@ -84,7 +85,7 @@ Plan make_plan(const MeasureContext& context) {
   for (std::size_t i = 0; i < model.size(); ++i) {
     const TensorView& t = model[i];
     if (side.count(&t)) continue;
-    NamedPart part = classify(family, plain_name(scans[i], t.name));
+    NamedPart part = classify(family, plain_name(scans[i], t.name), encoder_layers);
     const std::int64_t n = slices(t, scans[i], part, experts);
     const std::int64_t each = scans[i].values().elements() / n;
     for (std::int64_t e = 0; e < n; ++e) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <ostream>
+#include <utility>
 
 #include "audit/families/family.h"
 
@@ -85,6 +86,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"ernie4_5_moe", "model.layers.4.mlp.moe_statics.e_score_correction_bias", Part::kRouter, 4},
                     Case{"ernie4_5_moe", "model.layers.4.mlp.gate.moe_statics.e_score_correction_bias", Part::kRouter, 4},
                     Case{"ernie4_5_moe", "model.layers.0.mlp.up_proj.weight", Part::kDenseMlp, 0},
+                    Case{"switch_transformers", "encoder.block.3.layer.1.mlp.router.classifier.weight", Part::kRouter, 3},
+                    Case{"switch_transformers", "decoder.block.3.layer.2.mlp.experts.expert_6.wo.weight", kExpert, 3, 6},
+                    Case{"switch_transformers", "decoder.block.0.layer.2.mlp.wi.weight", Part::kDenseMlp, 0},
+                    Case{"switch_transformers", "decoder.block.0.layer.1.EncDecAttention.q.weight", Part::kAttention, 0},
+                    Case{"nllb_moe", "model.encoder.layers.3.ffn.experts.expert_127.fc1.bias", kExpert, 3, 127},
+                    Case{"nllb_moe", "model.decoder.layers.3.cross_attention.q_proj.bias", Part::kAttention, 3},
                     Case{"hunyuan_v1_moe", "model.layers.4.mlp.gate.wg.weight", Part::kRouter, 4},
                     Case{"hunyuan_v1_moe", "model.layers.4.mlp.shared_mlp.up_proj.weight", Part::kSharedExpert, 4},
                     Case{"gpt_oss", "model.layers.1.mlp.router.bias", Part::kRouter, 1},
@@ -165,6 +172,29 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"", "model.layers.0.input_layernorm.weight", Part::kNorm, 0},
         Case{"", "base_model.model.model.layers.7.mlp.shared_experts.up_proj.lora_A.weight", Part::kSharedExpert, 7},
         Case{"", "gate_proj", Part::kOther}, Case{"", "conv1d.weight", Part::kOther}));
+
+TEST(Classify, NumbersLayersThroughBothStacks) {
+  const Family* family = find_family("switch_transformers");
+  EXPECT_EQ(classify(family, "encoder.block.3.layer.1.mlp.router.classifier.weight", 12).layer, 3);
+  EXPECT_EQ(classify(family, "decoder.block.3.layer.2.mlp.router.classifier.weight", 12).layer, 15);
+  EXPECT_EQ(classify(nullptr, "model.decoder.layers.0.ffn.fc1.weight", 12).layer, 12);
+}
+
+TEST(MatchPattern, FindsLayerAndExpert) {
+  const auto match = [](const char* pattern, const char* name) {
+    const auto m = match_pattern(pattern, name, 12);
+    return m ? std::make_pair(m->layer, m->expert) : std::make_pair(-9, -9);
+  };
+  using Pair = std::pair<int, int>;
+  const char* decoder = "decoder.block.{D}.layer.2.mlp.experts.expert_{e}.wi.weight";
+  EXPECT_EQ(match(decoder, "decoder.block.1.layer.2.mlp.experts.expert_7.wi.weight"), Pair(13, 7));
+  EXPECT_EQ(match(decoder, "decoder.block.1.layer.1.mlp.experts.expert_7.wi.weight"), Pair(-9, -9));
+  EXPECT_EQ(match(decoder, "decoder.block.1.layer.2.mlp.experts.expert_x.wi.weight"), Pair(-9, -9));
+  EXPECT_EQ(match(decoder, "decoder.block.-1.layer.2.mlp.experts.expert_7.wi.weight"), Pair(-9, -9));
+  EXPECT_EQ(match(decoder, "decoder.block.1.layer.2.mlp.experts.expert_7.wi"), Pair(-9, -9));
+  EXPECT_EQ(match("model.layers.{L}.mlp.experts.{e}.w1.weight", "model.layers.4.mlp.experts.0.w1.weight"), Pair(4, 0));
+  EXPECT_EQ(match("model.norm.weight", "model.norm.weight"), Pair(-1, -1));
+}
 
 }  // namespace
 }  // namespace moeaudit

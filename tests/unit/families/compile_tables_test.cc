@@ -141,6 +141,13 @@ TEST_F(CompileTables, RefusesABadShapeAndATensorOfNoFamily) {
   expect_refused("families/mixtral.yaml", "is no hub tensor of this family");
 }
 
+TEST_F(CompileTables, AFamilyLikeAnotherTakesItsNamesOver) {
+  ASSERT_EQ(run(), 0) << output_;
+  EXPECT_NE(read(root_ / "out/families.cc").find("\"model.language_model.layers.{L}.mlp.gate.weight\""), std::string::npos);
+  replace("families/qwen3_5_moe.yaml", "like: qwen3_5_moe_text", "like: qwen3_6_moe_text");
+  expect_refused("families/qwen3_5_moe.yaml", "there is no qwen3_6_moe_text.yaml");
+}
+
 TEST_F(CompileTables, RefusesAHubModelOfNoFamilyOrKey) {
   replace("families/hub_ids.yaml", "family: gpt_oss", "family: gptoss");
   expect_refused("families/hub_ids.yaml", "family 'gptoss' has no file");

@@ -74,6 +74,12 @@ FamilyShape shape_of(const Json& root) {
       dense.insert(l);
     if (!dense.count(l)) s.moe_layers.push_back(l);
   }
+  if (c.value("is_encoder_decoder", false)) {  // the second of two layers in each stack
+    s.encoder_layers = number(c, {"encoder_layers", "num_layers"});
+    s.layers = s.encoder_layers + number(c, {"decoder_layers", "num_decoder_layers"});
+    s.expert_width = number(c, {"d_ff", "encoder_ffn_dim"});
+    s.moe_layers = {1, 3};
+  }
   return s;
 }
 
@@ -128,7 +134,7 @@ TEST_P(SavedModel, EveryTensorHasTheSamePartByNameAsByPattern) {
   for (Where where : {Where::kHub, Where::kMemory}) {
     for (const ExpandedTensor& t : expand(*family, shape_of(config), where)) {
       if (!have.count(t.name)) continue;
-      const NamedPart named = classify(family, t.name);
+      const NamedPart named = classify(family, t.name, shape_of(config).encoder_layers);
       EXPECT_STREQ(name_of(named.part), name_of(t.part)) << t.name;
       EXPECT_EQ(named.layer, t.layer) << t.name;
       EXPECT_EQ(named.expert, t.expert) << t.name;
@@ -148,7 +154,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "dbrx-tf4", "dbrx-tf5", "phimoe-tf4", "phimoe-tf5", "phimoe-tf5-fused",
                                          "jamba-tf4", "jamba-tf5", "jamba-tf5-fused", "qwen3_next-tf4", "qwen3_next-tf5",
                                          "qwen3_5_moe_text-tf5", "qwen3_5_moe-tf5", "minimax_m2-tf5", "hunyuan_v1_moe-tf4",
-                                         "hunyuan_v1_moe-tf5", "ernie4_5_moe-tf4", "ernie4_5_moe-tf5"),
+                                         "hunyuan_v1_moe-tf5", "ernie4_5_moe-tf4", "ernie4_5_moe-tf5", "switch_transformers-tf4",
+                                         "switch_transformers-tf5", "nllb_moe-tf4", "nllb_moe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

@@ -110,6 +110,7 @@ void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hid
   a.tokens = static_cast<std::int64_t>(x.size() / hidden);
   a.correction_bias = s.correction.empty() ? nullptr : s.correction.data();
   if (s.routing.scores_dtype == DType::kUnknown && gate != Float::kF32) a.tensor_dtype = gate;
+  if (s.routing.scores_cast_back && loaded != Float::kF32) a.tensor_dtype = loaded;
   std::vector<std::int32_t> chosen(static_cast<std::size_t>(a.tokens * s.top_k));
   std::vector<float> weights(chosen.size()), choice(logits.size());
   ASSERT_EQ(k::route(a, {chosen.data(), weights.data(), nullptr, choice.data()}), k::Status::kOk);
