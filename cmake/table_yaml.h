@@ -124,19 +124,19 @@ class Sources {
     for (const auto& entry : top.node("sources")) text_[entry.first.Scalar()] = map.text(entry.first.Scalar());
     map.done();
   }
-  /// "code:96", "code:96, config:3", or free text without a known short name in front (an issue, a fixtures/oracle
+  /// "code:96", "code:96, config@v5.0.0:3", or free text without a known short name in front (an issue, a fixtures/oracle
   /// row).
   std::string expand(const std::string& cite, const YAML::Mark& mark) const {
     std::vector<std::string> parts;
     std::stringstream stream(cite);
     for (std::string part; std::getline(stream, part, ',');) {
       part.erase(0, part.find_first_not_of(' '));
-      const std::size_t colon = part.find(':');
-      const std::string head = part.substr(0, colon);
+      const std::size_t end = std::min(part.find_first_of(":@ "), part.size());
+      const std::string head = part.substr(0, end);
       const auto found = text_.find(head);
-      const bool bare_word = head.find_first_of(" /@.#") == std::string::npos;
+      const bool bare_word = head.find_first_of("/.#") == std::string::npos && part.compare(end, 1, " ") != 0;
       if (found != text_.end())
-        part = found->second + (colon == std::string::npos ? "" : part.substr(colon));
+        part = found->second + part.substr(end);
       else if (bare_word)
         fail(file_, mark, "cite '" + part + "': '" + head + "' is not in sources:");
       parts.push_back(part);

@@ -69,11 +69,25 @@ std::string to_text(const StableRanks& v) { return rows(v.layer.size(), "matrix"
 std::string to_text(const TensorDiff& v) {
   return std::to_string(v.missing.size()) + " missing, " + std::to_string(v.unexpected.size()) + " unexpected";
 }
+std::string to_text(const ShapeTable& v) {
+  return std::to_string(v.tensor.size()) + " of " + std::to_string(v.judged) + " tensors differ";
+}
+std::string to_text(const CorrectionBias& v) { return rows(v.layer.size(), "correction bias", "correction biases"); }
+std::string to_text(const ExpertStorage& v) {
+  std::string text;
+  for (std::size_t i = 0; i < v.dtype.size(); ++i) {
+    text += (i ? ", " : "") + std::string(name_of(v.dtype[i])) + " " + std::to_string(v.bytes[i]) + " bytes";
+  }
+  return text.empty() ? "none" : text;
+}
 std::string to_text(const PrecisionTable& v) {
   return rows(v.layer.size(), "row", "rows") + " (router and mode); " + v.input;
 }
 std::string to_text(const UnfrozenTargets& v) { return rows(v.pattern.size(), "pattern", "patterns"); }
 std::string to_text(const AdapterTargets& v) { return rows(v.entry.size(), "entry", "entries"); }
+std::string to_text(const AdapterLayout& v) {
+  return std::to_string(v.module.size()) + " of " + std::to_string(v.found_total) + " modules do not fit";
+}
 std::string to_text(const AdapterTensors& v) { return rows(v.module.size(), "adapted module", "adapted modules"); }
 
 std::string to_text(const AdapterModules& v) {

@@ -61,6 +61,9 @@ std::string to_text(const RouterRows& v);
 std::string to_text(const StableRanks& v);
 std::string to_text(const UnfrozenTargets& v);
 std::string to_text(const TensorDiff& v);
+std::string to_text(const ShapeTable& v);
+std::string to_text(const CorrectionBias& v);
+std::string to_text(const ExpertStorage& v);
 std::string to_text(const PrecisionTable& v);
 std::string to_text(const AdapterModules& v);
 std::string to_text(const AdapterTargets& v);
@@ -71,6 +74,7 @@ std::string to_text(const DTypePairs& v);
 std::string to_text(const BiasChanges& v);
 std::string to_text(const ConfigChanges& v);  // "top_k 2 -> 4"
 std::string to_text(const MergeTable& v);
+std::string to_text(const AdapterLayout& v);
 std::string to_text(const LogTable& v);
 std::string to_text(const std::vector<WeightProblem>& v);
 std::string to_text(const std::vector<IgnoredKey>& v);

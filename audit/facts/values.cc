@@ -38,6 +38,37 @@ const char* name_of(Scoring v) {
   return "?";
 }
 
+const char* name_of(TargetFault v) {
+  switch (v) {
+    case TargetFault::kNone: return "none";
+    case TargetFault::kSplitString: return "split_string";
+    case TargetFault::kDropout: return "dropout";
+    case TargetFault::kLacksPartner: return "lacks_partner";
+    case TargetFault::kRefused: return "refused";
+  }
+  return "?";
+}
+
+const char* name_of(ShapeFault v) {
+  switch (v) {
+    case ShapeFault::kOther: return "other";
+    case ShapeFault::kTransposed: return "transposed";
+    case ShapeFault::kSharded: return "sharded";
+  }
+  return "?";
+}
+
+const char* name_of(AdapterFault v) {
+  switch (v) {
+    case AdapterFault::kNoPair: return "no_pair";
+    case AdapterFault::kMisfit: return "misfit";
+    case AdapterFault::kRank: return "rank";
+    case AdapterFault::kBaseShape: return "base_shape";
+    case AdapterFault::kStackOrder: return "stack_order";
+  }
+  return "?";
+}
+
 const char* name_of(GroupScore v) {
   switch (v) {
     case GroupScore::kNone: return "none";

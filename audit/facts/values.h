@@ -32,6 +32,16 @@ enum class Part { kRouter, kRoutedExpert, kSharedExpert, kSharedExpertGate, kDen
 /// How group-limited routing scores a group: best expert, sum of its two best, or no groups.
 enum class GroupScore { kNone, kMax, kTop2Sum };
 
+/// Why PEFT stops at an entry of the adapter configuration: it splits the string into letters (0.19 on transformers 5); a
+/// parameter with dropout; half of a fused projection; anything else.
+enum class TargetFault { kNone, kSplitString, kDropout, kLacksPartner, kRefused };
+/// How the shape of a tensor differs from the family's: its axes in another order; one axis divided by the same number in
+/// every differing tensor (one rank of tensor parallelism); otherwise.
+enum class ShapeFault { kOther, kTransposed, kSharded };
+/// What is wrong with a pair of LoRA matrices: one is missing; they do not fit each other; another rank than configured;
+/// another matrix than the model's; the stack's sides the way round that another PEFT release wants them.
+enum class AdapterFault { kNoPair, kMisfit, kRank, kBaseShape, kStackOrder };
+
 const char* name_of(Scoring v);
 const char* name_of(GroupScore v);
 const char* name_of(Method v);
@@ -39,6 +49,9 @@ const char* name_of(Precision v);
 const char* name_of(AuxEffect v);
 const char* name_of(Balance v);
 const char* name_of(Part v);
+const char* name_of(TargetFault v);
+const char* name_of(ShapeFault v);
+const char* name_of(AdapterFault v);
 
 /// The routing conventions of a family, as its modelling code has them (order: logits, +linear bias, score, +correction
 /// bias for selection only, group mask, top-k, gather, renormalise, scale).
@@ -263,13 +276,94 @@ struct TensorDiff {
   }
 };
 
+/// One row per tensor whose shape is not the family's at the sizes of the config. Vocabulary rows, packed (quantised) bytes
+/// and prediction layers are not judged.
+struct ShapeTable {
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<std::string> pattern;       // the family's name for it, "model.layers.{L}.mlp.gate.weight"
+  std::vector<Part> part;
+  std::vector<std::string> expected;      // "[8, 128, 64]"; "?" where the family leaves a size open
+  std::vector<std::string> found;
+  std::vector<ShapeFault> fault;
+  std::int64_t divisor = 0;               // kSharded: by how much
+  std::int64_t judged = 0;                // tensors that were compared
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("pattern", s.pattern);
+    f("part", s.part);
+    f("expected", s.expected);
+    f("found", s.found);
+    f("fault", s.fault);
+    f("divisor", s.divisor);
+    f("judged", s.judged);
+  }
+};
+
+/// One row per correction bias (added to the scores for the choice of experts only).
+struct CorrectionBias {
+  std::vector<int> layer;
+  std::vector<std::string> tensor;
+  std::vector<std::string> file;
+  std::vector<DType> dtype;               // as stored
+  std::vector<std::int64_t> elements, zeros;
+  std::vector<std::int64_t> distinct;     // different values
+  std::vector<std::int64_t> off_bf16;     // values that bfloat16 does not have
+  std::vector<std::int64_t> off_fp16;
+  std::vector<double> max_abs;
+  std::vector<double> bf16_spacing;       // distance of neighbours in bfloat16 at max_abs
+  std::vector<double> fp16_spacing;
+  bool kept_fp32 = false;                 // the family keeps it in float32
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("tensor", s.tensor);
+    f("file", s.file);
+    f("dtype", s.dtype);
+    f("elements", s.elements);
+    f("zeros", s.zeros);
+    f("distinct", s.distinct);
+    f("off_bf16", s.off_bf16);
+    f("off_fp16", s.off_fp16);
+    f("max_abs", s.max_abs);
+    f("bf16_spacing", s.bf16_spacing);
+    f("fp16_spacing", s.fp16_spacing);
+    f("kept_fp32", s.kept_fp32);
+  }
+};
+
+/// How the weights of routed experts lie in the files: one row per stored dtype. Scales and other side tensors of a
+/// quantiser are not counted.
+struct ExpertStorage {
+  std::vector<DType> dtype;
+  std::vector<std::int64_t> tensors;
+  std::vector<std::int64_t> elements;     // of the stored type: packed 4-bit weights hold two to a byte
+  std::vector<std::int64_t> bytes;
+  std::vector<std::string> example;       // name of the first
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("dtype", s.dtype);
+    f("tensors", s.tensors);
+    f("elements", s.elements);
+    f("bytes", s.bytes);
+    f("example", s.example);
+  }
+};
+
 // ---- router precision ----------------------------------------------------------------------------------------------
 
 /// One row per router and mode. Share = tokens whose selected expert set differs from the float64 truth / tokens.
 struct PrecisionTable {
   std::vector<int> layer;
   std::vector<std::string> tensor;
-  std::vector<std::string> mode;         // "fp32", "bf16", "fp16", "executed", "nf4", "int8"
+  std::vector<std::string> mode;         // "fp32", "bf16", "fp16", "executed", "nf4", "int8"; of the correction bias alone:
+                                         // "bias bf16", "bias fp16" (rounded), "bias bf16 lost", "bias fp16 lost" (moved by
+                                         // what a rounding in the past may have taken)
   std::vector<std::int64_t> tokens;
   std::vector<double> flipped;           // share of tokens with another expert set
   std::vector<double> low, high;         // 95 % Wilson interval of `flipped`
@@ -340,6 +434,8 @@ struct AdapterTargets {
   std::vector<int> line;                // in `file`; 0 unknown
   std::vector<char> certain;            // 1: the same hits under every version of the set
   std::vector<std::string> why;         // why nothing is reached, or why PEFT stops at this entry; may be empty
+  std::vector<TargetFault> fault;       // PEFT stops at this entry under every version of the set
+  std::vector<std::string> partner;     // kLacksPartner: the entry that has to stand beside this one
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -352,6 +448,8 @@ struct AdapterTargets {
     f("line", s.line);
     f("certain", s.certain);
     f("why", s.why);
+    f("fault", s.fault);
+    f("partner", s.partner);
   }
 };
 
@@ -362,9 +460,14 @@ struct AdapterTensors {
   std::vector<int> layer;
   std::vector<int> expert;              // -1 unless one expert's; for a fused stack one row per expert slice
   std::vector<std::int64_t> rank;
+  std::vector<std::int64_t> in, out;    // columns of A, rows of B
   std::vector<double> norm_a, norm_b;   // Frobenius norms, float64
+  std::vector<double> norm_ba;          // of the product B A, without the scale
+  std::vector<double> scale;            // alpha / r, or alpha / sqrt(r) with rsLoRA; NaN if alpha is not known
   std::vector<char> b_zero;             // B is exactly zero
   std::vector<std::int64_t> non_finite;
+  std::vector<std::string> bad_tensor;  // the tensor with the first of them
+  std::vector<std::int64_t> bad_index;  // its flat index there; -1 none
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -373,10 +476,46 @@ struct AdapterTensors {
     f("layer", s.layer);
     f("expert", s.expert);
     f("rank", s.rank);
+    f("in", s.in);
+    f("out", s.out);
     f("norm_a", s.norm_a);
     f("norm_b", s.norm_b);
+    f("norm_ba", s.norm_ba);
+    f("scale", s.scale);
     f("b_zero", s.b_zero);
     f("non_finite", s.non_finite);
+    f("bad_tensor", s.bad_tensor);
+    f("bad_index", s.bad_index);
+  }
+};
+
+/// One row per adapted module of adapter_model.safetensors whose matrices do not fit.
+struct AdapterLayout {
+  std::vector<std::string> module;
+  std::vector<Part> part;
+  std::vector<int> layer;
+  std::vector<AdapterFault> fault;
+  std::vector<std::string> tensor;      // A, or B where there is no A
+  std::vector<std::string> found;       // "A [16, 64], B [32, 16]"
+  std::vector<std::string> expected;
+  std::string stack_order;              // kStackOrder: what the releases in question want, "PEFT 0.19 or later: A [E x r, in]"
+  bool loads_silently = false;          // kStackOrder: square stacks, which load and are applied transposed
+  std::int64_t judged = 0;              // modules that were compared with the model
+  std::int64_t found_total = 0;         // modules in the file
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("module", s.module);
+    f("part", s.part);
+    f("layer", s.layer);
+    f("fault", s.fault);
+    f("tensor", s.tensor);
+    f("found", s.found);
+    f("expected", s.expected);
+    f("stack_order", s.stack_order);
+    f("loads_silently", s.loads_silently);
+    f("judged", s.judged);
+    f("found_total", s.found_total);
   }
 };
 

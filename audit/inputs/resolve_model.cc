@@ -359,6 +359,32 @@ void recognise_unknown(Resolver& r) {
   f.has_moe.set(false, Origin::kDerived, where);
 }
 
+/// The matrices of the family's stacks, one copy a MoE layer.
+void count_expert_parameters(Resolver& r) {
+  FactSheet& f = r.facts;
+  if (!r.family || !f.moe_layers.known() || f.moe_layers.value().empty() || !f.num_experts.known() || !f.hidden_size.known() ||
+      !f.expert_width.known()) {
+    return;
+  }
+  FamilyShape shape;
+  shape.layers = 1;
+  shape.moe_layers = {0};
+  shape.experts = f.num_experts.value();
+  shape.hidden = f.hidden_size.value();
+  shape.expert_width = f.expert_width.value();
+  std::int64_t total = 0;
+  for (const ExpandedTensor& t : expand(*r.family, shape, FamilyTensor::Where::kMemory)) {
+    const bool open = std::any_of(t.shape.begin(), t.shape.end(), [](std::int64_t d) { return d <= 0; });  // packed bytes
+    if (t.part != Part::kRoutedExpert || t.shape.size() < 2 || open || t.name.ends_with("bias")) continue;
+    std::int64_t n = static_cast<std::int64_t>(f.moe_layers.value().size());
+    for (std::int64_t d : t.shape) {
+      if (__builtin_mul_overflow(n, d, &n)) return;
+    }
+    if (__builtin_add_overflow(total, n, &total)) return;
+  }
+  if (total > 0) f.expert_parameters.set(total, Origin::kDerived, f.expert_width.source());
+}
+
 }  // namespace
 
 void resolve_model(Resolver& r) {
@@ -385,7 +411,9 @@ void resolve_model(Resolver& r) {
   if (f.family.known()) {
     ask_bool(f.router_is_linear, "router_is_linear");
     ask_bool(f.experts_fused, "experts_fused");
+    if (r.family && r.family->routing.correction_bias) ask_bool(f.bias_kept_fp32, "bias_kept_fp32");
   }
+  count_expert_parameters(r);
 }
 
 }  // namespace moeaudit

@@ -316,9 +316,12 @@ class Coverage {
     const TargetEntry* best = nullptr;
     bool certain = true;
     std::string why;
+    const TargetEntry& first = cases_.front().written.entries[i];
+    TargetFault fault = first.fault;
     for (const Case& c : cases_) {
       const TargetEntry& e = c.written.entries[i];
-      certain &= e.hits == cases_.front().written.entries[i].hits;
+      certain &= e.hits == first.hits;
+      if (fault != e.fault) fault = fault == TargetFault::kNone || e.fault == TargetFault::kNone ? TargetFault::kNone : TargetFault::kRefused;
       if (!best || e.hits > best->hits) best = &e;
       if (why.empty()) why = e.why;
     }
@@ -337,6 +340,8 @@ class Coverage {
     out->line.push_back(placed ? source->second->line : 0);
     out->certain.push_back(certain);
     out->why.push_back(best->hits > 0 && certain ? std::string() : why);
+    out->fault.push_back(fault);
+    out->partner.push_back(fault == TargetFault::kLacksPartner ? first.partner : std::string());
   }
 
   MeasureContext& context_;

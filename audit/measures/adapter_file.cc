@@ -135,7 +135,7 @@ class Reader {
       return;
     }
     if (!m.a || !m.b || m.a->shape.size() < 2 || m.b->shape.size() < 2 || rows(*m.a) != m.b->shape[1] || rows(*m.a) == 0) {
-      out_.incomplete.push_back(m.path);
+      out_.incomplete.push_back(std::move(m));
       return;
     }
     m.rank = rows(*m.a);

@@ -31,8 +31,18 @@ struct AdapterFile {
   std::vector<AdapterFileModule> modules;  // by layer, then path
   std::vector<std::pair<std::string, const TensorView*>> whole;  // tensors that are no LoRA matrices, by their name in memory
   bool magnitudes = false;                 // of DoRA
-  std::vector<std::string> incomplete;     // modules with an A and no B, or the other way round
+  std::vector<AdapterFileModule> incomplete;  // A or B missing, or of ranks that do not agree; in the order of their names
 };
+
+/// What adapter_config.json says: it goes with the file, whatever a config written for another run says.
+template <class T>
+const T* of_adapter_config(const Fact<T>& fact) {
+  if (!fact.known() || fact.source().role == Role::kAdapterConfig) return fact.get();
+  for (auto s = fact.shadowed().rbegin(); s != fact.shadowed().rend(); ++s) {
+    if (s->source.role == Role::kAdapterConfig) return &s->value;
+  }
+  return fact.get();
+}
 
 /// `family` may be null. `facts` gives the shape that tells the wrappers of one expert module apart, and modules_to_save,
 /// without which a whole embedding or head in the file is taken for a copy that PEFT saves along, not for a trained one.

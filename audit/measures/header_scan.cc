@@ -1,8 +1,10 @@
-// Names and shapes in the weight files against the family: routers with their experts, missing and unknown tensors.
+// Names and shapes in the weight files against the family: routers with their experts, missing and unknown tensors, shapes
+// that differ, and the dtypes in which the routed experts are stored.
 #include <algorithm>
 #include <array>
 #include <map>
 #include <set>
+#include <span>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -14,7 +16,8 @@
 namespace moeaudit {
 namespace {
 
-constexpr std::array<std::string_view, 2> kSupplies = {"weights.routers", "weights.tensor_diff"};
+constexpr std::array<std::string_view, 4> kSupplies = {"weights.routers", "weights.tensor_diff", "weights.shapes",
+                                                       "weights.expert_storage"};
 
 bool ends_with(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
@@ -105,6 +108,23 @@ void add_expert(const TensorView& t, const FamilyTensor& row, const PatternMatch
   if (layer->expert_hidden < 0 && shaped && hidden >= 0 && hidden < static_cast<int>(t.shape.size())) layer->expert_hidden = t.shape[hidden];
 }
 
+/// A quantiser's side tensors and the experts' linear biases are no weights.
+void add_storage(const TensorView& t, ExpertStorage* out) {
+  if (ends_with(t.name, "_scales") || ends_with(t.name, "bias")) return;
+  std::size_t row = 0;
+  while (row < out->dtype.size() && out->dtype[row] != t.dtype) ++row;
+  if (row == out->dtype.size()) {
+    out->dtype.push_back(t.dtype);
+    out->tensors.push_back(0);
+    out->elements.push_back(0);
+    out->bytes.push_back(0);
+    out->example.emplace_back(t.name);
+  }
+  ++out->tensors[row];
+  out->elements[row] += t.elements();
+  out->bytes[row] += static_cast<std::int64_t>(t.bytes.size());
+}
+
 /// What a name and its pattern have in common: every number and every placeholder is a '#'.
 std::string without_numbers(std::string_view name) {
   std::string out;
@@ -120,7 +140,8 @@ std::string without_numbers(std::string_view name) {
   return out;
 }
 
-RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped, std::int64_t encoder_layers) {
+RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped, std::int64_t encoder_layers,
+                         ExpertStorage* storage) {
   std::unordered_multimap<std::string, const FamilyTensor*> patterns;
   for (const FamilyTensor& row : family.tensors) {
     if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(without_numbers(row.name), &row);
@@ -136,9 +157,14 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
       const std::optional<PatternMatch> match = match_pattern(row.name, name, encoder_layers);
       if (!match || match->layer < 0 || skipped.count(match->layer)) continue;
       LayerRow& layer = layers[match->layer];
-      if (row.part == Part::kRoutedExpert) add_expert(t, row, *match, &layer);
-      else if (row.shape == "E,H") layer.router = &t;
-      else if (!correction.empty() && leaf_of(row.name) == correction) layer.bias = &t;
+      if (row.part == Part::kRoutedExpert) {
+        add_expert(t, row, *match, &layer);
+        add_storage(t, storage);
+      } else if (row.shape == "E,H") {
+        layer.router = &t;
+      } else if (!correction.empty() && leaf_of(row.name) == correction) {
+        layer.bias = &t;
+      }
       break;
     }
   }
@@ -168,11 +194,16 @@ std::size_t count_found(const TensorStore& model, const std::vector<ExpandedTens
       std::count_if(expected.begin(), expected.end(), [&](const ExpandedTensor& t) { return is_there(model, t.name); }));
 }
 
-TensorDiff compare(const TensorStore& model, const Family& family, const FamilyShape& shape, const std::set<int>& skipped) {
+/// In the layout, per expert or fused, that the files have.
+std::vector<ExpandedTensor> expected_tensors(const TensorStore& model, const Family& family, const FamilyShape& shape) {
   std::vector<ExpandedTensor> expected = expand(family, shape, FamilyTensor::Where::kHub);
   std::vector<ExpandedTensor> fused = expand(family, shape, FamilyTensor::Where::kMemory);
   if (count_found(model, fused) > count_found(model, expected)) expected.swap(fused);
+  return expected;
+}
 
+TensorDiff compare(const TensorStore& model, const Family& family, const std::vector<ExpandedTensor>& expected,
+                   const std::set<int>& skipped) {
   std::unordered_map<std::string_view, std::string_view> shard;
   for (const auto& [name, file] : model.missing_in_index()) shard.emplace(name, file);
   TensorDiff diff;
@@ -200,6 +231,77 @@ TensorDiff compare(const TensorStore& model, const Family& family, const FamilyS
   return diff;
 }
 
+// ---- shapes --------------------------------------------------------------------------------------------------------
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text;
+  for (std::int64_t n : sizes) text += (text.empty() ? "" : ", ") + (n < 0 ? std::string("?") : std::to_string(n));
+  return "[" + text + "]";
+}
+
+/// The one axis where they differ; -1 if there is none or several, or if they have not the same number of axes.
+int only_difference(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
+  if (expected.size() != found.size()) return -1;
+  int axis = -1;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (expected[i] < 0 || expected[i] == found[i]) continue;
+    if (axis >= 0) return -1;
+    axis = static_cast<int>(i);
+  }
+  return axis;
+}
+
+bool same_shape(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
+  return std::equal(expected.begin(), expected.end(), found.begin(), found.end(),
+                    [](std::int64_t e, std::int64_t n) { return e < 0 || e == n; });
+}
+
+bool same_sizes_in_another_order(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
+  std::vector<std::int64_t> a = expected, b(found.begin(), found.end());
+  std::sort(a.begin(), a.end());
+  std::sort(b.begin(), b.end());
+  return a == b;
+}
+
+/// The number that all matrices of routed experts are divided by along one axis: the files of one rank of a model that
+/// was split over ranks. 0 if there is none.
+std::int64_t common_divisor(const ShapeTable& table, const std::vector<std::int64_t>& divisors, std::int64_t experts_judged) {
+  std::int64_t divisor = 0, experts = 0;
+  for (std::size_t i = 0; i < divisors.size(); ++i) {
+    if (divisors[i] < 2 || (divisor != 0 && divisors[i] != divisor)) return 0;
+    divisor = divisors[i];
+    experts += table.part[i] == Part::kRoutedExpert;
+  }
+  return experts > 0 && experts == experts_judged ? divisor : 0;
+}
+
+ShapeTable compare_shapes(const TensorStore& model, const std::vector<ExpandedTensor>& expected) {
+  ShapeTable table;
+  std::vector<std::int64_t> divisors;
+  std::int64_t experts_judged = 0;
+  for (const ExpandedTensor& t : expected) {
+    const TensorView* view = model.find(t.name);
+    if (!view || !is_float(view->dtype) || t.shape.empty()) continue;
+    ++table.judged;
+    experts_judged += t.part == Part::kRoutedExpert;
+    if (same_shape(t.shape, view->shape)) continue;
+    const int axis = only_difference(t.shape, view->shape);
+    const std::int64_t found = axis >= 0 ? view->shape[axis] : 0;
+    divisors.push_back(found > 0 && t.shape[axis] % found == 0 ? t.shape[axis] / found : 0);
+    table.tensor.push_back(t.name);
+    table.file.push_back(model.files()[view->file]);
+    table.pattern.push_back(pattern_of(t.name).text);
+    table.part.push_back(t.part);
+    table.expected.push_back(shape_text(t.shape));
+    table.found.push_back(shape_text(view->shape));
+    table.fault.push_back(same_sizes_in_another_order(t.shape, view->shape) ? ShapeFault::kTransposed : ShapeFault::kOther);
+  }
+  table.divisor = common_divisor(table, divisors, experts_judged);
+  if (table.divisor > 0) table.fault.assign(table.tensor.size(), ShapeFault::kSharded);
+  return table;
+}
+
 // ---- the measure ---------------------------------------------------------------------------------------------------
 
 void run(MeasureContext& context) {
@@ -209,6 +311,8 @@ void run(MeasureContext& context) {
     const char* why = "no weights of the model are among the inputs";
     f.routers.explain_unknown(why);
     f.tensor_diff.explain_unknown(why);
+    f.weight_shapes.explain_unknown(why);
+    f.expert_storage.explain_unknown(why);
     return;
   }
   Source source;
@@ -217,8 +321,9 @@ void run(MeasureContext& context) {
   const Family* family = f.family.known() ? find_family(f.family.value()) : nullptr;
   std::set<int> skipped;
   if (family) skipped = prediction_layers(model, f);
+  ExpertStorage storage;
   const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
-  RouterTable routers = family ? find_routers(model, *family, skipped, encoder_layers) : recognise_moe(model).table;
+  RouterTable routers = family ? find_routers(model, *family, skipped, encoder_layers, &storage) : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
   if (routers.layer.empty()) {
@@ -229,10 +334,13 @@ void run(MeasureContext& context) {
     source.tensor.clear();
   }
   context.records.push_back({"header_scan", "host", note});
+  if (storage.dtype.empty()) f.expert_storage.explain_unknown("no routed expert of a known family is in the weight files");
+  else f.expert_storage.set(std::move(storage), Origin::kMeasured, source);
 
   FamilyShape shape;
   std::string why = "the family of this model is not known";
   if (!family || !model_shape(f, &shape, &why)) {
+    f.weight_shapes.explain_unknown(why);
     if (model.missing_in_index().empty()) {
       f.tensor_diff.explain_unknown(why);
       return;
@@ -247,10 +355,14 @@ void run(MeasureContext& context) {
   }
   // A model around the language model (text_config) may put a prefix before all names, which this family does not know.
   if (!f.routers.known() && f.model_type.source().key.find('.') != std::string::npos) {
-    f.tensor_diff.explain_unknown("no router has a name of family " + f.family.value() + ", and the config is nested: the model around it names tensors its own way");
+    why = "no router has a name of family " + f.family.value() + ", and the config is nested: the model around it names tensors its own way";
+    f.tensor_diff.explain_unknown(why);
+    f.weight_shapes.explain_unknown(why);
     return;
   }
-  f.tensor_diff.set(compare(model, *family, shape, skipped), Origin::kMeasured, source);
+  const std::vector<ExpandedTensor> expected = expected_tensors(model, *family, shape);
+  f.tensor_diff.set(compare(model, *family, expected, skipped), Origin::kMeasured, source);
+  f.weight_shapes.set(compare_shapes(model, expected), Origin::kMeasured, source);
 }
 
 }  // namespace

@@ -93,14 +93,16 @@ class Resolver {
     none.cannot_tell = unreadable_.empty() ? "matching the configured patterns takes too long" : unreadable_;
     return none;
   }
-  void refuse(int entry, const std::string& why) {
+  void refuse(int entry, const std::string& why, TargetFault fault = TargetFault::kRefused) {
     if (out_.refused.empty()) out_.refused = why;
     if (entry < 0) return;
-    if (out_.entries[entry].why.empty()) out_.entries[entry].why = why;
+    TargetEntry& e = out_.entries[entry];
+    if (e.why.empty()) e.why = why;
+    if (e.fault == TargetFault::kNone) e.fault = fault;
     blocked_.insert(entry);
   }
   void refuse_empty() {
-    if (letters_) return refuse(first_module_, string_fault());
+    if (letters_) return refuse(first_module_, string_fault(), TargetFault::kSplitString);
     out_.refused = "PEFT stops: no module or parameter of the model matches the configured targets";
     if (excluded_ > 0) out_.refused += ", or all that do are excluded";
   }
@@ -114,7 +116,7 @@ class Resolver {
   void list_entries() {
     auto add = [&](const char* field, const std::vector<std::string>& texts, int* first) {
       *first = static_cast<int>(out_.entries.size());
-      for (const std::string& t : texts) out_.entries.push_back({field, t, 0, {}, {}});
+      for (const std::string& t : texts) out_.entries.push_back({field, t, 0, {}, {}, TargetFault::kNone, {}});
     };
     add("target_modules", in_.modules.value_or(std::vector<std::string>{}), &first_module_);
     add("target_parameters", in_.parameters, &first_parameter_);
@@ -212,7 +214,9 @@ class Resolver {
       const std::string_view other = *present.begin() == table[1].old_name ? table[2].old_name : table[1].old_name;
       for (const Target& t : fused) {
         refuse(t.entry, "PEFT stops: " + quoted(t.text) + " cannot be adapted without " + quoted(other) +
-                            ", because transformers 5 fuses them into gate_up_proj");
+                            ", because transformers 5 fuses them into gate_up_proj",
+               TargetFault::kLacksPartner);
+        out_.entries[t.entry].partner = other;
       }
     } else if (present.size() == 2) {
       set_rank(".*\\.gate_up_proj", in_.rank * kFusedNames);
@@ -319,7 +323,7 @@ class Resolver {
         continue;
       }
       if (m.kind != Kind::kLinear && m.kind != Kind::kEmbedding) {
-        for (int e : entries) refuse(e, refusal_of(m));
+        for (int e : entries) refuse(e, refusal_of(m), letters_ ? TargetFault::kSplitString : TargetFault::kRefused);
         continue;
       }
       adapted_[i] = true;
@@ -337,7 +341,7 @@ class Resolver {
     return "PEFT stops: LoRA cannot adapt the module " + m.path + "; " + what;
   }
   std::string string_fault() const {
-    return "PEFT 0.19 takes the string " + quoted(in_.modules->front()) + " apart into letters on transformers 5 (fixed in 0.20.0)";
+    return "PEFT stops: 0.19 takes the string " + quoted(in_.modules->front()) + " apart into letters on transformers 5 (fixed in 0.20.0)";
   }
 
   std::int64_t rank_of(const std::string& path) {
@@ -364,7 +368,7 @@ class Resolver {
       if (entries.empty()) continue;
       const std::string why = parameter_fault(p);
       if (!why.empty()) {
-        for (int e : entries) refuse(e, why);
+        for (int e : entries) refuse(e, why, in_.dropout != 0 && !adapted_[p.module] ? TargetFault::kDropout : TargetFault::kRefused);
         continue;
       }
       wrapped_[p.module] = true;
@@ -402,7 +406,10 @@ class Resolver {
   // ---- what to say of each entry ----
   void finish() {
     count_excluded();
-    if (letters_ && out_.entries[first_module_].hits == 0) out_.entries[first_module_].why = string_fault();
+    if (TargetEntry* e = letters_ ? &out_.entries[first_module_] : nullptr; e && e->hits == 0) {
+      e->why = string_fault();
+      e->fault = out_.refused.empty() ? TargetFault::kNone : TargetFault::kSplitString;
+    }
     for (int e : blocked_) {
       out_.entries[e].hits = 0;
       out_.entries[e].parts.clear();

@@ -53,6 +53,8 @@ struct TargetEntry {
   std::int64_t hits = 0;         // exclude_modules: modules with parameters that it takes out
   std::map<Part, std::int64_t> parts;
   std::string why;               // where nothing is reached, or PEFT stops because of this entry
+  TargetFault fault = TargetFault::kNone;
+  std::string partner;           // kLacksPartner: what has to be targeted too
 };
 
 struct TargetResolution {

@@ -8,6 +8,11 @@
 // be quantised; "executed": the dtype that router.dtype_executed resolved, with the weight in the dtype it is loaded
 // in. After the logits every mode follows the family: scores in float32, or in the logits' dtype where the family says
 // so.
+//
+// Modes of a correction bias, with all else in float64: "bias bf16" and "bias fp16" (the bias rounded to that dtype, where
+// that changes it); where all its values lie on the grid of such a dtype already, "bias bf16 lost" or "bias fp16 lost": each
+// value moved by a seeded draw, uniform over the half spacings to its neighbours, which is all that is left to know of what
+// the rounding took.
 #include "audit/measures/router_precision.h"
 
 #include <algorithm>
@@ -19,6 +24,8 @@
 #include "audit/measures/measure.h"
 #include "audit/measures/router_inputs.h"
 #include "audit/measures/router_replay.h"
+#include "kernels/host/gaussian.h"
+#include "kernels/host/low_precision.h"
 #include "kernels/host/router.h"
 
 namespace moeaudit {
@@ -118,6 +125,38 @@ std::vector<Mode> modes_of(const FactSheet& facts, Float activations) {
     if (bits != 4) modes.push_back({"int8", activations, Float::kF64, Trip::kInt8});
   }
   return modes;
+}
+
+constexpr std::uint64_t kBiasSeed = 20241202;
+
+/// Every value moved within the cell that rounds to it.
+std::vector<double> within_rounding(const std::vector<float>& bias, Float dtype, int layer) {
+  std::vector<double> out;
+  for (std::size_t e = 0; e < bias.size(); ++e) {
+    const auto words = k::philox4x32({static_cast<std::uint32_t>(e), static_cast<std::uint32_t>(layer), 0, 0},
+                                     {static_cast<std::uint32_t>(kBiasSeed), static_cast<std::uint32_t>(kBiasSeed >> 32)});
+    const double u = (static_cast<double>(words[0]) + 0.5) / 4294967296.0 - 0.5;
+    out.push_back(bias[e] + u * k::spacing(bias[e], dtype));
+  }
+  return out;
+}
+
+void add_bias_modes(const Router& r, std::vector<Mode>* modes) {
+  if (std::all_of(r.correction_bias.begin(), r.correction_bias.end(), [](float v) { return v == 0; })) return;
+  for (Float dtype : {Float::kBF16, Float::kF16}) {
+    Mode mode{std::string("bias ") + mode_name(dtype), Float::kF64, Float::kF64, Trip::kNone};
+    bool changes = false;
+    for (float v : r.correction_bias) {
+      mode.correction.push_back(k::round_to(v, dtype));
+      changes |= mode.correction.back() != v;
+    }
+    if (!changes) {
+      mode.name += " lost";
+      mode.correction = within_rounding(r.correction_bias, dtype, r.layer);
+    }
+    modes->push_back(std::move(mode));
+    if (!changes) return;  // what bfloat16 can hold, float16 mostly can: only the coarser grid tells something
+  }
 }
 
 class RouterPrecision {
@@ -221,6 +260,7 @@ class RouterPrecision {
     if (const std::optional<Float> executed = executed_dtype(); executed && loaded && !survives(r, *loaded)) {
       modes.push_back({"executed", *executed, *loaded, Trip::kNone});
     }
+    add_bias_modes(r, &modes);
     return modes;
   }
 

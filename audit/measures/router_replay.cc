@@ -17,6 +17,7 @@ namespace {
 ReadyMode make_ready(const Mode& mode, const Router& r) {
   ReadyMode ready;
   ready.mode = mode;
+  if (!mode.correction.empty()) return ready;
   std::vector<float> w = r.w, bias = r.linear_bias;
   const auto round_both = [&](Float dtype) {
     k::round_values(w.data(), static_cast<std::int64_t>(w.size()), dtype, w.data());
@@ -178,6 +179,17 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
   }
 }
 
+/// The truth's logits and another correction bias, in float64.
+void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const {
+  k::RouteArgs<double> args = route_args<double>(routing_, router_.experts, top_k_);
+  args.logits = s.truth.data();
+  args.tokens = n;
+  args.correction_bias = ready.mode.correction.data();
+  k::route(args, k::RouteResult<double>{s.mode_chosen.data(), s.mode_weights.data(), nullptr, nullptr});
+  std::copy(s.mode_weights.begin(), s.mode_weights.begin() + n * top_k_, s.narrow_weights.begin());
+  for (std::int64_t t = 0; t < n; ++t) compare_token(t, s, tally);
+}
+
 /// All modes on the n tokens of s.x.
 void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   const Router& r = router_;
@@ -192,7 +204,10 @@ void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   for (std::int64_t i = 0; i < n * r.experts; ++i)
     out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));
   out->modes.resize(modes_.size());
-  for (std::size_t m = 0; m < modes_.size(); ++m) run_mode(modes_[m], n, s, &out->modes[m]);
+  for (std::size_t m = 0; m < modes_.size(); ++m) {
+    if (modes_[m].mode.correction.empty()) run_mode(modes_[m], n, s, &out->modes[m]);
+    else run_correction(modes_[m], n, s, &out->modes[m]);
+  }
 }
 
 }  // namespace moeaudit

@@ -41,6 +41,7 @@ struct Mode {
   kernels::Float dtype = kernels::Float::kF32;   // of the gate matmul: its inputs and its output
   kernels::Float loaded = kernels::Float::kF64;  // dtype the weight is loaded in, before anything else; kF64: as stored
   Trip trip = Trip::kNone;
+  std::vector<double> correction = {};  // not empty: everything as the truth, but for this correction bias
 };
 
 /// What one mode did, over some tokens. Counts and maxima: merged in any order they give the same.
@@ -72,6 +73,7 @@ struct Scratch {
         choice(static_cast<std::size_t>(kTile * experts)),
         weights(static_cast<std::size_t>(kTile * top_k)),
         narrow_weights(static_cast<std::size_t>(kTile * top_k)),
+        mode_weights(static_cast<std::size_t>(kTile * top_k)),
         chosen(static_cast<std::size_t>(kTile * top_k)),
         mode_chosen(static_cast<std::size_t>(kTile * top_k)),
         runner_up(static_cast<std::size_t>(kTile)) {}
@@ -80,6 +82,7 @@ struct Scratch {
   Aligned<float> narrow;
   std::vector<double> choice, weights;
   std::vector<float> narrow_weights;
+  std::vector<double> mode_weights;
   std::vector<std::int32_t> chosen, mode_chosen, runner_up;
 };
 
@@ -113,6 +116,7 @@ class RouterReplay {
  private:
   void mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& s) const;
   void run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const;
+  void run_correction(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const;
   void compare_token(std::int64_t t, Scratch& s, Tally* tally) const;
   bool near_tie(kernels::Float dtype, const double* logits, const double* choice, std::int32_t last,
                 std::int32_t next) const;

@@ -56,6 +56,9 @@ void read(const json& j, Precision* v) { *v = word(j, Precision::kFp32, Precisio
 void read(const json& j, AuxEffect* v) { *v = word(j, AuxEffect::kAdded, AuxEffect::kNoField); }
 void read(const json& j, Balance* v) { *v = word(j, Balance::kAuxLoss, Balance::kNone); }
 void read(const json& j, Part* v) { *v = word(j, Part::kRouter, Part::kOther); }
+void read(const json& j, TargetFault* v) { *v = word(j, TargetFault::kNone, TargetFault::kRefused); }
+void read(const json& j, ShapeFault* v) { *v = word(j, ShapeFault::kOther, ShapeFault::kSharded); }
+void read(const json& j, AdapterFault* v) { *v = word(j, AdapterFault::kNoPair, AdapterFault::kStackOrder); }
 void read(const json& j, VersionSet* v) {
   const auto parsed = VersionSet::parse(j.get<std::string>());
   if (!parsed) fail("not a version constraint: " + j.dump());
@@ -120,7 +123,13 @@ json blanks_of(const BaseChanges*) { return {{"part", "routed_expert"}, {"layer"
 json blanks_of(const DTypePairs*) { return {{"part", "other"}, {"base", "BF16"}, {"trained", "BF16"}, {"tensors", 1}}; }
 json blanks_of(const BiasChanges*) { return {{"present", true}}; }
 json blanks_of(const MergeTable*) { return {{"part", "attention"}, {"layer", -1}, {"expert", -1}}; }
-json blanks_of(const AdapterTensors*) { return {{"part", "routed_expert"}, {"layer", -1}, {"expert", -1}, {"norm_a", 1.0}}; }
+json blanks_of(const AdapterTensors*) {
+  return {{"part", "routed_expert"}, {"layer", -1}, {"expert", -1}, {"norm_a", 1.0}, {"scale", "nan"}, {"bad_index", -1}};
+}
+json blanks_of(const AdapterLayout*) { return {{"part", "routed_expert"}, {"layer", -1}}; }
+json blanks_of(const ShapeTable*) { return {{"part", "routed_expert"}}; }
+json blanks_of(const CorrectionBias*) { return {{"dtype", "F32"}}; }
+json blanks_of(const ExpertStorage*) { return {{"dtype", "BF16"}}; }
 
 /// Any struct that has visit(): its single values, and its columns, of which those that are not given are filled up to
 /// the length of those that are.

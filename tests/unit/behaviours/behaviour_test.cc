@@ -36,6 +36,13 @@ TEST(Ask, OneReleaseInsideAWindow) {
   EXPECT_EQ(ask_at("transformers", "router_is_linear", kMixtral, "5.0.0").value, "false");
 }
 
+TEST(Ask, CitesAreWrittenOut) {
+  EXPECT_EQ(ask_at("peft", "has_target_parameters", {}, "0.17.0").cite,
+            "peft src/peft/tuners/lora/config.py@v0.17.0 target_parameters (pull request 2638)");
+  EXPECT_EQ(ask_at("peft", "default.r", {}, "0.17.0").cite,
+            "peft src/peft/tuners/lora/config.py@v0.10.0:117; peft src/peft/tuners/lora/config.py@v0.21.2:632");
+}
+
 TEST(Ask, ARangeHoldsOnlyIfAllOfItAgrees) {
   EXPECT_EQ(ask_at("transformers", "router_is_linear", kMixtral, ">=4.40,<5").value, "true");
   EXPECT_EQ(ask_at("transformers", "router_is_linear", kMixtral, ">=5.1").value, "false");

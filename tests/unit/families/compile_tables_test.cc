@@ -115,6 +115,11 @@ TEST_F(CompileTables, RefusesACiteOfNoSource) {
   expect_refused("families/olmoe.yaml", "'confg' is not in sources:");
 }
 
+TEST_F(CompileTables, RefusesACiteOfNoSourceAtARelease) {
+  replace("families/olmoe.yaml", "cite: \"config:83\"", "cite: \"confg@v5.0.0:83\"");
+  expect_refused("families/olmoe.yaml", "'confg' is not in sources:");
+}
+
 TEST_F(CompileTables, RefusesAFamilyThatKeepsSilentAboutAFact) {
   replace("families/olmoe.yaml", "  router.routed_scaling: {default: 1, cite: \"code:344\"}\n", "");
   line_ = 2;  // the file's mapping begins below its first comment

@@ -98,12 +98,74 @@ TEST(AdapterTensors, TheLayerThatWasFrozen) {
   EXPECT_EQ(zeros, 8u * 3u);
 }
 
+/// B A formed entry by entry, where the measure multiplies Gram matrices.
+double product_norm(const AdapterFileModule& m, std::int64_t expert) {
+  std::vector<double> a(static_cast<std::size_t>(m.a->elements())), b(static_cast<std::size_t>(m.b->elements()));
+  EXPECT_TRUE(decode(*m.a, 0, m.a->elements(), a.data()) && decode(*m.b, 0, m.b->elements(), b.data()));
+  double squares = 0;
+  for (std::int64_t o = 0; o < m.out; ++o) {
+    for (std::int64_t i = 0; i < m.in; ++i) {
+      double sum = 0;
+      for (std::int64_t r = 0; r < m.rank; ++r) {
+        sum += b[(o * m.rank + r) * m.copies + expert] * a[(expert * m.rank + r) * m.in + i];
+      }
+      squares += sum * sum;
+    }
+  }
+  return std::sqrt(squares);
+}
+
+TEST(AdapterTensors, NormOfTheProduct) {
+  std::size_t judged = 0;
+  for (const char* run : {"runs/qwen3moe-fused-hit/checkpoint-10", "runs/deepseek_v3-lora/checkpoint-10"}) {
+    const Bench bench = measure(run);
+    const AdapterTensors& t = bench.facts.adapter_tensors.value();
+    const AdapterFile file = read_adapter_file(bench.adapter, find_family(bench.facts.family.value()), bench.facts);
+    std::map<std::string, const AdapterFileModule*> modules;
+    for (const AdapterFileModule& m : file.modules) modules[m.path] = &m;
+    for (std::size_t i = 0; i < t.module.size(); i += 7) {
+      const AdapterFileModule& m = *modules.at(t.module[i]);
+      const double expected = product_norm(m, m.copies > 1 ? t.expert[i] : 0);
+      EXPECT_NEAR(t.norm_ba[i], expected, 1e-12 * expected + 1e-300) << t.module[i];
+      EXPECT_LE(t.norm_ba[i], t.norm_a[i] * t.norm_b[i] * (1 + 1e-12));
+      ++judged;
+    }
+  }
+  EXPECT_GT(judged, 80u);
+}
+
+TEST(AdapterTensors, ScaleAsPeftHasIt) {
+  const TempTree tree;
+  WeightFile w;
+  const std::string at = "base_model.model.model.layers.0.self_attn.";
+  for (const char* name : {"q_proj", "o_proj"}) {
+    w.add_f32(at + name + ".lora_A.weight", {4, 1}, {1, 1, 1, 1});
+    w.add_f32(at + name + ".lora_B.weight", {1, 4}, {1, 1, 1, 1});
+  }
+  auto scales = [&](const nlohmann::json& facts) {
+    Bench bench;
+    bench.facts = testing::facts_from_json(facts);
+    bench.adapter = open_weights(tree.write("adapter_model.safetensors", w.text()), "adapter_model");
+    bench.run(measure_adapter_tensors);
+    return bench.facts.adapter_tensors.value().scale;  // o_proj, q_proj
+  };
+  EXPECT_EQ(scales({{"adapter.alpha", 16}}), (std::vector<double>{4, 4}));
+  EXPECT_EQ(scales({{"adapter.alpha", 16}, {"adapter.rslora", true}}), (std::vector<double>{8, 8}));
+  EXPECT_EQ(scales({{"adapter.alpha", 16}, {"adapter.alpha_pattern", nlohmann::json::array({"q_.*=2.5"})}}), (std::vector<double>{4, 0.625}));
+  // what adapter_config.json says goes with the file, not a training config that was read beside it
+  const nlohmann::json own = {{"value", 16}, {"role", "adapter_config"}};
+  const nlohmann::json both = {{"value", 64}, {"shadowed", nlohmann::json::array({own})}};
+  EXPECT_EQ(scales({{"adapter.alpha", both}}), (std::vector<double>{4, 4}));
+  EXPECT_TRUE(std::isnan(scales(nlohmann::json::object())[0]));
+}
+
 TEST(AdapterTensors, ThreadsChangeNothing) {
   const AdapterTensors one = measure("runs/qwen3moe-fused-hit/checkpoint-10", 1).facts.adapter_tensors.value();
   const AdapterTensors four = measure("runs/qwen3moe-fused-hit/checkpoint-10", 4).facts.adapter_tensors.value();
   EXPECT_EQ(one.module, four.module);
   EXPECT_EQ(one.norm_a, four.norm_a);  // to the last bit
   EXPECT_EQ(one.norm_b, four.norm_b);
+  EXPECT_EQ(one.norm_ba, four.norm_ba);
   EXPECT_EQ(one.b_zero, four.b_zero);
 }
 
@@ -143,7 +205,11 @@ TEST(AdapterFile, HalfPairsAreNamed) {
     w.add_zeros("base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight", {32, 8});  // another rank than A
   });
   EXPECT_TRUE(f.modules.empty());
-  EXPECT_EQ(f.incomplete, (std::vector<std::string>{"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"}));
+  ASSERT_EQ(f.incomplete.size(), 2u);
+  EXPECT_EQ(f.incomplete[0].path, "model.layers.0.self_attn.k_proj");
+  EXPECT_TRUE(f.incomplete[0].a && f.incomplete[0].b);
+  EXPECT_EQ(f.incomplete[1].path, "model.layers.0.self_attn.q_proj");
+  EXPECT_FALSE(f.incomplete[1].b);
 }
 
 TEST(AdapterFile, SavedModulesAndCopiesOfEmbeddings) {
@@ -235,6 +301,8 @@ TEST(AdapterTensors, ValuesThatAreNotNumbers) {
   ASSERT_EQ(t.module.size(), 1u);
   EXPECT_EQ(t.norm_a[0], 5.0);
   EXPECT_EQ(t.non_finite[0], 2);
+  EXPECT_EQ(t.bad_tensor[0], "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight");
+  EXPECT_EQ(t.bad_index[0], 1);
   EXPECT_FALSE(t.b_zero[0]);
   EXPECT_TRUE(std::isnan(t.norm_b[0]));
 }

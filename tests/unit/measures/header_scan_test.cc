@@ -94,6 +94,47 @@ TEST(HeaderScan, MissingTensorsAreNamed) {
   EXPECT_EQ(bench.facts.routers.value().expert_count, (std::vector<std::int64_t>{8, 8, 8}));  // w1 and w3 of expert 5 are there
 }
 
+TEST(HeaderScan, ShapesOfHealthyFixtures) {
+  for (const auto& [name, expected] : golden()["models"].items()) {
+    const Bench bench = scan(model_facts(fixture(name)), open_weights(fixture(name)));
+    if (!bench.facts.family.known()) continue;
+    const ShapeTable& t = bench.facts.weight_shapes.value();
+    EXPECT_EQ(t.tensor, std::vector<std::string>{}) << name;
+    EXPECT_GT(t.judged, 30) << name;
+    EXPECT_EQ(bench.facts.expert_storage.value().dtype, std::vector<DType>{DType::kBF16}) << name;
+  }
+}
+
+TEST(HeaderScan, ShapesThatDiffer) {
+  const TempTree tree;
+  const std::string gate = "model.layers.1.block_sparse_moe.gate.weight", w2 = "model.layers.2.block_sparse_moe.experts.5.w2.weight",
+                    norm = "model.layers.0.input_layernorm.weight", packed = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
+  const Bench bench = scan(model_facts(fixture("models/mixtral-tf4")),
+                           spoilt(tree, "models/mixtral-tf4", {gate, w2, norm, packed, "lm_head.weight"}, [&](WeightFile& f) {
+                             f.add_zeros(gate, {8, 48});
+                             f.add_zeros(w2, {32, 64});
+                             f.add_zeros(norm, {64, 1});
+                             f.add_zeros(packed, {1024, 1}, "U8");           // bitsandbytes: bytes, not a matrix
+                             f.add_zeros("lm_head.weight", {160, 64}, "BF16");  // padded vocabulary
+                           }));
+  const ShapeTable& t = bench.facts.weight_shapes.value();
+  EXPECT_EQ(t.tensor, (std::vector<std::string>{norm, gate, w2}));
+  EXPECT_EQ(t.expected, (std::vector<std::string>{"[64]", "[8, 64]", "[64, 32]"}));
+  EXPECT_EQ(t.found, (std::vector<std::string>{"[64, 1]", "[8, 48]", "[32, 64]"}));
+  EXPECT_EQ(t.fault, (std::vector<ShapeFault>{ShapeFault::kOther, ShapeFault::kOther, ShapeFault::kTransposed}));
+  EXPECT_EQ(t.pattern[2], "model.layers.{L}.block_sparse_moe.experts.{e}.w2.weight");
+  const ExpertStorage& s = bench.facts.expert_storage.value();
+  ASSERT_EQ(s.dtype.size(), 3u);  // w2 of add_zeros is F32
+  EXPECT_EQ(s.tensors[0] + s.tensors[1] + s.tensors[2], 4 * 8 * 3);
+}
+
+TEST(HeaderScan, OneRankOfTwo) {
+  const Bench bench = scan(model_facts(fixture("faults/mixtral-one-rank-of-two")), open_weights(fixture("faults/mixtral-one-rank-of-two")));
+  const ShapeTable& t = bench.facts.weight_shapes.value();
+  EXPECT_EQ(t.divisor, 2);
+  EXPECT_EQ(t.fault, std::vector<ShapeFault>(24, ShapeFault::kSharded));
+}
+
 TEST(HeaderScan, ExpertsThatTheConfigDoesNotHave) {
   nlohmann::json facts = model_facts(fixture("models/mixtral-tf4"));
   facts["router.num_experts"] = 4;

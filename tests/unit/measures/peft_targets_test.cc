@@ -153,9 +153,21 @@ TEST_F(OnMixtral, ARefusalNamesTheEntryAndTheReason) {
   EXPECT_EQ(on_5.entries[1].why, on_5.refused);
   const TargetResolution pair = resolve(list({"w1", "w2"}), "5.2.0", "0.19.1");
   EXPECT_NE(pair.entries[0].why.find("'w1' cannot be adapted without 'w3'"), std::string::npos);
+  EXPECT_EQ(pair.entries[0].fault, TargetFault::kLacksPartner);
+  EXPECT_EQ(pair.entries[0].partner, "w3");
   EXPECT_EQ(pair.entries[1].hits, 2);
+  EXPECT_EQ(pair.entries[1].fault, TargetFault::kNone);
+  LoraTargets dropped = list({"q_proj"});
+  dropped.parameters = {"mlp.experts.down_proj"};
+  dropped.dropout = 0.05;
+  const TargetResolution dropout = resolve(dropped, "5.2.0", "0.18.1");
+  EXPECT_EQ(dropout.entries[0].fault, TargetFault::kNone);
+  EXPECT_EQ(dropout.entries[1].fault, TargetFault::kDropout);
+  EXPECT_EQ(dropout.entries[1].hits, 0);
   const TargetResolution letters = resolve(text("all-linear"), "5.2.0", "0.19.1");
   EXPECT_NE(letters.entries[0].why.find("letters"), std::string::npos);
+  EXPECT_EQ(letters.entries[0].fault, TargetFault::kSplitString);
+  EXPECT_EQ(on_5.entries[1].fault, TargetFault::kRefused);
   EXPECT_EQ(resolve(list({"nothing"})).refused.find("PEFT stops: no module"), 0u);
 }
 

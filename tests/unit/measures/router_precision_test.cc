@@ -261,6 +261,63 @@ TEST(RouterPrecision, TiesOfTheRoundedLogitsGoToTheLowerIndex) {
     EXPECT_EQ(t.near_ties[i], t.mode[i] == "bf16" ? 1.0 : 0.0) << t.mode[i];
 }
 
+/// Gates of zeros: both scores are equal, and the correction bias alone decides. One layer a pair of biases.
+PrecisionTable with_biases(const std::string& stem, const std::vector<std::pair<float, float>>& biases) {
+  const Model m{static_cast<int>(biases.size()), 2, 8, 1};
+  Weights w;
+  FactSheet facts = facts_of(m);
+  RouterTable routers = facts.routers.value();
+  for (std::size_t l = 0; l < biases.size(); ++l) {
+    const std::string layer = std::to_string(l);
+    w.add(gate_name(static_cast<int>(l)), {2, 8}, std::vector<float>(16, 0.0f));
+    routers.bias[l] = "bias." + layer;
+    w.add(routers.bias[l], {2}, {biases[l].first, biases[l].second}, false);
+  }
+  facts.routers.set(routers, Origin::kMeasured, {});
+  Routing r = facts.routing.value();
+  r.scoring = Scoring::kSigmoid;
+  r.correction_bias = true;
+  facts.routing.set(r, Origin::kFamily, {});
+  return measure(std::move(facts), w.open(stem)).table();
+}
+
+double flipped_in(const PrecisionTable& t, int layer, const std::string& mode) {
+  for (std::size_t i = 0; i < t.mode.size(); ++i) {
+    if (t.layer[i] == layer && t.mode[i] == mode) return t.flipped[i];
+  }
+  return -1;
+}
+
+TEST(RouterPrecision, ARoundedCorrectionBiasMovesTheChoice) {
+  // Neighbours in bfloat16 are 2^-9 apart at 0.25, in float16 2^-12.
+  const PrecisionTable t = with_biases("bias_rounded", {{0.25f, 0.2501f}, {0.2501f, 0.25f}, {0.25f, 0.253f}});
+  EXPECT_EQ(flipped_in(t, 0, "bias bf16"), 1.0);  // both 0.25: the lower index wins, where float32 has expert 1
+  EXPECT_EQ(flipped_in(t, 0, "bias fp16"), 1.0);
+  EXPECT_EQ(flipped_in(t, 1, "bias bf16"), 0.0);  // the lower index won before, too
+  EXPECT_EQ(flipped_in(t, 2, "bias bf16"), 0.0);  // 0.253 rounds to 0.25390625, still above
+  EXPECT_EQ(flipped_in(t, 0, "bias bf16 lost"), -1.0);
+  EXPECT_EQ(flipped_in(t, 0, "bf16"), 0.0);       // the logits are 0 in every precision
+}
+
+TEST(RouterPrecision, ABiasOnTheGridIsMovedWithinItsCells) {
+  std::vector<std::pair<float, float>> biases(64, {0.25f, 0.25f});  // equal: the draw decides, either way
+  biases.push_back({0.25f, 0.251953125f});                          // neighbours: their cells do not overlap
+  biases.push_back({0.0f, 0.0f});                                   // a fresh model: nothing was rounded
+  const PrecisionTable t = with_biases("bias_lost", biases);
+  int flipped = 0;
+  for (int layer = 0; layer < 64; ++layer) {
+    const double share = flipped_in(t, layer, "bias bf16 lost");
+    EXPECT_TRUE(share == 0.0 || share == 1.0) << share;
+    flipped += share == 1.0;
+  }
+  EXPECT_GT(flipped, 16);  // half of 64, deviation 4
+  EXPECT_LT(flipped, 48);
+  EXPECT_EQ(flipped_in(t, 64, "bias bf16 lost"), 0.0);
+  EXPECT_EQ(flipped_in(t, 65, "bias bf16 lost"), -1.0);
+  EXPECT_EQ(flipped_in(t, 0, "bias bf16"), -1.0);
+  EXPECT_EQ(flipped_in(t, 0, "bias fp16 lost"), -1.0);
+}
+
 TEST(RouterPrecision, HiddenStatesPerLayerAndSkippedRows) {
   const Model m{2, 8, 64, 2};
   Weights states;
