@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Runs every benchmark, prints a table and writes BUILD/bench.json. Medians of 5. Usage: report.py BUILD
+"""Runs every benchmark, prints a table and writes BUILD/bench.json. Medians of 5. Usage: report.py BUILD [--big]
 
-Besides the Google Benchmark programs it times the command line itself: --help, and a static audit of a Mixtral-8x7B-shaped
-directory (93 GB in 19 sparse shards; the router tensors hold real bytes), warm."""
+Besides the Google Benchmark programs it times the command line itself: --help; a static audit of a Mixtral-8x7B-shaped
+directory (93 GB in 19 sparse shards; the router tensors hold real bytes), warm; and `check --full` of a Mixtral-shaped
+checkpoint with weights in every byte: 3.4 GB, warm, and with --big 15.2 GB, cold where the page cache can be dropped. The
+checkpoints are kept in $MOE_AUDIT_BENCH_DIR (default: moe-audit-bench in the folder for temporary files); made if absent.
+With $MOE_AUDIT_BENCH_PYTHON, a Python that has torch and safetensors, the loop that people write is timed, too."""
 import glob
 import json
 import os
 import random
+import shutil
 import statistics
 import struct
 import subprocess
@@ -15,8 +19,24 @@ import tempfile
 import time
 
 
-def mixtral(folder, layers=32, experts=8, hidden=4096, width=14336, vocab=32000, shards=19):
-    """A directory as transformers 4 saves Mixtral-8x7B, sparse but for the routers."""
+PYTHON_LOOP = """
+import glob, sys, time, torch
+from safetensors import safe_open
+torch.set_num_threads(int(sys.argv[2]))
+start, bad, size = time.perf_counter(), [], 0
+for path in sorted(glob.glob(sys.argv[1] + "/*.safetensors")):
+    with safe_open(path, "pt") as f:
+        for name in f.keys():
+            t = f.get_tensor(name)
+            if not torch.isfinite(t).all() or t.abs().max() == 0 or t.float().norm() == 0:
+                bad.append(name)
+            size += t.numel() * t.element_size()
+print(time.perf_counter() - start, size, torch.__version__, len(bad))
+"""
+
+
+def mixtral(folder, layers=32, experts=8, hidden=4096, width=14336, vocab=32000, shards=19, whole=False):
+    """A directory as transformers 4 saves Mixtral-8x7B; but for the routers sparse, unless `whole`."""
     tensors = [("model.embed_tokens.weight", [vocab, hidden]), ("lm_head.weight", [vocab, hidden]), ("model.norm.weight", [hidden])]
     for l in range(layers):
         p = f"model.layers.{l}."
@@ -29,6 +49,8 @@ def mixtral(folder, layers=32, experts=8, hidden=4096, width=14336, vocab=32000,
     size = lambda shape: 2 * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
     total = sum(size(s) for _, s in tensors)
     random.seed(7)
+    gauss = lambda n: b"".join(struct.pack("<f", random.gauss(0, 0.02))[2:] for _ in range(n))  # bf16 of width 0.02
+    block = gauss(1 << 20) if whole else b""
     weight_map, rest, written = {}, list(tensors), 0
     for i in range(shards):
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -46,9 +68,14 @@ def mixtral(folder, layers=32, experts=8, hidden=4096, width=14336, vocab=32000,
         with open(os.path.join(folder, name), "wb") as f:
             f.write(struct.pack("<Q", len(text)) + text)
             for n, s in mine:
-                if n.endswith("gate.weight"):  # bf16 of a Gaussian of width 0.02
-                    f.seek(8 + len(text) + header[n]["data_offsets"][0])
-                    f.write(b"".join(struct.pack("<f", random.gauss(0, 0.02))[2:] for _ in range(s[0] * s[1])))
+                f.seek(8 + len(text) + header[n]["data_offsets"][0])
+                if n.endswith("gate.weight"):
+                    f.write(gauss(s[0] * s[1]))
+                left = size(s) if whole and not n.endswith("gate.weight") else 0
+                turn = 2 * random.randrange(1 << 20)  # no two tensors are equal
+                turned = block[turn:] + block[:turn]
+                while left > 0:
+                    left -= f.write(turned[:left])
             f.truncate(8 + len(text) + offset)
         written += offset
     with open(os.path.join(folder, "model.safetensors.index.json"), "w") as f:
@@ -71,6 +98,54 @@ def timed(command, runs=11, codes=(0,)):
     return statistics.median(seconds[1:])  # the first warms the page cache
 
 
+def measured(command, drop=None):
+    """Seconds and peak resident bytes of one run."""
+    if drop:
+        for path in glob.glob(drop + "/*.safetensors"):
+            with open(path, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if os.waitstatus_to_exitcode(status) not in (0, 1):
+        raise SystemExit(f"{command}: exit code {os.waitstatus_to_exitcode(status)}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def full_scans(binary, big):
+    """check --full of checkpoints on the disk; rows for the table."""
+    home = os.environ.get("MOE_AUDIT_BENCH_DIR", os.path.join(tempfile.gettempdir(), "moe-audit-bench"))
+    rows = []
+    for name, layers, shards in [("mixtral-3gb", 1, 2)] + ([("mixtral-15gb", 5, 6)] if big else []):
+        folder = os.path.join(home, name)
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            os.makedirs(folder, exist_ok=True)
+            if shutil.disk_usage(folder).free < layers * 8e9:
+                rows.append((f"check --full, {name}", float("nan"), f"skipped: no room in {home}"))
+                continue
+            mixtral(folder, layers=layers, shards=shards, whole=True)
+        size = sum(os.path.getsize(p) for p in glob.glob(folder + "/*.safetensors"))
+        rate = lambda s: f"{size / s / 1e9:.2f} GB/s of {size / 1e9:.1f} GB"
+        scan = lambda threads: [binary, "check", folder, "--full", "--select", "CK001", "--no-progress", "--threads", str(threads)]
+        cold, peak = measured(scan(2), drop=folder)
+        rows.append((f"check --full, {name}, 2 threads, cold", cold, f"{rate(cold)}; peak {peak / 1e6:.0f} MB resident, limit 300"))
+        read, _ = measured(["sh", "-c", f"cat {folder}/*.safetensors > /dev/null"], drop=folder)
+        rows.append((f"  cat > /dev/null of the same, cold", read, rate(read)))
+        if big and layers > 1:
+            continue  # warm only where everything fits
+        warm = {n: statistics.median(measured(scan(n))[0] for _ in range(5)) for n in (1, 2)}
+        for n, s in warm.items():
+            rows.append((f"check --full, {name}, {n} thread{'s' * (n > 1)}, warm", s, rate(s) + (f", {warm[1] / s:.2f}x one thread" if n > 1 else "")))
+        python = os.environ.get("MOE_AUDIT_BENCH_PYTHON")
+        if python:
+            for n in (1, 2):
+                out = subprocess.run([python, "-c", PYTHON_LOOP, folder, str(n)], capture_output=True, text=True, check=True).stdout.split()
+                s = float(out[0])
+                rows.append((f"  Python, safetensors and torch {out[2]}, {n} thread{'s' * (n > 1)}", s, f"{rate(s)}; moe-audit is {s / warm[n]:.1f}x"))
+    return rows
+
+
 def main():
     build = sys.argv[1]
     binary = os.path.join(build, "bin/moe-audit")
@@ -82,9 +157,10 @@ def main():
         size = mixtral(folder)
         rows.append(("check --static, Mixtral-8x7B shape", timed([binary, "check", folder, "--static"]), f"limit 50 ms; {size / 1e9:.1f} GB"))
         rows.append(("check, the same with router replay", timed([binary, "check", folder, "--no-progress"], 3), "aim 3 s on two cores"))
+    rows += full_scans(binary, "--big" in sys.argv)
     results = {"command_line": [{"name": n, "median_seconds": s, "note": note} for n, s, note in rows], "benchmarks": {}}
     for n, s, note in rows:
-        print(f"{n:<44} {s * 1e3:>10.2f} ms   {note}")
+        print(f"{n:<52} {s * 1e3:>10.2f} ms   {note}")
     for program in sorted(glob.glob(os.path.join(build, "bin/bench_*"))):
         name = os.path.basename(program)
         out = subprocess.run([program, "--benchmark_format=json", "--benchmark_repetitions=5", "--benchmark_report_aggregates_only=true"],

@@ -143,6 +143,7 @@ void finish(Arguments& a) {
 
 WriterOptions terminal_options(const Arguments& a) {
   WriterOptions options;
+  options.full = a.engine.full;
   const char* no_color = std::getenv("NO_COLOR");
   const bool refused = no_color && *no_color;
   options.color = a.color == "always" || (a.color == "auto" && !refused && isatty(STDOUT_FILENO));
@@ -216,6 +217,7 @@ bool write_reports(const AuditResult& result, const Arguments& a) {
       continue;
     }
     WriterOptions plain;
+    plain.full = a.engine.full;
     ok &= write_file(format.substr(equals + 1), [&](std::ostream& out) { writer->write(result, plain, out); });
   }
   return ok;

@@ -22,7 +22,7 @@ std::function<int()> define(CLI::App& app) {
     arguments->engine.replays = false;
     arguments->engine.measure_everything = true;
     const AuditResult result = audit(*arguments);
-    if (*format == "json") write_facts_json(result, std::cout);
+    if (*format == "json") write_facts_json(result, terminal_options(*arguments), std::cout);
     else write_facts_text(result, terminal_options(*arguments), std::cout);
     for (const RunResult& run : result.runs) {
       for (const InputProblem& problem : run.problems) {

@@ -80,24 +80,36 @@ Json json_of(const Location& l) {
   return object;
 }
 
+/// A table with a row for every tensor or expert: in JSON some 700 bytes a row, 60 MB for the largest models.
 template <class T>
-Json fact_json(const Fact<T>& fact) {
+constexpr bool kLongTable = std::is_same_v<T, WeightScan> || std::is_same_v<T, RouterRows>;
+
+template <class T>
+Json value_json(const T& value, bool long_tables) {
+  if constexpr (kLongTable<T>) {
+    if (!long_tables) return {{"rows", value.tensor.size()}, {"columns", "written with --full"}};
+  }
+  return json_of(value);
+}
+
+template <class T>
+Json fact_json(const Fact<T>& fact, bool long_tables) {
   if (!fact.known()) {
     Json object = {{"value", nullptr}, {"origin", name_of(Origin::kUnknown)}};
     put(object, "why", fact.why_unknown());
     put(object, "supply", std::string(fact.info().supply));
     return object;
   }
-  Json object = {{"value", json_of(fact.value())}, {"origin", name_of(fact.origin())}, {"source", json_of(fact.source())}};
+  Json object = {{"value", value_json(fact.value(), long_tables)}, {"origin", name_of(fact.origin())}, {"source", json_of(fact.source())}};
   for (const auto& s : fact.shadowed()) {
     object["shadowed"].push_back({{"value", json_of(s.value)}, {"origin", name_of(s.origin)}, {"source", json_of(s.source)}});
   }
   return object;
 }
 
-Json facts_json(const FactSheet& facts) {
+Json facts_json(const FactSheet& facts, bool long_tables) {
   Json object = Json::object();
-  facts.visit([&](const auto& fact) { object[std::string(fact.info().name)] = fact_json(fact); });
+  facts.visit([&](const auto& fact) { object[std::string(fact.info().name)] = fact_json(fact, long_tables); });
   return object;
 }
 
@@ -164,7 +176,7 @@ Json problems_json(const RunResult& run) {
   return problems;
 }
 
-Json run_json(const RunResult& run) {
+Json run_json(const RunResult& run, bool long_tables) {
   Json findings = Json::array();
   for (const RuleResult& rule : run.rules) {
     for (const Finding& f : rule.outcome.findings) findings.push_back(finding_json(rule.id, rule.name, f));
@@ -179,13 +191,13 @@ Json run_json(const RunResult& run) {
   for (const MeasureRecord& m : run.measures) measures.push_back({{"name", m.name}, {"backend", m.backend}, {"note", m.note}});
   Json unread = Json::array();
   if (run.facts.unread_keys.known()) unread = json_of(run.facts.unread_keys.value());
-  Json facts = facts_json(run.facts);
+  Json facts = facts_json(run.facts, long_tables);
   facts.erase("config.unread_keys");  // has its own place
   return {{"inputs", inputs_json(run)}, {"problems", problems_json(run)}, {"findings", findings}, {"suppressed", suppressed}, {"checks", checks_json(run)},
           {"facts", facts},             {"unread_keys", unread},          {"measures", measures}};
 }
 
-Json report(const AuditResult& result) {
+Json report(const AuditResult& result, const WriterOptions& options) {
   Json root = {{"schema_version", kSchemaVersion},
                {"tool", {{"name", "moe-audit"}, {"version", result.tool_version}}},
                {"outcome", name_of(result.verdict)},
@@ -202,11 +214,11 @@ Json report(const AuditResult& result) {
     root["runs"] = Json::array();
     for (const RunResult& run : result.runs) {
       Json entry = {{"name", run.name}};
-      entry.update(run_json(run));
+      entry.update(run_json(run, options.full));
       root["runs"].push_back(entry);
     }
   } else {
-    root.update(run_json(result.runs.front()));
+    root.update(run_json(result.runs.front(), options.full));
   }
   return root;
 }
@@ -214,14 +226,14 @@ Json report(const AuditResult& result) {
 // Bytes that are not UTF-8 (file names may hold any) are replaced, never thrown on.
 void dump(const Json& json, std::ostream& out) { out << json.dump(2, ' ', false, Json::error_handler_t::replace) << "\n"; }
 
-void write(const AuditResult& result, const WriterOptions&, std::ostream& out) { dump(report(result), out); }
+void write(const AuditResult& result, const WriterOptions& options, std::ostream& out) { dump(report(result, options), out); }
 
 }  // namespace
 
-void write_facts_json(const AuditResult& result, std::ostream& out) {
+void write_facts_json(const AuditResult& result, const WriterOptions& options, std::ostream& out) {
   Json list = Json::array();
   for (const RunResult& run : result.runs) {
-    list.push_back({{"name", run.name}, {"inputs", inputs_json(run)}, {"problems", problems_json(run)}, {"facts", facts_json(run.facts)}});
+    list.push_back({{"name", run.name}, {"inputs", inputs_json(run)}, {"problems", problems_json(run)}, {"facts", facts_json(run.facts, options.full)}});
   }
   dump({{"schema_version", kSchemaVersion}, {"runs", list}}, out);
 }

@@ -11,6 +11,7 @@ namespace moeaudit {
 struct WriterOptions {
   bool color = false;   // ANSI colours, text only
   int width = 100;      // columns of a terminal, text only
+  bool full = false;    // --full: JSON has the tables with a row for every tensor, expert and router row
 };
 
 struct Writer {
@@ -24,6 +25,6 @@ extern const int kNumWriters;
 
 /// `moe-audit facts`: every fact with its origin and what it shadowed.
 void write_facts_text(const AuditResult&, const WriterOptions&, std::ostream&);
-void write_facts_json(const AuditResult&, std::ostream&);
+void write_facts_json(const AuditResult&, const WriterOptions&, std::ostream&);
 
 }  // namespace moeaudit

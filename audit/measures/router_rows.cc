@@ -59,9 +59,9 @@ void run(MeasureContext& context) {
     }
     add_rows(scan, routers.layer[i], routers.tensor[i], routers.file[i], scratch.data(), guard, &out, &unread);
   }
-  context.records.push_back({"router_rows", std::string("host ") + kernels::host_backend(),
-                             std::to_string(out.layer.size()) + " rows of " + std::to_string(routers.layer.size()) +
-                                 " routers" + unread});
+  context.records.push_back(
+      {"router_rows", std::string("host ") + kernels::host_backend(),
+       std::to_string(out.layer.size()) + " rows of " + std::to_string(routers.layer.size()) + " routers" + unread});
   if (out.layer.empty()) {
     f.router_rows.explain_unknown("no router is stored in a type that can be read" + unread);
     return;

@@ -9,8 +9,9 @@ namespace k = kernels;
 
 namespace {
 
-constexpr std::int64_t kCodedPiece = std::int64_t{1} << 18;    // values of a coded piece
-constexpr std::int64_t kCodedScratch = std::int64_t{1} << 13;  // decoded at a time: 64 KiB, the first levels of the cache
+constexpr std::int64_t kCodedPiece = std::int64_t{1} << 18;  // values of a coded piece
+constexpr std::int64_t kCodedScratch = std::int64_t{1}
+                                       << 13;  // decoded at a time: 64 KiB, the first levels of the cache
 
 k::Stored stored_of(const StoredValues& values, DType dtype) {
   if (values.kind() != StoredValues::Kind::kPlain) return k::Stored::kBytes;

@@ -11,9 +11,9 @@
 
 namespace moeaudit {
 
-/// Scans runs of one tensor. Long runs are cut into pieces that do not depend on threads, so the result does not either.
-/// The hash is of the stored bytes; of a coded tensor, whose codes mean nothing without their scales, of its values as
-/// float64.
+/// Scans runs of one tensor. Long runs are cut into pieces that do not depend on threads, so the result does not
+/// either. The hash is of the stored bytes; of a coded tensor, whose codes mean nothing without their scales, of its
+/// values as float64.
 class ValueScan {
  public:
   ValueScan(const TensorStore& store, const TensorView& tensor);

@@ -30,22 +30,21 @@ constexpr std::array<std::string_view, 1> kWants = {"weights.routers"};
 
 /// One row of the table: a tensor, or the slice of one expert in a stack.
 struct Unit {
-  std::size_t scan;             // in Plan::scans
-  std::int64_t first, elements; // values of the tensor
-  int layer, expert;
+  std::size_t tensor;            // in TensorStore, Plan::scans and Plan::parts
+  std::int64_t first, elements;  // values of the tensor
+  int expert;
 };
 
 struct Plan {
-  std::vector<const TensorView*> tensors;  // aligned with scans
-  std::vector<ValueScan> scans;
+  std::vector<ValueScan> scans;  // of every tensor
   std::vector<NamedPart> parts;
-  std::vector<Unit> units;
+  std::vector<Unit> units;  // not of side tensors
   std::int64_t bytes = 0;
 };
 
 std::string plain_name(const ValueScan& scan, std::string_view name) {
   constexpr std::string_view kPacked = "_packed", kBlocks = "_blocks";
-  const std::string& scheme = scan.values().scheme();
+  const std::string_view scheme = scan.values().scheme();
   if (scheme == "nvfp4" && name.ends_with(kPacked)) return std::string(name.substr(0, name.size() - kPacked.size()));
   if (scheme == "mxfp4") return std::string(name.substr(0, name.size() - kBlocks.size()));
   return std::string(name);
@@ -74,33 +73,32 @@ Plan make_plan(const MeasureContext& context) {
   const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
   Plan plan;
   std::unordered_set<const TensorView*> side;
-  std::vector<ValueScan> scans;
-  scans.reserve(model.size());
+  plan.scans.reserve(model.size());
   for (std::size_t i = 0; i < model.size(); ++i) {
-    scans.emplace_back(model, model[i]);
-    const auto& depends = scans.back().values().side();
+    plan.scans.emplace_back(model, model[i]);
+    const auto& depends = plan.scans[i].values().side();
     side.insert(depends.begin(), depends.end());
-    plan.bytes += static_cast<std::int64_t>(model[i].bytes.size());
   }
+  plan.parts.reserve(model.size());
   for (std::size_t i = 0; i < model.size(); ++i) {
-    const TensorView& t = model[i];
-    if (side.count(&t)) continue;
-    NamedPart part = classify(family, plain_name(scans[i], t.name), encoder_layers);
-    const std::int64_t n = slices(t, scans[i], part, experts);
-    const std::int64_t each = scans[i].values().elements() / n;
+    const ValueScan& scan = plan.scans[i];
+    plan.parts.push_back(classify(family, plain_name(scan, model[i].name), encoder_layers));
+    if (side.count(&model[i])) continue;
+    const NamedPart& part = plan.parts[i];
+    const std::int64_t n = slices(model[i], scan, part, experts);
+    const std::int64_t each = scan.values().elements() / n;
     for (std::int64_t e = 0; e < n; ++e) {
-      plan.units.push_back({plan.scans.size(), e * each, each, part.layer, n > 1 ? static_cast<int>(e) : part.expert});
+      plan.units.push_back({i, e * each, each, n > 1 ? static_cast<int>(e) : part.expert});
     }
-    plan.tensors.push_back(&t);
-    plan.scans.push_back(std::move(scans[i]));
-    plan.parts.push_back(part);
+    plan.bytes += static_cast<std::int64_t>(model[i].bytes.size());
   }
   return plan;
 }
 
 // ---- reading -------------------------------------------------------------------------------------------------------
 
-constexpr std::int64_t kBatch = std::int64_t{64} << 20;  // bytes between two steps of all threads; twice that is resident
+constexpr std::int64_t kBatch = std::int64_t{64}
+                                << 20;  // bytes between two steps of all threads; twice that is resident
 
 struct Piece {
   std::size_t unit;
@@ -121,8 +119,16 @@ void advise(std::span<const std::byte> bytes, int what) {
   ::madvise(reinterpret_cast<void*>(begin), end - begin, what);
 }
 
-/// Pages that only hold these bytes, or this file's in front of them: read already.
-void drop(std::span<const std::byte> bytes) { advise(bytes, MADV_DONTNEED); }
+/// Starts reading what is not in memory. Whether the last page is tells it for a piece: asking for pages that are there
+/// costs a tenth of the scan.
+void read_ahead(std::span<const std::byte> bytes) {
+  if (bytes.empty()) return;
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto last = (reinterpret_cast<std::uintptr_t>(bytes.data()) + bytes.size() - 1) / page * page;
+  unsigned char there = 0;
+  if (::mincore(reinterpret_cast<void*>(last), page, &there) == 0 && (there & 1) != 0) return;
+  advise(bytes, MADV_WILLNEED);
+}
 
 class Reader {
  public:
@@ -140,6 +146,7 @@ class Reader {
         if (leads) turn();
         gate.arrive_and_wait();
         if (batch_.pieces.empty()) return;
+        if (leads) fill(&next_);  // asks for its pages while the others scan
         for (std::size_t i; (i = taken_.fetch_add(1)) < batch_.pieces.size();) scan(guard, i, scratch.data());
         gate.arrive_and_wait();
         if (leads) close();
@@ -155,7 +162,7 @@ class Reader {
   const std::vector<const TensorView*>& unreadable() const { return unreadable_; }
 
  private:
-  const ValueScan& scan_of(const Piece& p) const { return plan_.scans[plan_.units[p.unit].scan]; }
+  const ValueScan& scan_of(const Piece& p) const { return plan_.scans[plan_.units[p.unit].tensor]; }
 
   /// The next pieces in the order of the files, and the system told that they are coming.
   void fill(Batch* batch) {
@@ -167,9 +174,9 @@ class Reader {
         at_ = 0;
         continue;
       }
-      const Piece piece = {unit_, u.first + at_, std::min(plan_.scans[u.scan].piece_length(), u.elements - at_)};
+      const Piece piece = {unit_, u.first + at_, std::min(plan_.scans[u.tensor].piece_length(), u.elements - at_)};
       const auto span = scan_of(piece).bytes(piece.first, piece.count);
-      advise(span, MADV_WILLNEED);
+      read_ahead(span);
       bytes += static_cast<std::int64_t>(span.size());
       at_ += piece.count;
       batch->pieces.push_back(piece);
@@ -180,16 +187,12 @@ class Reader {
 
   void turn() {
     std::swap(batch_, next_);
-    fill(&next_);
     taken_ = 0;
   }
 
   void scan(const ReadGuard& guard, std::size_t i, double* scratch) {
     const Piece& p = batch_.pieces[i];
     const ValueScan& values = scan_of(p);
-#ifdef MADV_POPULATE_READ
-    advise(values.bytes(p.first, p.count), MADV_POPULATE_READ);  // one call instead of a fault a page
-#endif
     batch_.unreadable[i] = !guard.guarded([&] { batch_.results[i] = values.piece(p.first, p.count, scratch); });
   }
 
@@ -197,15 +200,14 @@ class Reader {
     for (std::size_t i = 0; i < batch_.pieces.size(); ++i) {
       const Piece& p = batch_.pieces[i];
       const Unit& u = plan_.units[p.unit];
-      const ValueScan& values = plan_.scans[u.scan];
+      const ValueScan& values = plan_.scans[u.tensor];
       const auto bytes = values.bytes(p.first, p.count);
       kernels::append(batch_.results[i], &units_[p.unit]);
-      if (batch_.unreadable[i] && (unreadable_.empty() || unreadable_.back() != plan_.tensors[u.scan])) {
-        unreadable_.push_back(plan_.tensors[u.scan]);
-      }
-      drop(bytes);
+      const TensorView* tensor = &context_.model[u.tensor];
+      if (batch_.unreadable[i] && (unreadable_.empty() || unreadable_.back() != tensor)) unreadable_.push_back(tensor);
+      advise(bytes, MADV_DONTNEED);  // unmapped, not thrown out of the page cache
       if (p.first + p.count == u.first + u.elements) {
-        for (const TensorView* side : values.values().side()) drop(side->bytes);
+        for (const TensorView* side : values.values().side()) advise(side->bytes, MADV_DONTNEED);
       }
       done_ += static_cast<std::int64_t>(bytes.size());
     }
@@ -245,19 +247,18 @@ WeightScan make_table(const MeasureContext& context, const Plan& plan, const Rea
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const std::unordered_set<const TensorView*> unreadable(reader.unreadable().begin(), reader.unreadable().end());
   WeightScan out;
-  std::unordered_map<std::size_t, std::string> projections;
   for (std::size_t i = 0; i < plan.units.size(); ++i) {
     const Unit& u = plan.units[i];
-    const TensorView& t = *plan.tensors[u.scan];
+    const TensorView& t = context.model[u.tensor];
     if (unreadable.count(&t)) continue;
-    const ValueScan& scan = plan.scans[u.scan];
+    const ValueScan& scan = plan.scans[u.tensor];
     const kernels::ScanResult& r = reader.result(i);
     const bool opaque = scan.values().kind() == StoredValues::Kind::kOpaque;
     out.tensor.emplace_back(t.name);
     out.file.push_back(context.model.files()[static_cast<std::size_t>(t.file)]);
     out.dtype.push_back(t.dtype);
-    out.part.push_back(plan.parts[u.scan].part);
-    out.layer.push_back(u.layer);
+    out.part.push_back(plan.parts[u.tensor].part);
+    out.layer.push_back(plan.parts[u.tensor].layer);
     out.expert.push_back(u.expert);
     out.projection.push_back(pattern_of(plain_name(scan, t.name)).text);
     out.first.push_back(u.first);
@@ -275,24 +276,29 @@ WeightScan make_table(const MeasureContext& context, const Plan& plan, const Rea
   return out;
 }
 
-std::string gigabytes(std::int64_t bytes) {
+std::string size_text(std::int64_t bytes) {
   char text[32];
-  std::snprintf(text, sizeof text, bytes < 1'000'000'000 ? "%.3f GB" : "%.1f GB", static_cast<double>(bytes) / 1e9);
+  const bool large = bytes >= 1'000'000'000;
+  std::snprintf(text, sizeof text, large ? "%.1f GB" : "%.1f MB", static_cast<double>(bytes) / (large ? 1e9 : 1e6));
   return text;
 }
 
 /// "; not decoded: 4 tensors, the first X.qweight (I32)", and so on.
-std::string remarks(const Plan& plan, const Reader& reader) {
-  std::map<std::string, std::size_t> schemes;
+std::string remarks(const MeasureContext& context, const Plan& plan, const Reader& reader) {
+  std::map<std::string_view, std::size_t> schemes;
   std::size_t opaque = 0;
   const TensorView* first = nullptr;
-  for (std::size_t i = 0; i < plan.scans.size(); ++i) {
-    const StoredValues& v = plan.scans[i].values();
+  std::size_t last = plan.scans.size();
+  for (const Unit& u : plan.units) {
+    if (u.tensor == last) continue;  // another slice of it
+    last = u.tensor;
+    const StoredValues& v = plan.scans[u.tensor].values();
     if (v.kind() == StoredValues::Kind::kCoded) ++schemes[v.scheme()];
-    if (v.kind() == StoredValues::Kind::kOpaque && opaque++ == 0) first = plan.tensors[i];
+    if (v.kind() == StoredValues::Kind::kOpaque && opaque++ == 0) first = &context.model[u.tensor];
   }
   std::string text;
-  for (const auto& [scheme, n] : schemes) text += ", " + std::to_string(n) + " of them " + scheme + " with scales";
+  for (const auto& [scheme, n] : schemes)
+    text += ", " + std::to_string(n) + " of them " + std::string(scheme) + " with scales";
   if (first) {
     text += "; hashed only, since their values cannot be decoded: " + std::to_string(opaque) + ", the first " +
             std::string(first->name) + " (" + std::string(first->dtype_text) + ")";
@@ -308,10 +314,12 @@ std::string remarks(const Plan& plan, const Reader& reader) {
 void report_unreadable(MeasureContext& context, const Reader& reader, const Source& source) {
   if (reader.unreadable().empty()) return;
   FactSheet& f = context.facts;
-  std::vector<WeightProblem> problems = f.weight_problems.known() ? f.weight_problems.value() : std::vector<WeightProblem>();
+  std::vector<WeightProblem> problems =
+      f.weight_problems.known() ? f.weight_problems.value() : std::vector<WeightProblem>();
   for (const TensorView* t : reader.unreadable()) {
-    problems.push_back({context.model.files()[static_cast<std::size_t>(t->file)], t->offset, std::string(t->name),
-                        "its values cannot be read: the file became shorter while it was open, or its disk gives an error"});
+    problems.push_back(
+        {context.model.files()[static_cast<std::size_t>(t->file)], t->offset, std::string(t->name),
+         "its values cannot be read: the file became shorter while it was open, or its disk gives an error"});
   }
   f.weight_problems.set(std::move(problems), Origin::kMeasured, source);
 }
@@ -323,12 +331,13 @@ void run(MeasureContext& context) {
     return;
   }
   std::int64_t bytes = 0;
-  for (std::size_t i = 0; i < context.model.size(); ++i) bytes += static_cast<std::int64_t>(context.model[i].bytes.size());
+  for (std::size_t i = 0; i < context.model.size(); ++i)
+    bytes += static_cast<std::int64_t>(context.model[i].bytes.size());
   if (!context.full && (!context.replays || bytes > kUnaskedScan)) {
-    f.weight_scan.explain_unknown(
-        context.replays ? "the files hold " + gigabytes(bytes) + ", and an audit without --full reads the values of at most " +
-                              gigabytes(kUnaskedScan)
-                        : "the values were not read; --full reads them all");
+    f.weight_scan.explain_unknown(context.replays ? "the files hold " + size_text(bytes) +
+                                                        ", and an audit without --full reads the values of at most " +
+                                                        size_text(kUnaskedScan)
+                                                  : "the values were not read; --full reads them all");
     return;
   }
   const Plan plan = make_plan(context);
@@ -339,9 +348,9 @@ void run(MeasureContext& context) {
   source.file = context.model.files().front();
   report_unreadable(context, reader, source);
   context.records.push_back({"weight_scan", std::string("host ") + kernels::host_backend(),
-                             std::to_string(plan.units.size()) + " tensors and experts of stacks, " + gigabytes(bytes) +
-                                 (context.full ? "" : " (up to " + gigabytes(kUnaskedScan) + " without --full)") +
-                                 remarks(plan, reader)});
+                             std::to_string(plan.units.size()) + " tensors and experts of stacks, " + size_text(bytes) +
+                                 (context.full ? "" : " (up to " + size_text(kUnaskedScan) + " without --full)") +
+                                 remarks(context, plan, reader)});
   f.weight_scan.set(make_table(context, plan, reader), Origin::kMeasured, source);
 }
 

@@ -1,7 +1,9 @@
 #include "audit/tensors/stored_values.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <string>
 
 #include "audit/text/text.h"
 
@@ -25,7 +27,27 @@ std::int64_t block_length(std::int64_t n, std::int64_t count) {
   return count > 0 && n % count == 0 ? n / count : 0;
 }
 
-std::string without(std::string_view name, std::string_view end) { return std::string(name.substr(0, name.size() - end.size())); }
+std::string without(std::string_view name, std::string_view end) {
+  return std::string(name.substr(0, name.size() - end.size()));
+}
+
+/// What each byte is worth in a format of 8 bits.
+const double* byte_values(DType dtype) {
+  using Table = std::array<double, 256>;
+  static const auto make = [](DType d) {
+    std::array<std::byte, 256> codes;
+    for (int i = 0; i < 256; ++i) codes[static_cast<std::size_t>(i)] = static_cast<std::byte>(i);
+    TensorView view;
+    view.dtype = d;
+    view.bytes = codes;
+    Table table;
+    moeaudit::decode(view, 0, 256, table.data());
+    return table;
+  };
+  static const Table e4m3 = make(DType::kF8E4M3), e5m2 = make(DType::kF8E5M2), e8m0 = make(DType::kF8E8M0),
+                     i8 = make(DType::kI8);
+  return (dtype == DType::kF8E4M3 ? e4m3 : dtype == DType::kF8E5M2 ? e5m2 : dtype == DType::kF8E8M0 ? e8m0 : i8).data();
+}
 
 bool one_value(const TensorView* t, double* out) {
   return t != nullptr && is_value_type(t->dtype) && t->elements() == 1 && decode(*t, 0, 1, out);
@@ -38,7 +60,8 @@ StoredValues StoredValues::of(const TensorStore& store, const TensorView& tensor
   v.tensor_ = &tensor;
   const DType d = tensor.dtype;
   const bool may_be_coded = d == DType::kU8 || d == DType::kI8 || is_float8(d);
-  if (may_be_coded && (v.try_bitsandbytes_4bit(store) || v.try_mxfp4(store) || v.try_nvfp4(store) || v.try_scaled(store))) {
+  if (may_be_coded &&
+      (v.try_bitsandbytes_4bit(store) || v.try_mxfp4(store) || v.try_nvfp4(store) || v.try_scaled(store))) {
     v.kind_ = Kind::kCoded;
     return v;
   }
@@ -105,7 +128,7 @@ bool StoredValues::try_bitsandbytes_4bit(const TensorStore& store) {
   } else if (absmax->dtype != DType::kF32) {
     return false;
   }
-  moeaudit::decode(*map, 0, 16, table_);
+  quant_map_ = map;
   code_ = Code::kTable;
   // Blocks run through the whole tensor: one row.
   column_block_ = block;
@@ -122,7 +145,6 @@ bool StoredValues::try_mxfp4(const TensorStore& store) {
   if (scales->elements() != bytes / inner) return false;
   scheme_ = "mxfp4";
   code_ = Code::kE2M1;
-  std::copy(std::begin(kE2M1), std::end(kE2M1), table_);
   elements_ = 2 * bytes;
   columns_ = 2 * inner * groups;
   column_block_ = 2 * inner;
@@ -151,7 +173,6 @@ bool StoredValues::try_nvfp4(const TensorStore& store) {
   if (global == nullptr) return false;
   scheme_ = "nvfp4";
   code_ = Code::kE2M1;
-  std::copy(std::begin(kE2M1), std::end(kE2M1), table_);
   column_block_ = 16;
   scale_columns_ = scales->elements();
   scales_ = scales;
@@ -184,8 +205,8 @@ bool StoredValues::lay_out(std::int64_t rows, std::int64_t columns, const Tensor
   row_block_ = block_length(rows, scale_rows_);
   column_block_ = block_length(columns, scale_columns_);
   std::int64_t expected = 0;
-  return row_block_ > 0 && column_block_ > 0 && !__builtin_mul_overflow(matrices, scale_rows_ * scale_columns_, &expected) &&
-         expected == n;
+  return row_block_ > 0 && column_block_ > 0 &&
+         !__builtin_mul_overflow(matrices, scale_rows_ * scale_columns_, &expected) && expected == n;
 }
 
 bool StoredValues::try_scaled(const TensorStore& store) {
@@ -208,7 +229,8 @@ bool StoredValues::try_scaled(const TensorStore& store) {
   const TensorView* scb = store.find(without(name, "weight") + "SCB");
   const TensorView* format = store.find(without(name, "weight") + "weight_format");
   if (scb == nullptr || scb->dtype != DType::kF32 || scb->elements() != rows) return false;
-  if (format != nullptr && (format->bytes.size() != 1 || format->bytes[0] != std::byte{0})) return false;  // 0: row-major
+  if (format != nullptr && (format->bytes.size() != 1 || format->bytes[0] != std::byte{0}))
+    return false;  // 0: row-major
   scheme_ = "int8";
   rows_ = scale_rows_ = rows;
   column_block_ = columns_;
@@ -220,49 +242,65 @@ bool StoredValues::try_scaled(const TensorStore& store) {
 }
 
 double StoredValues::scale_at(std::int64_t i) const {
-  double s = 0;
+  const std::byte* const at = scales_->bytes.data() + i * size_of(scales_->dtype);
   switch (scale_kind_) {
-    case Scale::kValue:
-      moeaudit::decode(*scales_, i, 1, &s);
+    case Scale::kValue: {
+      double s = 0;
+      if (scales_->dtype == DType::kF8E4M3) {  // one for 16 values: worth the short cut
+        s = byte_values(DType::kF8E4M3)[std::to_integer<int>(*at)];
+      } else {
+        moeaudit::decode(*scales_, i, 1, &s);
+      }
       return s * factor_ / divisor_;
-    case Scale::kExponent: {
-      const int code = std::to_integer<int>(scales_->bytes[static_cast<std::size_t>(i)]);
-      return code == 255 ? std::nan("") : std::ldexp(1.0, code - 127);
     }
+    case Scale::kExponent: return byte_values(DType::kF8E8M0)[std::to_integer<int>(*at)];
     case Scale::kNested: {
       float map = 0, absmax = 0;
-      moeaudit::decode(*nested_map_, std::to_integer<int>(scales_->bytes[static_cast<std::size_t>(i)]), 1, &map);
+      moeaudit::decode(*nested_map_, std::to_integer<int>(*at), 1, &map);
       moeaudit::decode(*nested_absmax_, i / nested_block_, 1, &absmax);
       const float product = map * absmax;
       return product + nested_offset_;
     }
   }
-  return s;
+  return 0;
 }
 
 void StoredValues::decode(std::int64_t first, std::int64_t count, double* out) const {
   const auto* codes = reinterpret_cast<const std::uint8_t*>(tensor_->bytes.data());
+  const double* bytes = two_a_byte() ? nullptr : byte_values(tensor_->dtype);
+  double table[16];
+  if (code_ == Code::kTable)
+    moeaudit::decode(*quant_map_, 0, 16, table);
+  else
+    std::copy(std::begin(kE2M1), std::end(kE2M1), table);
   // Where the scales run through the whole tensor it is one row.
   const std::int64_t row_length = two_a_byte() ? std::max<std::int64_t>(elements_, 1) : columns_;
   const int first_shift = code_ == Code::kTable ? 4 : 0;
-  while (count > 0) {
-    const std::int64_t row = first / row_length, column = first % row_length;
+  while (count > 0) {  // a row of the tensor, or what is wanted of it
+    const std::int64_t row = first / row_length;
     const std::int64_t scale_row = row / rows_ * scale_rows_ + row % rows_ / row_block_;
-    const std::int64_t block = column / column_block_;
-    const std::int64_t n = std::min({count, row_length - column, (block + 1) * column_block_ - column});
-    const double scale = scale_at(scale_row * scale_columns_ + block);
-    if (two_a_byte()) {
-      for (std::int64_t i = 0; i < n; ++i) {
-        const std::uint8_t byte = codes[(first + i) / 2];
-        out[i] = table_[(i % 2 == 0 ? byte >> first_shift : byte >> (4 - first_shift)) & 15] * scale;
+    std::int64_t column = first % row_length, left = std::min(count, row_length - column);
+    count -= left;
+    for (std::int64_t block = column / column_block_; left > 0; ++block) {  // values of one scale
+      const std::int64_t n = std::min(left, (block + 1) * column_block_ - column);
+      const double scale = scale_at(scale_row * scale_columns_ + block);
+      if (two_a_byte()) {
+        double scaled[16];
+        for (int code = 0; code < 16; ++code) scaled[code] = table[code] * scale;
+        const std::uint8_t* from = codes + first / 2;
+        for (std::int64_t i = 0; i + 1 < n; i += 2, ++from) {
+          out[i] = scaled[*from >> first_shift & 15];
+          out[i + 1] = scaled[*from >> (4 - first_shift) & 15];
+        }
+        if (n % 2 != 0) out[n - 1] = scaled[*from >> first_shift & 15];
+      } else {
+        for (std::int64_t i = 0; i < n; ++i) out[i] = bytes[codes[first + i]] * scale;
       }
-    } else {
-      moeaudit::decode(*tensor_, first, n, out);
-      for (std::int64_t i = 0; i < n; ++i) out[i] *= scale;
+      first += n;
+      column += n;
+      out += n;
+      left -= n;
     }
-    first += n;
-    out += n;
-    count -= n;
   }
 }
 

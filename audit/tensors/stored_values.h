@@ -1,9 +1,9 @@
-// What a quantised tensor stands for: codes and, in side tensors, their scales. Everything a file says is checked against
-// the sizes of the tensors before it is used.
+// What a quantised tensor stands for: codes and, in side tensors, their scales. Everything a file says is checked
+// against the sizes of the tensors before it is used.
 #pragma once
 
 #include <cstdint>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "audit/tensors/tensor_store.h"
@@ -14,13 +14,15 @@ namespace moeaudit {
 ///
 ///   plain     the tensor holds them one by one in a float type: decode() of tensor_store.h. Also 8-bit floats without
 ///             scales beside them.
-///   coded     value = code * scale, both taken exactly to float64 and multiplied there (one rounding, and none where the
+///   coded     value = code * scale, both taken exactly to float64 and multiplied there (one rounding, and none where
+///   the
 ///             product has at most 53 bits):
 ///               nf4, fp4  bitsandbytes: quant_map[code] * absmax[i / blocksize]; with double quantisation absmax is
 ///                         float32(float32(nested_quant_map[q] * nested_absmax[j / nested_blocksize]) + nested_offset).
 ///                         The first of two values is in the high half of the byte.
 ///               mxfp4     gpt-oss X_blocks, X_scales: e2m1[code] * 2^(scale - 127), 32 values a scale, low half first.
-///               nvfp4     e2m1[code] * e4m3 scale of 16 values, and * weight_scale_2 (ModelOpt) or / weight_global_scale
+///               nvfp4     e2m1[code] * e4m3 scale of 16 values, and * weight_scale_2 (ModelOpt) or /
+///               weight_global_scale
 ///                         (compressed-tensors), low half first.
 ///               float8    code * scale, int8 code * scale: one scale a tensor, a row, or a block of rows and columns
 ///                         (weight_scale_inv: 128 x 128).
@@ -35,7 +37,7 @@ class StoredValues {
   enum class Kind { kPlain, kCoded, kOpaque };
   Kind kind() const { return kind_; }
   /// "nf4", "mxfp4", ...; empty for plain and opaque tensors.
-  const std::string& scheme() const { return scheme_; }
+  std::string_view scheme() const { return scheme_; }
   std::int64_t elements() const { return elements_; }  // values; bytes of an opaque tensor
   std::int64_t columns() const { return columns_; }    // length of a row of values, 0 if opaque
   bool two_a_byte() const { return code_ == Code::kE2M1 || code_ == Code::kTable; }
@@ -56,11 +58,12 @@ class StoredValues {
 
   Kind kind_ = Kind::kOpaque;
   Code code_ = Code::kNone;
-  std::string scheme_;
+  std::string_view scheme_;
   std::vector<const TensorView*> side_;
   const TensorView* tensor_ = nullptr;
   std::int64_t elements_ = 0, columns_ = 0;
-  // scale of (row, column) of matrix m: scales[(m * scale_rows + row / row_block) * scale_columns + column / column_block]
+  // scale of (row, column) of matrix m: scales[(m * scale_rows + row / row_block) * scale_columns + column /
+  // column_block]
   std::int64_t rows_ = 1, row_block_ = 1, column_block_ = 1, scale_rows_ = 1, scale_columns_ = 1;
   const TensorView* scales_ = nullptr;
   enum class Scale { kValue, kExponent, kNested } scale_kind_ = Scale::kValue;
@@ -68,7 +71,7 @@ class StoredValues {
   const TensorView *nested_absmax_ = nullptr, *nested_map_ = nullptr;
   std::int64_t nested_block_ = 1;
   float nested_offset_ = 0;
-  double table_[16] = {};
+  const TensorView* quant_map_ = nullptr;  // kTable: its 16 values
 };
 
 }  // namespace moeaudit

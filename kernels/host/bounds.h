@@ -1,4 +1,4 @@
-// Error bounds of the router kernels, each derived from the operations it covers. Tests compare against these, never
+// Error bounds of the kernels, each derived from the operations it covers. Tests compare against these, never
 // against picked tolerances.
 //
 // Notation: u is the unit roundoff of the arithmetic (unit_roundoff()). Each operation gives the exact result times
@@ -14,6 +14,7 @@
 
 #include "kernels/host/low_precision.h"
 #include "kernels/host/router.h"
+#include "kernels/host/weight_scan.h"
 
 namespace moeaudit::kernels::bounds {
 
@@ -91,6 +92,33 @@ inline double renormalised_underflow(double denominator, std::int64_t top_k, Flo
 /// One product with a scaling that was itself rounded once.
 inline double scaled_relative(double weight, Float f) {
   return std::expm1(std::log1p(weight) + gamma(2.0, unit_roundoff(f)));
+}
+
+/// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a piece,
+/// of the tree over the accumulators, and of the pieces.
+inline double scan_additions(Stored type, std::int64_t count) {
+  const std::int64_t size = stored_size(type), lanes = type == Stored::kF64 ? 8 : 16;
+  const auto parts = [](std::int64_t n, std::int64_t part) { return (n + part - 1) / part; };
+  const std::int64_t in_piece = std::min(count, kScanPiece / size), in_block = std::min(count, kScanBlock / size);
+  return static_cast<double>(parts(in_block, lanes) + parts(in_piece, kScanBlock / size) + (lanes == 16 ? 4 : 3) +
+                             parts(count, kScanPiece / size));
+}
+/// |ScanResult::sum - exact|. absolute = sum of the magnitudes of the finite values. Sums of floats do not underflow
+/// inexactly; they may overflow, which float64 values alone can do.
+inline double scan_sum(Stored type, std::int64_t count, double absolute) {
+  return gamma(scan_additions(type, count), unit_roundoff(Float::kF64)) * absolute;
+}
+/// |ScanResult::sum_of_squares - exact|: the same, and for float64 values one rounding a square, which may underflow.
+/// Squares of values of 32 and fewer bits are exact: at most 48 significant bits, at least 2^-298.
+inline double scan_squares(Stored type, std::int64_t count, double exact) {
+  const bool rounds = type == Stored::kF64;
+  return gamma(scan_additions(type, count) + (rounds ? 1 : 0), unit_roundoff(Float::kF64)) * exact +
+         (rounds ? 0.5 * static_cast<double>(count) * smallest(Float::kF64) : 0.0);
+}
+/// A float64 sum of `count` terms in any order, each of which went through `roundings` roundings before.
+inline double sum_in_any_order(std::int64_t count, double roundings, double absolute) {
+  return gamma(static_cast<double>(count) + roundings, unit_roundoff(Float::kF64)) * absolute +
+         0.5 * static_cast<double>(count) * smallest(Float::kF64);
 }
 
 }  // namespace moeaudit::kernels::bounds

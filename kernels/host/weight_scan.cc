@@ -20,9 +20,8 @@
 #define MOE_AUDIT_WEIGHT_SCAN_COMMON
 namespace moeaudit::kernels {
 
-constexpr std::int64_t kStripe = 64;          // bytes of one step: a word of each lane of the hash
-constexpr std::int64_t kScramble = 16;        // stripes between two scrambles
-constexpr std::int64_t kPrefetch = 4096;      // bytes ahead: about what is in flight between memory and one core
+constexpr std::int64_t kStripe = 64;      // bytes of one step
+constexpr std::int64_t kPrefetch = 4096;  // bytes ahead: about what is in flight between memory and one core
 
 constexpr std::uint64_t mix(std::uint64_t x) {  // the finaliser of splitmix64
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
@@ -30,17 +29,31 @@ constexpr std::uint64_t mix(std::uint64_t x) {  // the finaliser of splitmix64
   return x ^ x >> 31;
 }
 
-/// Keys of the hash: one a word of a kibibyte, then one row to begin with and one to scramble with.
-struct Keys {
-  std::uint64_t word[(kScramble + 2) * 8];
-};
-constexpr Keys make_keys() {
-  Keys keys{};
-  for (std::uint64_t i = 0; i < (kScramble + 2) * 8; ++i) keys.word[i] = mix((i + 1) * 0x9e3779b97f4a7c15);
-  return keys;
+/// The hash runs on the integer units, beside the vector code.
+constexpr std::uint64_t key(std::uint64_t i) { return mix((i + 1) * 0x9e3779b97f4a7c15); }
+inline constexpr std::uint64_t kKeys[4] = {key(0), key(1), key(2), key(3)};
+inline std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
+  const auto product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
 }
-alignas(64) inline constexpr Keys kKeys = make_keys();
-constexpr std::uint64_t kMultiplier = 0x9e3779b1;  // odd, 32 bits
+struct Hash {
+  std::uint64_t lane[4] = {key(4), key(5), key(6), key(7)};  // not the keys: the factors must not commute
+  HWY_INLINE void add(const std::uint8_t* stripe) {
+    std::uint64_t word[8];
+    std::memcpy(word, stripe, sizeof word);
+    for (int i = 0; i < 4; ++i) lane[i] = fold(word[2 * i] ^ kKeys[i], word[2 * i + 1] ^ lane[i]);
+  }
+  void add_tail(const std::uint8_t* data, std::int64_t bytes) {
+    std::uint8_t stripe[kStripe] = {};
+    std::memcpy(stripe, data, static_cast<std::size_t>(bytes));
+    add(stripe);
+  }
+  std::uint64_t digest(std::int64_t bytes) const {
+    std::uint64_t h = mix(static_cast<std::uint64_t>(bytes));
+    for (const std::uint64_t l : lane) h = mix(h + l);
+    return h;
+  }
+};
 
 /// What is left of a block when its full stripes are through: lanes in the order in which the vectors hold them.
 template <class Raw>
@@ -48,6 +61,7 @@ struct alignas(64) Lanes {
   double sum[16], square[16];
   Raw min[kStripe / sizeof(Raw)], max[kStripe / sizeof(Raw)];  // ordered codes, see Format
   std::int64_t zeros, non_finite;
+  bool zeros_seen;  // there are some, and they were not counted
 };
 
 /// Bits of one format. Codes are compared as integers: `ordered` maps sign and magnitude to two's complement and is its
@@ -80,8 +94,10 @@ struct Format<Stored::kBF16> : FormatOf<std::int16_t, 0x7f80> {
 /// A finite code of sign, exponent and `kMantissa` bits, the smallest subnormal being 2^kLast.
 template <int kMantissa, int kLast>
 double small_float(int code, int sign) {
-  const int magnitude = code & (sign - 1), exponent = magnitude >> kMantissa, mantissa = magnitude & ((1 << kMantissa) - 1);
-  const double size = exponent == 0 ? mantissa : static_cast<double>(mantissa | 1 << kMantissa) * power_of_two(exponent - 1);
+  const int magnitude = code & (sign - 1), exponent = magnitude >> kMantissa,
+            mantissa = magnitude & ((1 << kMantissa) - 1);
+  const double size =
+      exponent == 0 ? mantissa : static_cast<double>(mantissa | 1 << kMantissa) * power_of_two(exponent - 1);
   return (code & sign ? -size : size) * power_of_two(kLast);
 }
 template <>
@@ -108,24 +124,6 @@ constexpr int accumulators(Stored type) { return type == Stored::kF64 ? 8 : 16; 
 constexpr int lane_of(Stored type, int i) { return splits_by_parity(type) ? i % 2 * 8 + i / 2 : i; }
 /// The sums are of values divided by this power of two, which changes no rounding: vectors read E4M3 as binary16.
 constexpr double scale_of(Stored type) { return type == Stored::kE4M3 ? 256.0 : 1.0; }
-
-/// The hash, word by word.
-inline void hash_stripe(const std::uint8_t* stripe, std::int64_t bytes, std::int64_t row, std::uint64_t* hash) {
-  std::uint64_t words[8] = {};
-  std::memcpy(words, stripe, static_cast<std::size_t>(bytes));
-  for (int i = 0; i < 8; ++i) {
-    const std::uint64_t x = words[i] ^ kKeys.word[row * 8 + i];
-    hash[i] += words[i] + (x & 0xffffffff) * (x >> 32);
-  }
-}
-inline void scramble(std::uint64_t* hash) {
-  for (int i = 0; i < 8; ++i) hash[i] = (hash[i] ^ hash[i] >> 47 ^ kKeys.word[kScramble * 8 + i]) * kMultiplier;
-}
-inline std::uint64_t digest(const std::uint64_t* hash, std::int64_t bytes) {
-  std::uint64_t h = mix(static_cast<std::uint64_t>(bytes) + kKeys.word[0]);
-  for (int i = 0; i < 8; ++i) h = mix(h + hash[i]) + kKeys.word[i];
-  return h;
-}
 
 /// Values one after the other: the end of a piece, or all of it where there are no vectors.
 template <Stored kType>
@@ -174,12 +172,12 @@ using DInts = hn::Repartition<std::uint32_t, DBytes>;
 using DShorts = hn::Repartition<std::int16_t, DBytes>;
 using DDouble = hn::Repartition<double, DBytes>;
 using DFloat = hn::Repartition<float, DBytes>;
-using DHalfFloat = hn::Rebind<float, DDouble>;         // as many floats as doubles
-using DHalf16 = hn::Rebind<hwy::float16_t, DFloat>;    // as many halves as floats
+using DHalfFloat = hn::Rebind<float, DDouble>;       // as many floats as doubles
+using DHalf16 = hn::Rebind<hwy::float16_t, DFloat>;  // as many halves as floats
 using DHalfInts = hn::Rebind<std::int32_t, DDouble>;
 constexpr int kVectorBytes = HWY_MAX_BYTES < 64 ? HWY_MAX_BYTES : 64;
-constexpr int kVectors = 64 / kVectorBytes;   // vectors of a stripe
-constexpr int kDoubles = kVectorBytes / 8;    // doubles of a vector
+constexpr int kVectors = 64 / kVectorBytes;  // vectors of a stripe
+constexpr int kDoubles = kVectorBytes / 8;   // doubles of a vector
 
 /// The 16 accumulators of a block. Which lane holds which: lane_of().
 struct Sums {
@@ -256,91 +254,118 @@ HWY_INLINE void add_values(hn::Vec<DBytes> raw, int v, Sums& s) {
     add_parity(hn::And(pairs, hn::Set(d, static_cast<std::int16_t>(0xff00))), 1);
   }
 }
-/// The hash of the words of one vector of a stripe; `key` belongs to it.
-HWY_INLINE hn::Vec<DWords> hash_step(hn::Vec<DWords> lane, hn::Vec<DBytes> raw, const std::uint64_t* key) {
-  const DWords d;
-  const DInts di;
-  const auto words = hn::BitCast(d, raw);
-  const auto x = hn::Xor(words, hn::LoadU(d, key));
-  const auto product = hn::MulEven(hn::BitCast(di, x), hn::BitCast(di, hn::ShiftRight<32>(x)));
-  return hn::Add(lane, hn::Add(words, product));
+template <class D>
+HWY_INLINE hn::Vec<D> ordered_codes(D d, hn::Vec<D> code) {
+  return hn::Xor(code, hn::And(hn::BroadcastSignBit(code), hn::Set(d, std::numeric_limits<hn::TFromD<D>>::max())));
 }
-HWY_INLINE hn::Vec<DWords> scramble(hn::Vec<DWords> lane, const std::uint64_t* key) {
-  const DWords d;
-  const DInts di;
-  const auto x = hn::Xor(hn::Xor(lane, hn::ShiftRight<47>(lane)), hn::LoadU(d, key));
-  const auto multiplier = hn::BitCast(di, hn::Set(d, kMultiplier));
-  const auto low = hn::MulEven(hn::BitCast(di, x), multiplier);
-  const auto high = hn::MulEven(hn::BitCast(di, hn::ShiftRight<32>(x)), multiplier);
-  return hn::Add(low, hn::ShiftLeft<32>(high));
+template <class D>
+HWY_INLINE hn::Mask<D> is_zero(D d, hn::Vec<D> code, bool sign_magnitude) {
+  return hn::Eq(sign_magnitude ? hn::Add(code, code) : code, hn::Zero(d));
 }
+
+/// Smallest and largest of codes of sign and magnitude in four instructions a vector: as signed integers the largest
+/// positive one wins, as unsigned ones the negative one of largest magnitude; the two minima are needed where a lane
+/// has one sign only, and they show zeros.
+template <class Raw>
+struct Extremes {
+  static constexpr Raw kLowest = std::numeric_limits<Raw>::min(), kLargest = std::numeric_limits<Raw>::max();
+  static constexpr hn::Repartition<Raw, DBytes> d{};
+  static constexpr hn::RebindToUnsigned<decltype(hn::Repartition<Raw, DBytes>())> du{};
+  hn::Vec<hn::Repartition<Raw, DBytes>> signed_min, signed_max;
+  hn::Vec<hn::RebindToUnsigned<decltype(hn::Repartition<Raw, DBytes>())>> unsigned_min, unsigned_max;
+
+  HWY_INLINE void start() {
+    signed_min = hn::Set(d, kLargest);
+    signed_max = hn::Set(d, kLowest);
+    unsigned_min = hn::Not(hn::Zero(du));
+    unsigned_max = hn::Zero(du);
+  }
+  HWY_INLINE void add(hn::Vec<DBytes> raw) {
+    signed_min = hn::Min(signed_min, hn::BitCast(d, raw));
+    signed_max = hn::Max(signed_max, hn::BitCast(d, raw));
+    unsigned_min = hn::Min(unsigned_min, hn::BitCast(du, raw));
+    unsigned_max = hn::Max(unsigned_max, hn::BitCast(du, raw));
+  }
+  HWY_INLINE auto ordered_min() const {
+    const auto most_negative = hn::BitCast(d, unsigned_max), least_positive = hn::BitCast(d, unsigned_min);
+    return ordered_codes(d, hn::IfThenElse(hn::Lt(most_negative, hn::Zero(d)), most_negative, least_positive));
+  }
+  HWY_INLINE auto ordered_max() const {
+    return ordered_codes(d, hn::IfThenElse(hn::Lt(signed_max, hn::Zero(d)), signed_min, signed_max));
+  }
+  HWY_INLINE bool has_zeros() const {
+    const auto positive = hn::Eq(hn::BitCast(d, unsigned_min), hn::Zero(d)),
+               negative = hn::Eq(signed_min, hn::Set(d, kLowest));
+    return !hn::AllFalse(d, hn::Or(positive, negative));
+  }
+};
 
 /// `stripes` full stripes of a block. kCareful: there are values that are not finite, which are left out and counted;
 /// without it they only show in `min` and `max`. kHash: `hash` goes on, too.
 template <Stored kType, bool kCareful, bool kHash>
-HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t stripes, std::uint64_t* HWY_RESTRICT hash,
+HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t stripes, Hash* HWY_RESTRICT hash,
                           Lanes<typename Format<kType>::Raw>* HWY_RESTRICT out) {
   using F = Format<kType>;
   using Raw = typename F::Raw;
   const DBytes db;
-  const DWords dw;
   const DDouble dd;
   const hn::Repartition<Raw, DBytes> d;
   constexpr Raw kLowest = std::numeric_limits<Raw>::min(), kLargest = std::numeric_limits<Raw>::max();
+  // Zeros are rare in these formats, and counted when a block turned out to have some.
+  constexpr bool kRareZeros = !kCareful && F::kSignMagnitude && (sizeof(Raw) == 2 || sizeof(Raw) == 4);
+  Extremes<Raw> extremes;
+  extremes.start();
   Sums sums;
   for (int i = 0; i < kRuns; ++i) sums.sum[i] = sums.square[i] = hn::Zero(dd);
-  hn::Vec<DWords> lane[kVectors];
-  for (int v = 0; v < kVectors; ++v) lane[v] = hn::LoadU(dw, hash + v * kDoubles);
+  Hash local = *hash;
   auto low = hn::Set(d, kLargest), high = hn::Set(d, kLowest), zero_lanes = hn::Zero(d);
   std::int64_t zeros = 0, bad_values = 0;
-  for (std::int64_t from = 0; from < stripes; from += kScramble) {
-    const std::int64_t end = std::min(stripes, from + kScramble);
-    for (std::int64_t stripe = from; stripe < end; ++stripe) {
-      const std::uint8_t* const at = data + stripe * kStripe;
-      if (kHash) hwy::Prefetch(at + kPrefetch);
-      for (int v = 0; v < kVectors; ++v) {
-        const auto raw = hn::LoadU(db, at + v * kVectorBytes);
-        if (kHash) lane[v] = hash_step(lane[v], raw, kKeys.word + (stripe - from) * 8 + v * kDoubles);
-        const auto code = hn::BitCast(d, raw);
-        auto ordered = code;
-        if constexpr (F::kSignMagnitude) {
-          ordered = hn::Xor(code, hn::And(hn::BroadcastSignBit(code), hn::Set(d, kLargest)));
-        }
-        const auto is_zero = hn::Eq(F::kSignMagnitude ? hn::Add(code, code) : code, hn::Zero(d));
-        if constexpr (sizeof(Raw) == 1) {
-          zeros += static_cast<std::int64_t>(hn::CountTrue(d, is_zero));
-        } else {
-          zero_lanes = hn::Sub(zero_lanes, hn::VecFromMask(d, is_zero));
-        }
-        if constexpr (kCareful) {
-          const auto bad = hn::Or(hn::Gt(ordered, hn::Set(d, static_cast<Raw>(F::kInfinity - 1))),
-                                  hn::Lt(ordered, hn::Set(d, static_cast<Raw>(~F::kInfinity + 1))));
-          bad_values += static_cast<std::int64_t>(hn::CountTrue(d, bad));
-          low = hn::Min(low, hn::IfThenElse(bad, hn::Set(d, kLargest), ordered));
-          high = hn::Max(high, hn::IfThenElse(bad, hn::Set(d, kLowest), ordered));
-          add_values<kType>(hn::BitCast(db, hn::IfThenZeroElse(bad, code)), v, sums);
-        } else {
-          low = hn::Min(low, ordered);
-          high = hn::Max(high, ordered);
-          add_values<kType>(raw, v, sums);
-        }
+  for (std::int64_t stripe = 0; stripe < stripes; ++stripe) {
+    const std::uint8_t* const at = data + stripe * kStripe;
+    if (kHash) {
+      hwy::Prefetch(at + kPrefetch);
+      local.add(at);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const auto raw = hn::LoadU(db, at + v * kVectorBytes);
+      if constexpr (kRareZeros) {
+        extremes.add(raw);
+        add_values<kType>(raw, v, sums);
+        continue;
+      }
+      const auto code = hn::BitCast(d, raw);
+      const auto ordered = F::kSignMagnitude ? ordered_codes(d, code) : code;
+      const auto zero = is_zero(d, code, F::kSignMagnitude);
+      if constexpr (sizeof(Raw) == 1) {
+        zeros += static_cast<std::int64_t>(hn::CountTrue(d, zero));
+      } else {
+        zero_lanes = hn::Sub(zero_lanes, hn::VecFromMask(d, zero));
+      }
+      if constexpr (kCareful) {
+        const auto bad = hn::Or(hn::Gt(ordered, hn::Set(d, static_cast<Raw>(F::kInfinity - 1))),
+                                hn::Lt(ordered, hn::Set(d, static_cast<Raw>(~F::kInfinity + 1))));
+        bad_values += static_cast<std::int64_t>(hn::CountTrue(d, bad));
+        low = hn::Min(low, hn::IfThenElse(bad, hn::Set(d, kLargest), ordered));
+        high = hn::Max(high, hn::IfThenElse(bad, hn::Set(d, kLowest), ordered));
+        add_values<kType>(hn::BitCast(db, hn::IfThenZeroElse(bad, code)), v, sums);
+      } else {
+        low = hn::Min(low, ordered);
+        high = hn::Max(high, ordered);
+        add_values<kType>(raw, v, sums);
       }
     }
-    if (kHash && end - from == kScramble) {
-      for (int v = 0; v < kVectors; ++v) lane[v] = scramble(lane[v], kKeys.word + kScramble * 8 + v * kDoubles);
-    }
   }
-  if (kHash) {
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(lane[v], dw, hash + v * kDoubles);
-  }
+  if (kHash) *hash = local;
   for (int i = 0; i < kRuns; ++i) {
     hn::StoreU(sums.sum[i], dd, out->sum + i * kDoubles);
     hn::StoreU(sums.square[i], dd, out->square + i * kDoubles);
   }
   std::fill(out->min, out->min + kStripe / sizeof(Raw), kLargest);
   std::fill(out->max, out->max + kStripe / sizeof(Raw), kLowest);
-  hn::StoreU(low, d, out->min);
-  hn::StoreU(high, d, out->max);
+  if (stripes > 0) {
+    hn::StoreU(kRareZeros ? extremes.ordered_min() : low, d, out->min);
+    hn::StoreU(kRareZeros ? extremes.ordered_max() : high, d, out->max);
+  }
   if constexpr (sizeof(Raw) > 1) {
     Raw count[kVectorBytes / sizeof(Raw)];
     hn::StoreU(zero_lanes, d, count);
@@ -348,38 +373,32 @@ HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t st
   }
   out->zeros = zeros;
   out->non_finite = bad_values;
+  out->zeros_seen = kRareZeros && stripes > 0 && extremes.has_zeros();
 }
 
-void hash_stripes(const std::uint8_t* data, std::int64_t stripes, std::uint64_t* hash) {
-  const DBytes db;
-  const DWords dw;
-  hn::Vec<DWords> lane[kVectors];
-  for (int v = 0; v < kVectors; ++v) lane[v] = hn::LoadU(dw, hash + v * kDoubles);
-  for (std::int64_t stripe = 0; stripe < stripes; ++stripe) {
-    const std::uint8_t* const at = data + stripe * kStripe;
-    hwy::Prefetch(at + kPrefetch);
-    for (int v = 0; v < kVectors; ++v) {
-      const std::uint64_t* const key = kKeys.word + v * kDoubles;
-      lane[v] = hash_step(lane[v], hn::LoadU(db, at + v * kVectorBytes), key + stripe % kScramble * 8);
-      if (stripe % kScramble == kScramble - 1) lane[v] = scramble(lane[v], key + kScramble * 8);
-    }
+/// Exact zeros of the full stripes of a block.
+template <Stored kType>
+std::int64_t count_zeros(const std::uint8_t* data, std::int64_t stripes) {
+  const hn::Repartition<typename Format<kType>::Raw, DBytes> d;
+  std::size_t zeros = 0;
+  for (std::int64_t at = 0; at < stripes * kStripe; at += kVectorBytes) {
+    zeros +=
+        hn::CountTrue(d, is_zero(d, hn::BitCast(d, hn::LoadU(DBytes(), data + at)), Format<kType>::kSignMagnitude));
   }
-  for (int v = 0; v < kVectors; ++v) hn::StoreU(lane[v], dw, hash + v * kDoubles);
+  return static_cast<std::int64_t>(zeros);
 }
 
 #else  // HWY_SCALAR
 
-void hash_stripes(const std::uint8_t* data, std::int64_t stripes, std::uint64_t* hash) {
-  for (std::int64_t stripe = 0; stripe < stripes; ++stripe) {
-    hash_stripe(data + stripe * kStripe, kStripe, stripe % kScramble, hash);
-    if (stripe % kScramble == kScramble - 1) scramble(hash);
-  }
+template <Stored>
+std::int64_t count_zeros(const std::uint8_t*, std::int64_t) {
+  return 0;  // never asked: values that are taken one by one are counted at once
 }
+
 template <Stored kType, bool kCareful, bool kHash>
-void run_block(const std::uint8_t* data, std::int64_t stripes, std::uint64_t* hash,
-               Lanes<typename Format<kType>::Raw>* out) {
+void run_block(const std::uint8_t* data, std::int64_t stripes, Hash* hash, Lanes<typename Format<kType>::Raw>* out) {
   using Raw = typename Format<kType>::Raw;
-  if (kHash) hash_stripes(data, stripes, hash);
+  for (std::int64_t stripe = 0; kHash && stripe < stripes; ++stripe) hash->add(data + stripe * kStripe);
   *out = {};
   std::fill(std::begin(out->min), std::end(out->min), std::numeric_limits<Raw>::max());
   std::fill(std::begin(out->max), std::end(out->max), std::numeric_limits<Raw>::min());
@@ -393,8 +412,7 @@ void scan_type(const std::uint8_t* data, std::int64_t count, ScanResult* out) {
   using Raw = typename F::Raw;
   constexpr std::int64_t kSize = sizeof(Raw), kCount = accumulators(kType), kCodes = kStripe / kSize;
   const std::int64_t bytes = count * kSize;
-  std::uint64_t hash[8];
-  std::copy_n(kKeys.word + (kScramble + 1) * 8, 8, hash);
+  Hash hash;
   double sum[16] = {}, square[16] = {};
   Lanes<Raw> total;
   std::fill(total.min, total.min + kCodes, std::numeric_limits<Raw>::max());
@@ -404,17 +422,18 @@ void scan_type(const std::uint8_t* data, std::int64_t count, ScanResult* out) {
   for (std::int64_t at = 0; at < bytes; at += kScanBlock) {
     const std::int64_t length = std::min(kScanBlock, bytes - at), stripes = length / kStripe, tail = length % kStripe;
     Lanes<Raw> block;
-    run_block<kType, false, true>(data + at, stripes, hash, &block);
+    run_block<kType, false, true>(data + at, stripes, &hash, &block);
     if constexpr (!F::kAlwaysFinite) {
       bool finite = true;
       for (std::int64_t i = 0; i < kCodes && stripes > 0; ++i) {
         finite &= (block.min[i] > static_cast<Raw>(~F::kInfinity)) & (block.max[i] < F::kInfinity);
       }
-      if (!finite) run_block<kType, true, false>(data + at, stripes, hash, &block);
+      if (!finite) run_block<kType, true, false>(data + at, stripes, &hash, &block);
     }
+    if (block.zeros_seen) block.zeros = count_zeros<kType>(data + at, stripes);
     if (tail > 0) {
       add_one_by_one<kType>(data + at + stripes * kStripe, tail / kSize, &block);
-      hash_stripe(data + at + stripes * kStripe, tail, stripes % kScramble, hash);
+      hash.add_tail(data + at + stripes * kStripe, tail);
     }
     if (block.non_finite > 0 && r.first_non_finite < 0) {
       r.first_non_finite = at / kSize + first_bad<F>(data + at, length / kSize);
@@ -430,7 +449,7 @@ void scan_type(const std::uint8_t* data, std::int64_t count, ScanResult* out) {
       total.max[i] = std::max(total.max[i], block.max[i]);
     }
   }
-  r.hash = digest(hash, bytes);
+  r.hash = hash.digest(bytes);
   if (r.non_finite < count) {
     constexpr double kScale = scale_of(kType);
     const auto value = [](Raw ordered) { return F::value(F::ordered(ordered)) + 0.0; };
@@ -449,13 +468,15 @@ void scan_type(const std::uint8_t* data, std::int64_t count, ScanResult* out) {
 }
 
 void hash_only(const std::uint8_t* data, std::int64_t bytes, ScanResult* out) {
-  std::uint64_t hash[8];
-  std::copy_n(kKeys.word + (kScramble + 1) * 8, 8, hash);
+  Hash hash;
   const std::int64_t stripes = bytes / kStripe, tail = bytes % kStripe;
-  hash_stripes(data, stripes, hash);
-  if (tail > 0) hash_stripe(data + stripes * kStripe, tail, stripes % kScramble, hash);
+  for (std::int64_t stripe = 0; stripe < stripes; ++stripe) {
+    hwy::Prefetch(data + stripe * kStripe + kPrefetch);
+    hash.add(data + stripe * kStripe);
+  }
+  if (tail > 0) hash.add_tail(data + stripes * kStripe, tail);
   out->elements = bytes;
-  out->hash = digest(hash, bytes);
+  out->hash = hash.digest(bytes);
   out->sum = out->sum_of_squares = std::numeric_limits<double>::quiet_NaN();
 }
 
@@ -499,7 +520,7 @@ void append(const ScanResult& piece, ScanResult* result) {
   if (!(result->max >= piece.max) && !std::isnan(piece.max)) result->max = piece.max;
   result->sum += piece.sum;
   result->sum_of_squares += piece.sum_of_squares;
-  result->hash = mix(result->hash + piece.hash) + kMultiplier;
+  result->hash = mix(result->hash + piece.hash);
 }
 
 Status scan(Stored type, const void* data, std::int64_t count, ScanResult* result) {

@@ -31,21 +31,22 @@ struct ScanResult {
   std::uint64_t hash = 0x9e3779b97f4a7c15;
 };
 
-/// Scans values[0, count), stored as `type` from `data` on (any alignment; data[0, count * stored_size) is read, nothing
-/// behind it).
+/// Scans values[0, count), stored as `type` from `data` on (any alignment; data[0, count * stored_size) is read,
+/// nothing behind it).
 ///
 /// The result depends on the bytes alone, not on vector width, alignment or threads. Sums are in float64. Squares of 32
-/// and fewer bits are exact there, so a fused multiply-add has the bits of a separate one; squares of float64 values are
-/// rounded before they are added. Order:
+/// and fewer bits are exact there, so a fused multiply-add has the bits of a separate one; squares of float64 values
+/// are rounded before they are added. Order:
 ///   - pieces of kScanPiece bytes, each from zero; their sums are added in order (append());
-///   - in a piece, blocks of kScanBlock bytes, each from zero; value i of a block goes to accumulator i mod 16 (mod 8 for
+///   - in a piece, blocks of kScanBlock bytes, each from zero; value i of a block goes to accumulator i mod 16 (mod 8
+///   for
 ///     float64), in order of i; the accumulators of the blocks are added in order, each to its own;
 ///   - at the end of a piece accumulator j + h is added to j, for h = 8, 4, 2, 1 (float64: from 4) and all j < h.
 ///
-/// The hash has 64 bits and is meant to find equal tensors, not to withstand forgers. A piece is read as 64-bit words w,
-/// eight interleaved lanes; lane += w + low32(w ^ key) * high32(w ^ key), where the key depends on the lane and on the
-/// position in 1 KiB; after each 1 KiB a lane is scrambled (xor with its shift, times an odd number), so that exchanged
-/// runs of any length show. The last word is padded with zeros, and the length goes into the result.
+/// The hash has 64 bits and is meant to find equal tensors, not to withstand forgers. A piece is read as steps of eight
+/// 64-bit words w, the last step padded with zeros; lane i of four becomes fold((w[2i] ^ key[i]) * (w[2i + 1] ^
+/// lane[i])), where fold xors the halves of the 128-bit product. The length, the lanes and then the pieces are chained
+/// through the finaliser of splitmix64.
 inline constexpr std::int64_t kScanPiece = 1 << 20;
 inline constexpr std::int64_t kScanBlock = 1 << 14;
 

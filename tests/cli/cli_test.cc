@@ -170,6 +170,43 @@ TEST_F(Cli, CorruptWeightsAreAFindingAndTheRestIsAudited) {
   EXPECT_FALSE(report["checks"]["ran"].empty());
 }
 
+TEST_F(Cli, FullReadsEveryWeightAndWritesTheTable) {
+  const std::string model = "fixtures/models/mixtral-tf4";
+  const auto scan = [](const std::string& report) { return nlohmann::json::parse(report)["runs"][0]["facts"]["weights.scan"]; };
+  EXPECT_EQ(scan(run("facts " + model + " --format json").out)["why"], "the values were not read; --full reads them all");
+  const auto table = scan(run("facts " + model + " --full --format json").out)["value"];
+  ASSERT_EQ(table["tensor"].size(), 127u);
+  const auto shorter = nlohmann::json::parse(run("check " + model + " --select CK --format json").out)["facts"]["weights.scan"]["value"];
+  EXPECT_EQ(shorter["rows"], 127);
+  EXPECT_FALSE(shorter.contains("tensor"));
+  const std::string one = run("check " + model + " --full --format json --threads 1").out;
+  EXPECT_EQ(nlohmann::json::parse(one)["facts"]["weights.scan"]["value"], table);
+  EXPECT_EQ(one, run("check " + model + " --full --format json --threads 3").out);
+  const Result both = run("check " + model + " --static --full");
+  EXPECT_EQ(both.exit_code, 2);
+  EXPECT_TRUE(contains(both.err, "--static excludes --full")) << both.err;
+}
+
+TEST_F(Cli, ANanInTheLastByteIsFound) {
+  fs::copy(kRoot + "/fixtures/models/mixtral-tf4", dir_ / "model", fs::copy_options::recursive);
+  const fs::path file = dir_ / "model/model.safetensors";
+  std::fstream(file, std::ios::in | std::ios::out | std::ios::binary).seekp(-2, std::ios::end).write("\xc0\x7f", 2);
+  const auto report = nlohmann::json::parse(run("check '" + (dir_ / "model").string() + "' --format json").out);
+  EXPECT_EQ(report["exit_code"], 1);
+  bool found = false;
+  for (const auto& f : report["findings"]) found |= f["rule"] == "CK001" && contains(f["message"], "model.norm.weight");
+  EXPECT_TRUE(found) << report["findings"];
+  EXPECT_EQ(run("check '" + (dir_ / "model").string() + "' --static").exit_code, 0);  // headers and routers only
+}
+
+TEST_F(Cli, EmptyWeightFileIsAFinding) {
+  fs::copy(kRoot + "/fixtures/models/mixtral-tf4", dir_ / "model", fs::copy_options::recursive);
+  fs::resize_file(dir_ / "model/model.safetensors", 0);
+  const Result r = run("check '" + (dir_ / "model").string() + "' --full");
+  EXPECT_NE(r.exit_code, -1);
+  EXPECT_TRUE(contains(r.out, "CK000")) << r.out;
+}
+
 TEST_F(Cli, StrictTurnsCannotTellIntoExitTwo) {
   EXPECT_EQ(run("check fixtures/models/mixtral-tf4").exit_code, 0);
   EXPECT_EQ(run("check fixtures/models/mixtral-tf4 --strict").exit_code, 2);

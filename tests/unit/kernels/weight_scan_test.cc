@@ -148,9 +148,9 @@ Bytes mostly_finite(Stored type, std::int64_t count, std::uint64_t seed, std::in
 TEST(WeightScan, WrittenOrderOnEveryTarget) {
   for (const Stored type : kAll) {
     const std::int64_t size = stored_size(type), block = kScanBlock / size, piece = kScanPiece / size;
-    for (const std::int64_t count : {std::int64_t{0}, std::int64_t{1}, std::int64_t{7}, std::int64_t{16}, std::int64_t{33},
-                                     64 / size - 1, 64 / size, 64 / size + 1, 1024 / size + 3, block - 1, block, block + 5,
-                                     3 * block + 17, piece, piece + block + 21}) {
+    for (const std::int64_t count : {std::int64_t{0}, std::int64_t{1}, std::int64_t{7}, std::int64_t{16},
+                                     std::int64_t{33}, 64 / size - 1, 64 / size, 64 / size + 1, 1024 / size + 3,
+                                     block - 1, block, block + 5, 3 * block + 17, piece, piece + block + 21}) {
       SCOPED_TRACE(testing::Message() << "type " << static_cast<int>(type) << ", " << count << " values");
       for (const std::int64_t nth : {0, 1, 97}) {
         const Bytes bytes = mostly_finite(type, count, 7 + count, nth);
@@ -218,7 +218,8 @@ TEST(WeightScan, PiecesInOrderGiveTheWhole) {
   scan(Stored::kBF16, bytes.data(), count, &whole);
   for (std::int64_t from = 0; from < count; from += kScanPiece / 2) {
     ScanResult piece;
-    ASSERT_EQ(scan_piece(Stored::kBF16, bytes.data() + 2 * from, std::min(kScanPiece / 2, count - from), &piece), Status::kOk);
+    ASSERT_EQ(scan_piece(Stored::kBF16, bytes.data() + 2 * from, std::min(kScanPiece / 2, count - from), &piece),
+              Status::kOk);
     append(piece, &joined);
   }
   expect_same(joined, whole, true);
@@ -281,7 +282,8 @@ TEST(WeightScan, HashSeesWhatChanges) {
   }
   for (const std::size_t run : {4u, 8u, 64u, 1024u, 16384u, 524288u}) {
     Bytes b = bytes;
-    std::swap_ranges(b.begin(), b.begin() + static_cast<std::ptrdiff_t>(run), b.begin() + static_cast<std::ptrdiff_t>(run));
+    std::swap_ranges(b.begin(), b.begin() + static_cast<std::ptrdiff_t>(run),
+                     b.begin() + static_cast<std::ptrdiff_t>(run));
     expect_new(b);
   }
   for (const std::size_t zeros : {1u, 7u, 8u, 63u, 64u, 65u, 1024u, 1048576u, 1048577u}) expect_new(Bytes(zeros, 0));

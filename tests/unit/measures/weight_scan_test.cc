@@ -1,13 +1,12 @@
 // Every value of the fixtures and of quantised tensors against fixtures/make/weight_scan_golden.py; faults that a test
 // planted; files that change while they are read.
-#include "tests/unit/measures/fixture_model.h"
-
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <map>
 
 #include "audit/measures/value_scan.h"
+#include "tests/unit/measures/fixture_model.h"
 
 namespace moeaudit {
 extern const Measure measure_header_scan;
@@ -173,7 +172,8 @@ TEST(WeightScanMeasure, ThreadsDoNotShow) {
     const auto same = [](const std::vector<double>& x, const std::vector<double>& y) {
       return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0;
     };
-    EXPECT_TRUE(same(a.sum, b.sum) && same(a.sum_of_squares, b.sum_of_squares) && same(a.min, b.min) && same(a.max, b.max));
+    EXPECT_TRUE(same(a.sum, b.sum) && same(a.sum_of_squares, b.sum_of_squares) && same(a.min, b.min) &&
+                same(a.max, b.max));
   }
 }
 
@@ -215,13 +215,14 @@ TEST(WeightScanMeasure, ScalesThatDoNotFitAreNotUsed) {
   const TempTree tree;
   WeightFile file;
   file.add_zeros("a.weight", {200, 300}, "F8_E4M3");
-  file.add_zeros("a.weight_scale_inv", {3, 3});       // two rows of blocks were due
+  file.add_zeros("a.weight_scale_inv", {3, 3});  // two rows of blocks were due
   file.add_zeros("b_blocks", {2, 4, 2, 16}, "U8");
-  file.add_zeros("b_scales", {2, 4, 1}, "U8");        // too few
-  file.add_zeros("c.weight", {10, 1}, "U8");          // nf4 whose shape claims more than there is
+  file.add_zeros("b_scales", {2, 4, 1}, "U8");  // too few
+  file.add_zeros("c.weight", {10, 1}, "U8");    // nf4 whose shape claims more than there is
   file.add_zeros("c.weight.absmax", {1});
   file.add_zeros("c.weight.quant_map", {16});
-  const std::string state = R"({"quant_type": "nf4", "blocksize": 64, "shape": [99999999999, 99999999999], "dtype": "bfloat16"})";
+  const std::string state =
+      R"({"quant_type": "nf4", "blocksize": 64, "shape": [99999999999, 99999999999], "dtype": "bfloat16"})";
   file.add("c.weight.quant_state.bitsandbytes__nf4", "U8", {static_cast<std::int64_t>(state.size())}, state);
   const Bench bench = scan({}, open_weights(tree.write("model.safetensors", file.text())));
   const WeightScan& t = bench.facts.weight_scan.value();
