@@ -12,9 +12,9 @@ namespace {
 
 void print_text() {
   std::size_t width = 0;
-  for (int i = 0; i < kNumRules; ++i) width = std::max(width, kRules[i]->name.size());
-  for (int i = 0; i < kNumRules; ++i) {
-    const Rule& rule = *kRules[i];
+  for (const Rule* rule : all_rules()) width = std::max(width, rule->name.size());
+  for (const Rule* each : all_rules()) {
+    const Rule& rule = *each;
     std::cout << rule.id << "  " << rule.name << std::string(width - rule.name.size() + 2, ' ');
     const std::string severity = name_of(rule.severity);
     std::cout << severity << std::string(9 - severity.size(), ' ') << rule.summary << "\n";
@@ -23,8 +23,8 @@ void print_text() {
 
 void print_json() {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
-  for (int i = 0; i < kNumRules; ++i) {
-    const Rule& rule = *kRules[i];
+  for (const Rule* each : all_rules()) {
+    const Rule& rule = *each;
     list.push_back({{"id", rule.id}, {"name", rule.name}, {"since", rule.since}, {"severity", name_of(rule.severity)},
                     {"summary", rule.summary}, {"doc", rule.doc}});
   }

@@ -1,5 +1,5 @@
 // Host tool of the build: turns audit/families/*.yaml and audit/behaviours/*.yaml into constant C++ tables.
-//   compile_tables <families-dir> <behaviours-dir> <out-dir>     writes families.cc and behaviours.cc
+//   compile_tables <families-dir> <behaviours-dir> <out-dir>     writes families.cc, behaviours.cc and advisories.cc (<behaviours-dir>/advisories)
 // It is the only reader of these files, so it checks them hard: a mistake stops the build with file, line and remedy.
 #include <filesystem>
 #include <fstream>
@@ -30,6 +30,7 @@ int main(int argc, char** argv) {
     fs::create_directories(argv[3]);
     write_file(fs::path(argv[3]) / "families.cc", tables::families_source(argv[1]));
     write_file(fs::path(argv[3]) / "behaviours.cc", tables::behaviours_source(argv[2]));
+    write_file(fs::path(argv[3]) / "advisories.cc", tables::advisories_source(fs::path(argv[2]) / "advisories"));
   } catch (const std::exception& e) {
     std::cerr << e.what() << '\n';
     return 1;

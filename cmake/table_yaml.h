@@ -124,7 +124,7 @@ class Sources {
     for (const auto& entry : top.node("sources")) text_[entry.first.Scalar()] = map.text(entry.first.Scalar());
     map.done();
   }
-  /// "code:96", "code:96, config@v5.0.0:3", or free text without a known short name in front (an issue, a fixtures/oracle
+  /// "code:96", "code@v4.57.6:96, config:3", or free text without a known short name in front (an issue, a fixtures/oracle
   /// row).
   std::string expand(const std::string& cite, const YAML::Mark& mark) const {
     std::vector<std::string> parts;
@@ -192,8 +192,9 @@ inline std::vector<std::filesystem::path> yaml_files(const std::filesystem::path
   return files;
 }
 
-/// The sources of the two tables. Throw std::runtime_error("file:line: error: ...") at the first mistake.
+/// The sources of the three tables. Throw std::runtime_error("file:line: error: ...") at the first mistake.
 std::string families_source(const std::filesystem::path& dir);    // family_tables.cc
 std::string behaviours_source(const std::filesystem::path& dir);  // behaviour_tables.cc
+std::string advisories_source(const std::filesystem::path& dir);  // advisory_tables.cc
 
 }  // namespace tables

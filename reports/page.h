@@ -33,6 +33,10 @@ void fill(std::ostream& out, std::string_view text, int indent, int width);
 
 std::string join(const std::vector<std::string>& items, const char* separator);
 
+/// AV001 and on: a row of a table, about a fault of some releases (audit/rules/advisory.h). There are many, so a report for
+/// people sums up those that have nothing to say.
+inline bool is_advisory(std::string_view id) { return id.starts_with("AV"); }
+
 void write_problems(const RunResult& run, const Paint& paint, int width, std::ostream& out);
 void write_keys(const RunResult& run, const Paint& paint, int width, std::ostream& out);
 

@@ -36,9 +36,8 @@ Counts count(const std::vector<RunResult>& runs) {
   return c;
 }
 
-std::string plural(int n, const std::string& what) {
-  return std::to_string(n) + " " + what + (n == 1 ? "" : what.ends_with("s") ? "es" : "s");
-}
+std::string plural(int n, const char* one, const char* many) { return std::to_string(n) + " " + (n == 1 ? one : many); }
+std::string plural(int n, const std::string& what) { return plural(n, what.c_str(), (what + (what.ends_with("s") ? "es" : "s")).c_str()); }
 
 void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& out) {
   const Counts c = count(result.runs);
@@ -174,6 +173,7 @@ void write_base(const FactSheet& f, int width, std::ostream& out) {
 void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
   std::vector<std::string> passed;
   std::vector<std::pair<std::string, std::string>> not_applicable;  // reason, rules
+  int elsewhere = 0;  // advisories of releases and configurations that this run does not have
   std::map<std::string, std::vector<std::string>> waiting;  // what would settle it -> rules
   std::vector<const RuleResult*> undecided;
   for (const RuleResult& rule : run.rules) {
@@ -182,6 +182,10 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
       case Outcome::Kind::kPass: passed.push_back(id); break;
       case Outcome::Kind::kFinding: break;
       case Outcome::Kind::kNotApplicable: {
+        if (is_advisory(rule.id)) {
+          ++elsewhere;
+          break;
+        }
         const auto same = std::find_if(not_applicable.begin(), not_applicable.end(), [&](const auto& n) { return n.first == rule.outcome.reason; });
         if (same == not_applicable.end()) not_applicable.emplace_back(rule.outcome.reason, id);
         else same->second += " " + id;
@@ -193,6 +197,8 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   out << "\n" << paint.bold("Checked") << "\n";
   fill(out, passed.empty() ? "nothing passed" : "passed: " + join(passed, " "), 2, width);
   for (const auto& [reason, ids] : not_applicable) fill(out, "not applicable: " + ids + " (" + reason + ")", 2, width);
+    fill(out, "not applicable: " + plural(elsewhere, "advisory", "advisories") + " for other releases or configurations (AV)", 2, width);
+  }
   for (const MeasureRecord& m : run.measures) {
     fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
   }
@@ -211,13 +217,18 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   write_base(run.facts, width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
+  int advisories = 0;
   for (const RuleResult* rule : undecided) {
     std::vector<std::string> missing;
     for (const Missing& m : rule->outcome.missing) missing.push_back(m.fact + (m.why.empty() ? "" : " (" + m.why + ")"));
-    fill(out, std::string(rule->id) + " " + std::string(rule->name) + ": unknown " + join(missing, ", "), 2, width);
+    if (is_advisory(rule->id)) ++advisories;
+    else fill(out, std::string(rule->id) + " " + std::string(rule->name) + ": unknown " + join(missing, ", "), 2, width);
     for (const Missing& m : rule->outcome.missing) {
       if (!m.supply.empty()) waiting[m.supply].push_back(std::string(rule->id));
     }
+  }
+  if (advisories > 0) {
+    fill(out, plural(advisories, "advisory", "advisories") + " on faults of releases (AV): the report in JSON says what each lacks", 2, width);
   }
   for (auto& [supply, rules] : waiting) {
     rules.erase(std::unique(rules.begin(), rules.end()), rules.end());

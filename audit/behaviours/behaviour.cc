@@ -94,25 +94,6 @@ std::string gap_text(std::string_view package, std::string_view topic, const std
          (gap.empty() ? " for all releases it may be" : "");
 }
 
-/// What a run may have, in released versions. A release candidate holds the code of its release; a development build
-/// lies somewhere between the release before and its own, so it may do as either.
-VersionSet released(const VersionSet* versions) {
-  if (!versions) return {};
-  if (!versions->exact || versions->exact->phase >= 3) return *versions;
-  Version release;
-  release.release = versions->exact->release;
-  release.text = versions->exact->text;
-  VersionSet set;
-  set.text = versions->text;
-  if (versions->exact->phase >= 0) {
-    set.exact = std::move(release);
-    return set;
-  }
-  release.phase = 4;  // just above the release itself: the window holds the build and the release
-  set.window = {*versions->exact, std::move(release)};
-  return set;
-}
-
 std::vector<VersionWindow> key_list_windows(std::span<const BehaviourRow> rows, std::string_view list) {
   std::vector<VersionWindow> windows;
   std::string_view from = "-", until = "-";
@@ -129,7 +110,7 @@ std::vector<VersionWindow> key_list_windows(std::span<const BehaviourRow> rows, 
 }  // namespace
 
 BehaviourAnswer ask(const BehaviourQuery& query, const VersionSet* versions) {
-  const VersionSet set = released(versions);
+  const VersionSet set = versions ? released(*versions) : VersionSet{};
   BehaviourAnswer answer;
   std::vector<VersionWindow> certain;
   std::vector<const BehaviourRow*> met;
@@ -174,12 +155,12 @@ BehaviourAnswer ask(const BehaviourQuery& query, const VersionSet* versions) {
 
 bool has_key_list(std::string_view package, std::string_view list, const VersionSet* versions) {
   const auto windows = key_list_windows(rows_of(package, "known_key"), list);
-  return !windows.empty() && !first_gap(released(versions), windows);
+  return !windows.empty() && !first_gap(versions ? released(*versions) : VersionSet{}, windows);
 }
 
 bool key_unknown(std::string_view package, std::string_view list, std::string_view key, const VersionSet* versions) {
   if (!has_key_list(package, list, versions)) return false;
-  const VersionSet set = released(versions);
+  const VersionSet set = versions ? released(*versions) : VersionSet{};
   for (const BehaviourRow& row : rows_of(package, "known_key")) {
     if (row.value == key && row.when[0].values[0] == list && set.intersects(window_of(row))) return false;
   }

@@ -18,9 +18,9 @@ bool any_matches(const std::vector<std::string>& patterns, const Rule& rule) {
 
 std::vector<const Rule*> select_rules(const EngineOptions& options) {
   std::vector<const Rule*> selected;
-  for (int i = 0; i < kNumRules; ++i) {
-    const bool in = options.select.empty() || any_matches(options.select, *kRules[i]);
-    if (in && !any_matches(options.ignore, *kRules[i])) selected.push_back(kRules[i]);
+  for (const Rule* rule : all_rules()) {
+    const bool in = options.select.empty() || any_matches(options.select, *rule);
+    if (in && !any_matches(options.ignore, *rule)) selected.push_back(rule);
   }
   return selected;
 }
@@ -63,10 +63,8 @@ bool selects(std::string_view pattern, std::string_view id, std::string_view nam
 }
 
 bool selects_nothing(std::string_view pattern) {
-  for (int i = 0; i < kNumRules; ++i) {
-    if (matches(pattern, *kRules[i])) return false;
-  }
-  return true;
+  const auto rules = all_rules();
+  return std::none_of(rules.begin(), rules.end(), [&](const Rule* rule) { return matches(pattern, *rule); });
 }
 
 RunResult audit_run(LoadedRun run, const EngineOptions& options) {

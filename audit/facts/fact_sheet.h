@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "audit/facts/fact.h"
@@ -39,6 +41,16 @@ struct FactSheet {
 #undef FACT
   }
 };
+
+/// Calls f(package, fact) for every fact that holds the versions of a package: "versions.trl" -> "trl".
+template <class Sheet, class F>
+void visit_versions(Sheet& sheet, F&& f) {
+  sheet.visit([&](auto& fact) {
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(fact)>, Fact<VersionSet>>) {
+      f(fact.info().name.substr(std::string_view("versions.").size()), fact);
+    }
+  });
+}
 
 /// Short text of a value for people: numbers as written by hand, columns as a count of rows.
 std::string to_text(bool v);

@@ -248,6 +248,22 @@ bool VersionSet::inside(const VersionWindow& w) const {
   return low && high;
 }
 
+VersionSet released(const VersionSet& versions) {
+  if (!versions.exact || versions.exact->phase >= 3) return versions;
+  Version release;
+  release.release = versions.exact->release;
+  release.text = versions.exact->text;
+  VersionSet set;
+  set.text = versions.text;
+  if (versions.exact->phase >= 0) {
+    set.exact = std::move(release);
+    return set;
+  }
+  release.phase = 4;  // just above the release itself: the window holds the build and the release
+  set.window = {*versions.exact, std::move(release)};
+  return set;
+}
+
 std::string to_text(const VersionSet& set) { return set.exact ? set.exact->text : set.text; }
 
 }  // namespace moeaudit

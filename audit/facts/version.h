@@ -48,6 +48,9 @@ struct VersionSet {
   bool intersects(const VersionWindow& w) const;  // some version of the set lies in w
   bool inside(const VersionWindow& w) const;      // every version of the set lies in w
 };
+/// In released versions. A release candidate holds the code of its release; a development build lies somewhere between the
+/// release before and its own, so it may do as either.
+VersionSet released(const VersionSet& set);
 std::string to_text(const VersionSet& set);
 inline bool operator==(const VersionSet& a, const VersionSet& b) { return a.text == b.text; }
 

@@ -23,6 +23,8 @@ constexpr Row kRows[] = {
     {"model_revision", "base_model_revision"},
     {"model_config.*", "model_config.*"},               // setattr on the config before the model is built
     {"overrides_of_model_config.*", "model_config.*"},  // the field's own name; model_config is its alias
+    {"trust_remote_code", "trust_remote_code"},
+    {"sample_packing", "packing"},
     {"adapter", "peft_type", adapter_kind},
     {"lora_r", "r", as_number},
     {"lora_alpha", "lora_alpha", as_number},

@@ -20,6 +20,7 @@ constexpr Row kRows[] = {
     {"fsdp_config.fsdp_version", "fsdp_version"},
     {"gradient_checkpointing", "gradient_checkpointing"},
     {"gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
+    {"use_liger_kernel", "use_liger_kernel"},
     {"max_grad_norm", "max_grad_norm", as_number},
     {"warmup_steps", "warmup_steps", as_number},
     {"warmup_ratio", "warmup_ratio", as_number},

@@ -14,6 +14,8 @@ namespace {
 constexpr Row kOwnRows[] = {
     {"model_name_or_path", ""},
     {"model_revision", "base_model_revision"},
+    {"trust_remote_code", "trust_remote_code"},
+    {"packing", "packing"},
     {"stage", ""},
     {"finetuning_type", "finetuning_type"},
     {"lora_rank", "r", as_number},

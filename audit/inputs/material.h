@@ -16,8 +16,8 @@ namespace moeaudit {
 /// One statement: a value under the name that Hugging Face gives it, whatever the framework calls it.
 ///   training     gradient_accumulation_steps, per_device_train_batch_size, bf16, fp16, bf16_full_eval, tf32,
 ///                average_tokens_across_devices, label_smoothing_factor, deepspeed, fsdp, gradient_checkpointing,
-///                gradient_checkpointing_kwargs, max_grad_norm, warmup_steps, warmup_ratio, max_steps, learning_rate,
-///                loss_type, torch_dtype (dtype the weights are loaded in), max_length (tokens a sequence), world_size
+///                gradient_checkpointing_kwargs, checkpointing_reentrant, max_grad_norm, warmup_steps, warmup_ratio, max_steps, learning_rate,
+///                loss_type, use_liger_kernel, packing, trust_remote_code, torch_dtype (dtype the weights are loaded in), max_length (tokens a sequence), world_size
 ///   adapter      peft_type, r, lora_alpha, lora_dropout, use_rslora, target_modules, target_parameters, exclude_modules,
 ///                modules_to_save, layers_to_transform, rank_pattern, alpha_pattern, lora_target_linear (Axolotl, bool)
 ///   model        model_config.<key>: an override of the model's config.json (Axolotl model_config:, TRL router_aux_loss_coef

@@ -16,30 +16,12 @@ const Setting* Resolver::last(std::string_view name) const {
   return found;
 }
 
-namespace {
-
-/// The fact that holds a package's releases, or nullptr.
-template <class Sheet>
-auto* version_fact(Sheet& f, std::string_view package) {
-  auto* none = static_cast<decltype(&f.transformers)>(nullptr);
-  if (package == "transformers") return &f.transformers;
-  if (package == "peft") return &f.peft;
-  if (package == "trl") return &f.trl;
-  if (package == "accelerate") return &f.accelerate;
-  if (package == "axolotl") return &f.axolotl;
-  if (package == "llamafactory") return &f.llamafactory;
-  if (package == "ms-swift") return &f.ms_swift;
-  if (package == "deepspeed") return &f.deepspeed_package;
-  if (package == "bitsandbytes") return &f.bitsandbytes;
-  if (package == "torch") return &f.torch;
-  return none;
-}
-
-}  // namespace
-
 const VersionSet* Resolver::versions(std::string_view package) const {
-  const auto* fact = version_fact(facts, package);
-  return fact ? fact->get() : nullptr;
+  const VersionSet* found = nullptr;
+  visit_versions(facts, [&](std::string_view name, const Fact<VersionSet>& fact) {
+    if (name == package) found = fact.get();
+  });
+  return found;
 }
 
 BehaviourAnswer Resolver::ask_about(std::string_view package, std::string_view topic) const {
@@ -158,7 +140,9 @@ std::optional<DType> dtype_from_text(std::string_view text) {
 
 void resolve_versions(Resolver& r) {
   for (const VersionStatement& s : r.material.versions) {
-    if (auto* fact = version_fact(r.facts, s.package)) fact->set(s.versions, Resolver::origin_of(s.source), s.source);
+    visit_versions(r.facts, [&](std::string_view package, Fact<VersionSet>& fact) {
+      if (package == s.package) fact.set(s.versions, Resolver::origin_of(s.source), s.source);
+    });
   }
 }
 

@@ -8,7 +8,14 @@ namespace {
 /// config has the flag (trl/trainer/sft_trainer.py).
 void apply_trl_override(Resolver& r) {
   FactSheet& f = r.facts;
-  if (r.material.framework != "trl" || !f.aux_flag_key.known()) return;
+  if (r.material.framework != "trl") return;
+  for (const Setting& s : r.material.settings) {
+    const auto value = s.name == "trl.router_aux_loss_coef" ? node_double(s.value) : std::nullopt;
+    const bool default_of_the_field = s.source.role == Role::kTrainingArguments && value == 0.001;
+    if (value && !default_of_the_field) f.aux_trainer_coefficient.set(*value, Resolver::origin_of(s.source), s.source);
+  }
+  f.aux_trainer_coefficient.set_if_unknown(0.0, Origin::kAbsent, r.material.framework_source);
+  if (!f.aux_flag_key.known()) return;
   const BehaviourAnswer overrides = r.ask_about("trl", "overrides_aux_flag");
   if (!overrides.value || *overrides.value != "true") return;  // unknown: resolve_added() says so
   Fact<double> coefficient(&fact_info::aux_coefficient);

@@ -125,9 +125,23 @@ void resolve_recomputation(Resolver& r) {
   if (framework == "llama-factory") {
     r.apply_default(f.gradient_checkpointing, "llamafactory", "gradient_checkpointing");
     r.apply_default(f.checkpointing_reentrant, "llamafactory", "use_reentrant_gc");
-  } else if (framework == "trl" || framework == "transformers") {
-    r.apply_default(f.gradient_checkpointing, framework, "gradient_checkpointing");
-    if (framework == "transformers") r.apply_default(f.checkpointing_reentrant, framework, "use_reentrant");
+  } else if (framework == "trl" || framework == "axolotl" || framework == "transformers") {
+    const Setting* said = r.last("gradient_checkpointing");  // Axolotl has words for it, too: "offload"
+    if (!said || said->value.is_null()) r.apply_default(f.gradient_checkpointing, framework, "gradient_checkpointing");
+    const Setting* unfrozen = r.last("unfrozen_parameters");
+    if (framework == "axolotl" && unfrozen && !unfrozen->value.is_null()) {
+      f.checkpointing_reentrant.set_if_unknown(false, Origin::kFrameworkDefault, unfrozen->source);
+      return;
+    }
+    BehaviourAnswer form = r.ask_about(framework, "default.use_reentrant");
+    if (form.value && *form.value == "transformers") form = r.ask_about("transformers", "default.use_reentrant");
+    if (form.value) {
+      Source source = source_of(form);
+      source.key = "use_reentrant";
+      f.checkpointing_reentrant.set_if_unknown(*form.value == "true", Origin::kFrameworkDefault, std::move(source));
+    } else if (!f.checkpointing_reentrant.known()) {
+      f.checkpointing_reentrant.explain_unknown(form.why);
+    }
   }
 }
 

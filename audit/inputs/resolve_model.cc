@@ -300,6 +300,7 @@ void resolve_moe_layers(Resolver& r) {
   } else {
     add_moe_layers(r, rule, 0, n, &layers);
   }
+  f.num_dense_layers.set(f.num_layers.value() - static_cast<std::int64_t>(layers.size()), Origin::kDerived, f.num_layers.source());
   f.moe_layers.set(std::move(layers), Origin::kDerived, derived_from(rule_text(rule)));
 }
 
@@ -393,7 +394,15 @@ void resolve_model(Resolver& r) {
     if (c.root.find("model_type") || (c.text && c.text->find("model_type"))) r.family = family_of(c);
   }
   if (r.material.configs.empty()) apply_hub_model(r);
-  for (const ModelConfig& c : r.material.configs) apply_config(r, c);
+  for (const ModelConfig& c : r.material.configs) {
+    apply_config(r, c);
+    Source source;
+    source.role = c.role;
+    source.file = c.file;
+    source.key = "auto_map";
+    const Node* code = c.root.find_path("auto_map.AutoModelForCausalLM");
+    f.remote_code.set(code != nullptr, code ? Origin::kStated : Origin::kAbsent, std::move(source));
+  }
   apply_overrides(r);
   if (r.family) {
     apply_family(r);
@@ -412,6 +421,7 @@ void resolve_model(Resolver& r) {
     ask_bool(f.router_is_linear, "router_is_linear");
     ask_bool(f.experts_fused, "experts_fused");
     if (r.family && r.family->routing.correction_bias) ask_bool(f.bias_kept_fp32, "bias_kept_fp32");
+    ask_bool(f.experts_skipped, "skips_idle_experts");
   }
   count_expert_parameters(r);
 }

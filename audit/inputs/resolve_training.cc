@@ -123,6 +123,9 @@ void resolve_batches(Resolver& r) {
   r.apply(f.world_size, "world_size", node_int);
   r.apply(f.average_tokens, "average_tokens_across_devices", node_bool);
   r.apply(f.label_smoothing, "label_smoothing_factor", node_double);
+  r.apply(f.packing, "packing", node_bool);
+  r.apply(f.use_liger_kernel, "use_liger_kernel", node_bool);
+  r.apply(f.trust_remote_code, "trust_remote_code", node_bool);
   r.apply(f.deepspeed, "deepspeed", [](const Node& n) -> std::optional<bool> {
     if (n.is_null()) return false;
     if (n.kind == Node::Kind::kBool) return n.boolean;
@@ -149,6 +152,9 @@ void resolve_batches(Resolver& r) {
     if (forced.value) f.average_tokens.set(*forced.value == "true", Origin::kFrameworkDefault, source_of(forced));
     r.apply_default(f.average_tokens, "transformers", "average_tokens_across_devices");
     r.apply_default(f.label_smoothing, "transformers", "label_smoothing_factor");
+    if (r.material.framework == "trl") r.apply_default(f.packing, "trl", "packing");
+    if (package == "axolotl") r.apply_default(f.packing, "axolotl", "sample_packing");
+    if (package == "transformers") r.apply_default(f.use_liger_kernel, "transformers", "use_liger_kernel");
     if (!f.deepspeed.known()) f.deepspeed.set(false, Origin::kAbsent, r.material.framework_source);
   }
   r.apply(f.warmup_steps, "warmup_steps", node_int);

@@ -28,6 +28,8 @@ constexpr Row kRows[] = {
     {"fsdp_config.fsdp_version", "fsdp_version"},
     {"gradient_checkpointing", "gradient_checkpointing"},
     {"gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
+    {"use_liger_kernel", "use_liger_kernel"},
+    {"packing", "packing"},
     {"max_grad_norm", "max_grad_norm"},
     {"warmup_steps", "warmup_steps"},
     {"warmup_ratio", "warmup_ratio"},

@@ -13,6 +13,8 @@ namespace {
 constexpr Row kOwnRows[] = {
     {"model_name_or_path", ""},
     {"model_revision", "base_model_revision"},
+    {"trust_remote_code", "trust_remote_code"},
+    {"packing", "packing"},
     {"use_peft", ""},
     {"lora_r", "r", as_number},
     {"lora_alpha", "lora_alpha", as_number},

@@ -11,9 +11,13 @@
 namespace moeaudit {
 namespace {
 
-constexpr std::string_view kJudged[] = {"transformers", "peft",         "trl",  "accelerate",
-                                        "axolotl",      "bitsandbytes", "torch",
-                                        "llamafactory", "ms-swift", "deepspeed"};
+/// Packages on which some check depends: those with a fact of their own.
+std::vector<std::string> judged() {
+  std::vector<std::string> packages;
+  const FactSheet blank;
+  visit_versions(blank, [&](std::string_view package, const auto&) { packages.emplace_back(package); });
+  return packages;
+}
 
 std::string_view trim(std::string_view s) {
   while (!s.empty() && std::isspace(static_cast<unsigned char>(s.front()))) s.remove_prefix(1);
@@ -33,7 +37,8 @@ std::string normalised(std::string_view name) {
 }
 
 bool is_judged(std::string_view package) {
-  return std::find(std::begin(kJudged), std::end(kJudged), package) != std::end(kJudged);
+  const std::vector<std::string> packages = judged();
+  return std::find(packages.begin(), packages.end(), package) != packages.end();
 }
 
 std::string file_name(std::string_view path) { return std::filesystem::path(path).filename().string(); }
@@ -305,10 +310,10 @@ void read_assumption(const std::string& package, const std::string& version, Mat
     return;
   }
   if (!is_judged(name)) {
-    material->problems.push_back(
-        {"", 0, 0, "--assume " + package + ": no check depends on this package",
-         "packages that count: transformers, peft, trl, accelerate, axolotl, llamafactory, ms-swift, deepspeed, "
-         "bitsandbytes, torch"});
+    std::string packages;
+    for (const std::string& p : judged()) packages += (packages.empty() ? "" : ", ") + p;
+    material->problems.push_back({"", 0, 0, "--assume " + package + ": no check depends on this package",
+                                  "packages that count: " + packages});
     return;
   }
   material->versions.push_back({name, *set, std::move(source)});

@@ -264,4 +264,28 @@ TEST_F(Cli, RulesAndExplain) {
   }
 }
 
+TEST_F(Cli, AdvisoriesAreListedByPackageAndAreRules) {
+  const auto all = nlohmann::json::parse(run("advisories --format json").out);
+  const auto of_trl = nlohmann::json::parse(run("advisories --package trl --format json").out);
+  EXPECT_GT(all.size(), of_trl.size());
+  ASSERT_FALSE(of_trl.empty());
+  for (const auto& advisory : of_trl) {
+    bool names_trl = false;
+    for (const auto& affected : advisory["affected"]) names_trl |= affected["package"] == "trl";
+    EXPECT_TRUE(names_trl) << advisory;
+    EXPECT_EQ(run("explain " + advisory["id"].get<std::string>()).exit_code, 0);
+  }
+  EXPECT_TRUE(contains(run("advisories --package trl").out, "AV020  error  balance-loss-added-twice"));
+  EXPECT_EQ(run("advisories --package nosuch").exit_code, 2);
+}
+
+TEST_F(Cli, TheReportSumsUpAdvisoriesThatHaveNothingToSay) {
+  const Result r = run("check fixtures/runs/mixtral-full-healthy --static");
+  EXPECT_TRUE(contains(r.out, "advisories for other releases or configurations (AV)")) << r.out;
+  EXPECT_FALSE(contains(r.out, "not applicable: AV0")) << r.out;
+  const Result one = run("check fixtures/runs/mixtral-full-healthy --static --select AV001 --assume transformers=5.2.0");
+  EXPECT_EQ(one.exit_code, 1);
+  EXPECT_TRUE(contains(one.out, "error AV001 balance-loss-softmaxed-twice")) << one.out;
+}
+
 }  // namespace

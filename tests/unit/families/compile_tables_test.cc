@@ -1,4 +1,4 @@
-// The build's own reader of audit/families and audit/behaviours: what it refuses, and that it says where.
+// The build's own reader of audit/families, audit/behaviours and its advisories: what it refuses, and that it says where.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -28,7 +28,7 @@ class CompileTables : public testing::Test {
   void SetUp() override {
     const auto* test = testing::UnitTest::GetInstance()->current_test_info();
     root_ = fs::temp_directory_path() / ("moe-audit-tables-" + std::to_string(::getpid()) + "-" + test->name());
-    for (const char* folder : {"families", "behaviours"}) {
+    for (const char* folder : {"families", "behaviours", "behaviours/advisories"}) {
       fs::create_directories(root_ / folder);
       for (const auto& entry : fs::directory_iterator(kSource / "audit" / folder)) {
         if (entry.path().extension() == ".yaml") fs::copy_file(entry.path(), root_ / folder / entry.path().filename());
@@ -209,6 +209,60 @@ TEST_F(CompileTables, RefusesAnOpenListOfKeys) {
         "package: some\nknown_keys:\n  - list: L\n    cite: a/b@1\n    groups:\n      - {from: \"1.0\", keys: [a]}\n");
   line_ = 6;
   expect_refused("behaviours/some.yaml", "closed window only");
+}
+
+// ---- advisories -----------------------------------------------------------------------------------------------------
+
+constexpr const char* kAdvisory = "behaviours/advisories/trl.yaml";
+
+TEST_F(CompileTables, RefusesAConditionOnNoFact) {
+  replace(kAdvisory, "balance.trainer_coefficient != 0", "balance.trainer_koefficient != 0");
+  line_ -= 1;  // of the list
+  expect_refused(kAdvisory, "no fact is called 'balance.trainer_koefficient'");
+}
+
+TEST_F(CompileTables, RefusesComparisonsThatDoNotApply) {
+  replace(kAdvisory, "training.trainer == SFTTrainer", "training.trainer > SFTTrainer");
+  expect_refused(kAdvisory, "'>' does not apply to training.trainer; write one of: !=, ==, in");
+  replace(kAdvisory, "training.trainer > SFTTrainer", "training.trainer == SFTTrainer, DPOTrainer");
+  expect_refused(kAdvisory, "one value, or 'in' with several");
+  replace(kAdvisory, "training.trainer == SFTTrainer, DPOTrainer", "balance.aux_coefficient != some");
+  expect_refused(kAdvisory, "'some' is no number");
+}
+
+TEST_F(CompileTables, RefusesAnIdUsedTwice) {
+  replace(kAdvisory, "id: AV021", "id: AV020");
+  line_ = 0;
+  EXPECT_NE(run(), 0);
+  EXPECT_NE(output_.find("'AV020' is used twice"), std::string::npos) << output_;
+}
+
+TEST_F(CompileTables, RefusesMalformedWindows) {
+  replace(kAdvisory, "[{from: \"0.23.0\", until: \"0.23.1\"}]", "[{from: \"0.23.0\"}]");
+  expect_refused(kAdvisory, "ends with until");
+  replace(kAdvisory, "[{from: \"0.23.0\"}]", "[{from: \"0.23.1\", until: \"0.23.0\"}]");
+  expect_refused(kAdvisory, "ends before it begins: 0.23.1 to 0.23.0");
+  replace(kAdvisory, "[{from: \"0.23.1\", until: \"0.23.0\"}]", "[{until: \"0.23.1\"}, {from: \"0.23.1\", until: \"0.24.0\"}]");
+  expect_refused(kAdvisory, "in order and apart");
+}
+
+TEST_F(CompileTables, RefusesARemedyThatDoesNotHelp) {
+  replace(kAdvisory, "release: \"trl>=0.23.1\"", "release: \"trl>=0.22\"");
+  line_ = 0;
+  EXPECT_NE(run(), 0);
+  EXPECT_NE(output_.find("trl>=0.22 still lies in an affected window of trl"), std::string::npos) << output_;
+}
+
+TEST_F(CompileTables, RefusesAnErrorThatIsOnlyReported) {
+  replace(kAdvisory, "evidence: measured", "evidence: reported");
+  expect_refused(kAdvisory, "an error needs evidence");
+}
+
+TEST_F(CompileTables, RefusesAnAdvisoryForEveryone) {
+  write("behaviours/advisories/some.yaml", std::string("package: trl\nadvisories:\n  - id: AV900\n    name: some-name\n"
+        "    since: \"0.1.0\"\n    severity: note\n    evidence: read\n    affected: all\n    when: []\n"));
+  line_ = 9;
+  expect_refused("behaviours/advisories/some.yaml", "say by at least one condition whom it bites");
 }
 
 }  // namespace
