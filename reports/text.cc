@@ -197,6 +197,7 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   out << "\n" << paint.bold("Checked") << "\n";
   fill(out, passed.empty() ? "nothing passed" : "passed: " + join(passed, " "), 2, width);
   for (const auto& [reason, ids] : not_applicable) fill(out, "not applicable: " + ids + " (" + reason + ")", 2, width);
+  if (elsewhere > 0) {
     fill(out, "not applicable: " + plural(elsewhere, "advisory", "advisories") + " for other releases or configurations (AV)", 2, width);
   }
   for (const MeasureRecord& m : run.measures) {

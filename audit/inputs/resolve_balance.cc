@@ -42,7 +42,6 @@ void apply_trl_override(Resolver& r) {
 
 void resolve_added(Resolver& r) {
   FactSheet& f = r.facts;
-  if (!f.balance.known() || f.balance.value() != Balance::kAuxLoss) return;
   const BehaviourAnswer effect = r.ask_about("transformers", "aux_flag_effect");
   if (effect.value) {
     for (AuxEffect e : {AuxEffect::kAdded, AuxEffect::kIgnored, AuxEffect::kCrash, AuxEffect::kKeywordOnly, AuxEffect::kNoField}) {
@@ -51,6 +50,7 @@ void resolve_added(Resolver& r) {
   } else {
     f.aux_effect.explain_unknown(effect.why);
   }
+  if (!f.balance.known() || f.balance.value() != Balance::kAuxLoss) return;
   if (!f.trainer.known()) {
     f.aux_added.explain_unknown("no file says which trainer runs");
     return;

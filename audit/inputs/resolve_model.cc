@@ -274,13 +274,14 @@ std::string rule_text(const MoeLayerRule& rule) {
 void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t first, std::int64_t n, std::vector<std::int64_t>* layers) {
   const std::int64_t from = config_number(r, rule.from), to = config_number(r, rule.to);
   const std::int64_t every = std::max<std::int64_t>(1, config_number(r, rule.every));
-  const std::int64_t offset = config_number(r, rule.offset);
+  const std::int64_t named = config_number(r, rule.offset);
+  const std::int64_t offset = named < 0 ? every - 1 : named == 1 && every == 1 ? 0 : named;  // a step of 1: every layer
   const auto dense = config_numbers(r, rule.dense), only = config_numbers(r, rule.only);
   auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return std::find(list.begin(), list.end(), i) != list.end();
   };
   for (std::int64_t i = 0; i < n; ++i) {
-    const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == (offset < 0 ? every - 1 : offset % every);
+    const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == offset;
     if (only ? names(*only, i) : by_rule && !(dense && names(*dense, i))) layers->push_back(first + i);
   }
 }
@@ -422,6 +423,11 @@ void resolve_model(Resolver& r) {
     ask_bool(f.experts_fused, "experts_fused");
     if (r.family && r.family->routing.correction_bias) ask_bool(f.bias_kept_fp32, "bias_kept_fp32");
     ask_bool(f.experts_skipped, "skips_idle_experts");
+    if (f.expert_capacity.known()) {
+      const BehaviourAnswer answer = r.ask_about("transformers", "capacity_group");
+      if (answer.value) f.capacity_group.set(*answer.value, Origin::kFrameworkDefault, source_of(answer));
+      else f.capacity_group.explain_unknown(answer.why);
+    }
   }
   count_expert_parameters(r);
 }

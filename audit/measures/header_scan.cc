@@ -86,6 +86,7 @@ struct LayerRow {
   std::set<int> experts;
   std::int64_t stacked = 0;
   std::int64_t expert_hidden = -1;
+  bool hidden_agrees = true;  // or one of them is mis-shaped
 };
 
 /// A multi-token-prediction layer behind the last one: transformers does not load it, no trainer trains it.
@@ -105,7 +106,9 @@ void add_expert(const TensorView& t, const FamilyTensor& row, const PatternMatch
   else if (experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
   // Packed bytes have another shape than the matrix they stand for; MXFP4 blocks keep their outer dimensions.
   const bool shaped = is_float(t.dtype) || ends_with(t.name, "_blocks") || ends_with(t.name, "_scales");
-  if (layer->expert_hidden < 0 && shaped && hidden >= 0 && hidden < static_cast<int>(t.shape.size())) layer->expert_hidden = t.shape[hidden];
+  if (!shaped || hidden < 0 || hidden >= static_cast<int>(t.shape.size())) return;
+  if (layer->expert_hidden < 0) layer->expert_hidden = t.shape[hidden];
+  layer->hidden_agrees &= layer->expert_hidden == t.shape[hidden];
 }
 
 /// A quantiser's side tensors and the experts' linear biases are no weights.
@@ -180,7 +183,7 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
     out.experts.push_back(plain ? router.shape[0] : -1);
     out.hidden.push_back(plain ? router.shape[1] : -1);
     out.expert_count.push_back(row.stacked > 0 ? row.stacked : static_cast<std::int64_t>(row.experts.size()));
-    out.expert_hidden.push_back(row.expert_hidden);
+    out.expert_hidden.push_back(row.hidden_agrees ? row.expert_hidden : -1);
     out.fused.push_back(row.stacked > 0);
     out.bias.emplace_back(row.bias ? row.bias->name : std::string_view());
   }

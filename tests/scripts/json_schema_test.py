@@ -22,7 +22,7 @@ with open(os.path.join(root, "reports/schema.json"), encoding="utf-8") as f:
 validator = jsonschema.Draft202012Validator(schema)
 jsonschema.Draft202012Validator.check_schema(schema)
 
-commands = [[path] for path in corpus.inputs(root)]
+commands = [path.split() for path in corpus.inputs(root)]
 commands += [["fixtures/runs/mixtral-qlora-broken", "--all"], ["no/such/path"]]
 bad = 0
 for arguments in commands:

@@ -9,8 +9,8 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-`router_jitter_noise` is above 0 in a family whose MoE block multiplies its input in place, so that the experts compute
-on the noisy input too.
+`router_jitter_noise` (PhiMoE: `input_jitter_noise`) is above 0 in a family whose MoE block multiplies its input in place,
+so that the experts compute on the noisy input too.
 
 ## Why it matters
 Switch Transformers multiplies the input *of the router* by noise from 1 - j to 1 + j, to explore (arXiv 2101.03961
@@ -35,15 +35,17 @@ Outcome check(Facts& f) {
     f.require(f->jitter);
     return f.cannot_tell();
   }
-  if (!(*jitter > 0)) return Outcome::pass("router_jitter_noise is 0");
+  const std::string& where = f->jitter.source().key;
+  const std::string key = where.empty() ? "router_jitter_noise" : where.substr(where.rfind('.') + 1);
+  if (!(*jitter > 0)) return Outcome::pass(key + " is 0");
   Finding finding;
   finding.severity = Severity::kNote;
-  finding.message = "router_jitter_noise is " + say::number(*jitter) + say::at(f->jitter.source()) +
+  finding.message = key + " is " + say::number(*jitter) + say::at(f->jitter.source()) +
                     ": in training the experts, not only the router, get their input multiplied by noise from " +
                     say::number(1 - *jitter) + " to " + say::number(1 + *jitter) + ", a relative error of " +
                     say::percent(*jitter / std::sqrt(3.0)) + ".";
   finding.evidence = {say::evidence(f->jitter)};
-  finding.remedy = say::model_config(f, {{"router_jitter_noise", "0.0"}});
+  finding.remedy = say::model_config(f, {{key, "0.0"}});
   finding.does_not_show = "That the noise hurts this run.";
   finding.locations = {location_of(f->jitter.source())};
   finding.sources = say::sources({"huggingface/transformers issue 33969", "arXiv 2101.03961 section 2.2", "arXiv 2202.08906 Table 4"});

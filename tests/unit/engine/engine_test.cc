@@ -107,7 +107,7 @@ TEST(AuditRun, ResultsAreOrderedByIdAndSelectable) {
   ASSERT_GE(all.rules.size(), 25u);
   EXPECT_TRUE(std::is_sorted(all.rules.begin(), all.rules.end(), [](const auto& a, const auto& b) { return a.id < b.id; }));
   options.select = {"RT"};
-  options.ignore = {"RT002"};
+  options.ignore = {"RT002", "RT004", "RT005"};
   const RunResult some = audit_run(LoadedRun{}, options);
   ASSERT_EQ(some.rules.size(), 2u);
   EXPECT_EQ(some.rules[0].id, "RT001");

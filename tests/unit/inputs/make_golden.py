@@ -24,10 +24,11 @@ AXOLOTL = {
     "warmup_steps": "warmup_steps", "warmup_ratio": "warmup_ratio", "learning_rate": "learning_rate",
     "max_grad_norm": "max_grad_norm", "gradient_checkpointing": "gradient_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs", "deepspeed": "deepspeed", "fsdp_config": "fsdp",
-    "fsdp": "fsdp", "fsdp_version": "fsdp_version", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision"}
+    "fsdp": "fsdp", "fsdp_version": "fsdp_version", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision",
+    "sample_packing": "packing", "trust_remote_code": "trust_remote_code"}
 AXOLOTL_OTHER = {"model_quantization_config", "base_model", "adapter", "bf16", "fp16", "plugins", "model_config"}
 LORA = {k: k for k in ("peft_type r lora_alpha lora_dropout use_rslora target_modules target_parameters exclude_modules "
-                       "modules_to_save layers_to_transform rank_pattern alpha_pattern").split()}
+                       "modules_to_save layers_to_transform rank_pattern alpha_pattern use_dora init_lora_weights").split()}
 
 
 def number(v):
@@ -70,7 +71,8 @@ def axolotl(d):
 
 
 def llama_factory(d):
-    names = {**HF, "lora_rank": "r", "lora_alpha": "lora_alpha", "cutoff_len": "max_length", "finetuning_type": "finetuning_type"}
+    names = {**HF, "lora_rank": "r", "lora_alpha": "lora_alpha", "cutoff_len": "max_length", "finetuning_type": "finetuning_type",
+             "trust_remote_code": "trust_remote_code", "packing": "packing"}
     s = {names[k]: number(v) for k, v in d.items() if k in names and v is not None}
     if d["finetuning_type"] == "lora":
         s["peft_type"] = "LORA"
@@ -113,7 +115,7 @@ def training_args(path):
         data = z.read(next(n for n in z.namelist() if n.endswith("data.pkl")))
     o = Unpickler(io.BytesIO(data)).load()
     names = {**HF, "loss_type": "loss_type", "max_length": "max_length",
-             "max_seq_length": "max_length", "router_aux_loss_coef": "trl.router_aux_loss_coef"}
+             "max_seq_length": "max_length", "packing": "packing", "use_liger_kernel": "use_liger_kernel", "router_aux_loss_coef": "trl.router_aux_loss_coef"}
     s = {names[k]: v for k, v in o.state.items() if k in names and (v is not None or k == "deepspeed")}
     s["world_size"] = o.state["distributed_state"].state["num_processes"]
     return {"class": type(o).__name__, "settings": s}
