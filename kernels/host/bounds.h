@@ -12,9 +12,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/host/balance_loss.h"
 #include "kernels/host/low_precision.h"
 #include "kernels/host/router.h"
 #include "kernels/host/weight_scan.h"
+#include "kernels/host/z_loss.h"
 
 namespace moeaudit::kernels::bounds {
 
@@ -119,6 +121,34 @@ inline double scan_squares(Stored type, std::int64_t count, double exact) {
 inline double sum_in_any_order(std::int64_t count, double roundings, double absolute) {
   return gamma(static_cast<double>(count) + roundings, unit_roundoff(Float::kF64)) * absolute +
          0.5 * static_cast<double>(count) * smallest(Float::kF64);
+}
+
+/// Relative error of balance_loss() from non-negative probabilities, all of it float64: additions within a stretch, of the
+/// stretches, over the experts and the sets; one division for a mean, 4 roundings for a weight, 1 for their product, 2 for
+/// the share of a set.
+inline double balance_loss_relative(std::int64_t tokens, std::int64_t experts, std::int64_t sets) {
+  const double stretches = std::ceil(static_cast<double>(tokens) / static_cast<double>(kBalanceRun));
+  const double adds = static_cast<double>(std::min(tokens, kBalanceRun)) + stretches + static_cast<double>(experts + sets);
+  return gamma(adds + 8.0, unit_roundoff(Float::kF64));
+}
+/// The same for sums in any order.
+inline double balance_loss_in_any_order(std::int64_t tokens, std::int64_t experts, std::int64_t sets) {
+  return gamma(static_cast<double>(tokens + experts + sets) + 8.0, unit_roundoff(Float::kF64));
+}
+/// Relative error of one element of its gradient: weight 4, share 1, product and quotient 2; then one rounding to f.
+inline double balance_gradient_relative(Float f) { return gamma(7.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)); }
+
+/// |log_sum_exp() - exact| for finite logits within `range` of their largest, all float64: the sum has the relative error of
+/// an exponential (2 roundings, and that of l - m in the exponent) and of its additions, which the logarithm turns into an
+/// absolute one; the logarithm itself 4 roundings of log(sum) <= log E; the last addition one.
+inline double log_sum_exp(std::int64_t experts, double range, double value) {
+  const double u = unit_roundoff(Float::kF64);
+  return gamma(2.0 + static_cast<double>(experts), u) + 2.0 * range * u + 4.0 * u * std::log(static_cast<double>(experts) + 1.0) +
+         2.0 * u * std::fabs(value);
+}
+/// |z_loss() - exact| from the largest error and magnitude of a token's log-sum-exp: squares, and sums of non-negative terms.
+inline double z_loss(std::int64_t tokens, double lse_error, double largest_lse, double value) {
+  return 2.0 * largest_lse * lse_error + lse_error * lse_error + gamma(static_cast<double>(tokens) + 4.0, unit_roundoff(Float::kF64)) * value;
 }
 
 }  // namespace moeaudit::kernels::bounds

@@ -7,63 +7,23 @@ TEST(RouterCuda, SameBitsAsTheHost) { GTEST_SKIP() << "built without CUDA (no nv
 
 #else
 
-#include <cuda_runtime_api.h>
-
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/router.h"
 #include "kernels/host/gaussian.h"
+#include "tests/support/on_device.h"
 
 namespace moeaudit::kernels {
 namespace {
 
-class RouterCuda : public testing::Test {
- protected:
-  void SetUp() override {
-    int devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error != cudaSuccess || devices == 0) GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(error);
-  }
-};
+using test::expect_same;
+using test::OnDevice;
 
-/// Device memory with the values of a vector.
-template <class T>
-class OnDevice {
- public:
-  explicit OnDevice(const std::vector<T>& v) : count_(v.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, count_ * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, v.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  ~OnDevice() { cudaFree(data_); }
-  T* data() const { return static_cast<T*>(data_); }
-  std::vector<T> fetch() const {
-    std::vector<T> v(count_);
-    EXPECT_EQ(cudaMemcpy(v.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-    return v;
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t count_;
-};
-
-/// Equal bit for bit, except that any NaN equals any other.
-template <class T>
-void expect_same(const std::vector<T>& host, const std::vector<T>& device, const std::string& what) {
-  ASSERT_EQ(host.size(), device.size());
-  for (std::size_t i = 0; i < host.size(); ++i) {
-    if (host[i] != host[i] && device[i] != device[i]) continue;
-    ASSERT_EQ(std::memcmp(&host[i], &device[i], sizeof(T)), 0)
-        << what << " at " << i << ": " << host[i] << " and " << device[i];
-  }
-}
+class RouterCuda : public test::OnCuda {};
 
 template <class T>
 void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::string& what) {

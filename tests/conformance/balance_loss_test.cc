@@ -1,0 +1,610 @@
+// Balance losses, z-loss and bias step: kernels/host against reference/ within bounds.h; both against the closed-form test
+// vector, of which the values of right and wrong formulas are known; the laws that the losses obey.
+#define BOOST_TEST_MODULE balance_loss
+#include "kernels/host/balance_loss.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <boost/test/unit_test.hpp>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "kernels/host/bias_update.h"
+#include "kernels/host/bounds.h"
+#include "kernels/host/gaussian.h"
+#include "kernels/host/z_loss.h"
+#include "reference/balance_loss.h"
+#include "reference/router.h"
+#include "tests/support/compare.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+namespace bounds = moeaudit::kernels::bounds;
+using moeaudit::test::compare;
+using moeaudit::test::CompareOptions;
+using moeaudit::test::Values;
+using Doubles = std::vector<double>;
+using Ids = std::vector<std::int32_t>;
+using Longs = std::vector<std::int64_t>;
+using Mask = std::vector<std::uint8_t>;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
+  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
+}
+at::Tensor tensor(const Longs& v, std::vector<std::int64_t> shape) {
+  return at::from_blob(const_cast<std::int64_t*>(v.data()), shape, at::kLong).clone();
+}
+Doubles values(const at::Tensor& t) {
+  const at::Tensor c = t.to(at::kDouble).contiguous();
+  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
+}
+
+/// Probabilities and choices of some tokens, as one backend after the other takes them.
+struct Routed {
+  std::int64_t tokens = 0, experts = 0, top_k = 0;
+  Doubles p;   // [tokens, experts]
+  Ids chosen;  // [tokens, top_k]
+  Mask valid;  // empty: all
+  Longs sets;  // empty: one
+  Longs counts, counted;
+};
+
+k::BalanceLossArgs<double> args_of(const Routed& r, const k::BalanceConvention& c) {
+  k::BalanceLossArgs<double> a;
+  a.probabilities = r.p.data();
+  a.chosen = r.chosen.empty() ? nullptr : r.chosen.data();
+  a.valid = r.valid.empty() ? nullptr : r.valid.data();
+  a.tokens = r.tokens;
+  a.experts = r.experts;
+  a.top_k = r.top_k;
+  a.sets = r.sets.empty() ? nullptr : r.sets.data();
+  a.num_sets = r.sets.empty() ? 1 : static_cast<std::int64_t>(r.sets.size()) - 1;
+  a.counts = r.counts.empty() ? nullptr : r.counts.data();
+  a.counted_tokens = r.counted.empty() ? nullptr : r.counted.data();
+  a.convention = c;
+  return a;
+}
+
+double loss_of(const Routed& r, const k::BalanceConvention& c = {}) {
+  double loss = 0;
+  k::BalanceLossResult<double> result;
+  result.loss = &loss;
+  BOOST_REQUIRE(k::balance_loss(args_of(r, c), result) == k::Status::kOk);
+  return loss;
+}
+
+at::Tensor reference_of(const Routed& r, const k::BalanceConvention& c, const at::Tensor& p) {
+  ref::BalanceLossOptions o;
+  o.first_choice_only = c.counted == k::Counted::kFirstChoice;
+  o.over_k = c.over_k;
+  o.balanced = c.balanced == k::Balanced::kExperts   ? ref::Balanced::kExperts
+               : c.balanced == k::Balanced::kDevices ? ref::Balanced::kDevices
+                                                     : ref::Balanced::kCommunication;
+  o.devices = c.devices;
+  o.most_devices = c.most_devices;
+  o.divide_by_all_tokens = c.divisor == k::Divisor::kAllTokens;
+  o.sum_over_sets = c.over_sets == k::OverSets::kSum;
+  o.top_k = r.top_k;
+  const Longs chosen(r.chosen.begin(), r.chosen.end()), valid(r.valid.begin(), r.valid.end());
+  const std::int64_t sets = r.sets.empty() ? 1 : static_cast<std::int64_t>(r.sets.size()) - 1;
+  return ref::balance_loss(p, chosen.empty() ? at::Tensor() : tensor(chosen, {r.tokens, r.top_k}), o,
+                           valid.empty() ? at::Tensor() : tensor(valid, {r.tokens}), r.sets,
+                           r.counts.empty() ? at::Tensor() : tensor(r.counts, {sets, r.experts}),
+                           r.counted.empty() ? at::Tensor() : tensor(r.counted, {sets}));
+}
+
+// ---- the test vector ---------------------------------------------------------------------------------------------------
+// z = 2 sin(0.7 (t+1)(e+1) + 1.3 l) + 0.5 cos(0.37 (t+1) + (e+1)) + (0.8 if e = 0); E = 8, k = 2, T = 16, two layers; sequences
+// are halves. Its values were computed apart, in Python, with every formula written out.
+
+constexpr std::int64_t kE = 8, kT = 16, kK = 2;
+
+Doubles vector_logits(int layer) {
+  Doubles z;
+  for (int t = 1; t <= kT; ++t) {
+    for (int e = 1; e <= kE; ++e) z.push_back(2 * std::sin(0.7 * t * e + 1.3 * layer) + 0.5 * std::cos(0.37 * t + e) + (e == 1 ? 0.8 : 0.0));
+  }
+  return z;
+}
+
+/// Rows 12 to 15 are row 15 again, and padding.
+Doubles padded_logits() {
+  Doubles z = vector_logits(0);
+  for (int t = 12; t < kT; ++t) std::copy_n(z.begin() + 15 * kE, kE, z.begin() + t * kE);
+  return z;
+}
+Mask padding() {
+  Mask m(kT, 1);
+  std::fill(m.begin() + 12, m.end(), 0);
+  return m;
+}
+
+Doubles score(const Doubles& z, ref::Score s) { return values(ref::scores(tensor(z, {static_cast<std::int64_t>(z.size()) / kE, kE}), s)); }
+Doubles row_normalised(Doubles p) {
+  for (std::size_t t = 0; t < p.size(); t += kE) {
+    const double sum = std::accumulate(p.begin() + static_cast<std::ptrdiff_t>(t), p.begin() + static_cast<std::ptrdiff_t>(t) + kE, 0.0);
+    for (std::size_t e = 0; e < kE; ++e) p[t + e] /= sum;
+  }
+  return p;
+}
+Ids top2(const Doubles& choice) {
+  Ids out;
+  for (std::size_t t = 0; t < choice.size(); t += kE) {
+    std::vector<std::int32_t> order(kE);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return choice[t + static_cast<std::size_t>(a)] > choice[t + static_cast<std::size_t>(b)]; });
+    out.insert(out.end(), order.begin(), order.begin() + kK);
+  }
+  return out;
+}
+Routed vector_layer(int layer) {
+  const Doubles z = vector_logits(layer);
+  return {kT, kE, kK, score(z, ref::Score::kSoftmax), top2(z), {}, {}, {}, {}};
+}
+Routed both_layers(bool one_set) {
+  Routed r = vector_layer(0);
+  const Routed s = vector_layer(1);
+  r.p.insert(r.p.end(), s.p.begin(), s.p.end());
+  r.chosen.insert(r.chosen.end(), s.chosen.begin(), s.chosen.end());
+  r.tokens = 2 * kT;
+  if (!one_set) r.sets = {0, kT, 2 * kT};
+  return r;
+}
+Doubles biased(Doubles p) {
+  for (std::size_t i = 0; i < p.size(); ++i) p[i] += 0.05 * (static_cast<double>(i % kE) - 3.5);
+  return p;
+}
+
+/// A number with nine or more digits written down.
+void says(const char* what, double got, double want) {
+  BOOST_CHECK_MESSAGE(std::fabs(got - want) <= 6e-10 * std::max(1.0, std::fabs(want)), what << ": " << got << ", not " << want);
+}
+
+BOOST_AUTO_TEST_CASE(test_vector) {
+  const Routed layer = vector_layer(0);
+  says("layer 0", loss_of(layer), 1.086730629);
+  says("layer 1", loss_of(vector_layer(1)), 1.050889132);
+  says("mean of layers", loss_of(both_layers(false)), 1.068809881);
+  Longs counts(kE);
+  double loss = 0;
+  k::BalanceLossResult<double> result;
+  result.loss = &loss;
+  result.counts = counts.data();
+  BOOST_REQUIRE(k::balance_loss(args_of(layer, {}), result) == k::Status::kOk);
+  BOOST_TEST(counts == (Longs{7, 5, 5, 3, 2, 4, 3, 3}), boost::test_tools::per_element());
+  Routed halves = layer;
+  halves.sets = {0, 8, 16};
+  Doubles each(2);
+  result.set_loss = each.data();
+  result.counts = nullptr;
+  BOOST_REQUIRE(k::balance_loss(args_of(halves, {}), result) == k::Status::kOk);
+  says("sequence 0", each[0], 1.0763675663);
+  says("sequence 1", each[1], 1.2315227757);
+  says("sequence level", loss, 1.153945171);
+  says("reference", reference_of(layer, {}, tensor(layer.p, {kT, kE})).item<double>(), 1.086730629);
+}
+
+BOOST_AUTO_TEST_CASE(values_of_wrong_variants) {
+  const Routed right = vector_layer(0);
+  k::BalanceConvention c;
+  c.over_sets = k::OverSets::kSum;
+  says("A1: layers summed", loss_of(both_layers(false), c), 2.137619761);
+  says("A2: layers in one set", loss_of(both_layers(true)), 1.064989317);
+  c = {};
+  c.over_k = false;
+  says("A3: A2 without k", loss_of(both_layers(true), c), 2.129978635);
+  says("A4: without k", loss_of(right, c), 2.173461259);
+  says("A5: k twice", loss_of(right) / kK, 0.5433653147);
+  says("A6: without E", loss_of(right) / kE, 0.1358413287);
+  c = {};
+  c.counted = k::Counted::kFirstChoice;
+  says("A7: first choice", loss_of(right, c), 1.241710524);
+  Routed r = right;
+  r.p = score(right.p, ref::Score::kSoftmax);
+  says("A8: softmax of the softmax", loss_of(r), 1.012495077);
+  r = right;
+  std::fill(r.p.begin(), r.p.end(), 0.0);
+  for (std::size_t t = 0; t < kT; ++t) {
+    const auto a = t * kE + static_cast<std::size_t>(r.chosen[2 * t]), b = t * kE + static_cast<std::size_t>(r.chosen[2 * t + 1]);
+    r.p[a] = right.p[a] / (right.p[a] + right.p[b]);
+    r.p[b] = right.p[b] / (right.p[a] + right.p[b]);
+  }
+  says("A9: renormalised weights of the chosen", loss_of(r), 1.166564029);
+  r = right;
+  const Doubles sigmoid = score(vector_logits(0), ref::Score::kSigmoid);
+  r.p = sigmoid;
+  says("A11: sigmoid without its sum", loss_of(r), 4.259023519);
+  r.p = row_normalised(sigmoid);
+  says("sigmoid over its sum", loss_of(r), 1.031707853);
+  r = right;
+  r.sets = {0, 8, 16};
+  c = {};
+  c.over_sets = k::OverSets::kSum;
+  says("A14, A22: sequences or micro-batches summed", loss_of(r, c), 2.307890342);
+  says("A23: a micro-batch at a time", loss_of(r), 1.153945171);
+  const Doubles padded = padded_logits();
+  r = {kT, kE, kK, score(padded, ref::Score::kSoftmax), top2(padded), {}, {}, {}, {}};
+  says("A16: padding counted", loss_of(r), 1.11109582);
+  r.valid = padding();
+  says("padding left out", loss_of(r), 1.180170249);
+  c = {};
+  c.divisor = k::Divisor::kAllTokens;
+  says("A17: padding out of the sums alone", loss_of(r, c), 0.663845765);
+  r = right;
+  r.p = row_normalised(sigmoid);
+  r.chosen = top2(biased(sigmoid));
+  says("A18: choices with the bias", loss_of(r), 0.964183591);
+  r = right;  // capacity 4, in the order of the tokens, first choices before second ones or not: the counts are the same
+  Longs taken(kE);
+  for (auto& e : r.chosen) {
+    if (++taken[static_cast<std::size_t>(e)] > 4) e = -1;
+  }
+  says("A19: choices after drops", loss_of(r), 0.8589304497);
+  r = right;
+  r.counts = Longs(kE, 4);
+  r.counted = {kT};
+  says("A20: counts padded to the capacity", loss_of(r), 1.0);
+  // A24: a running mean of counts over the micro-batches seen so far.
+  Routed first = right, second = right;
+  first.tokens = second.tokens = 8;
+  second.p.erase(second.p.begin(), second.p.begin() + 8 * kE);
+  second.chosen.erase(second.chosen.begin(), second.chosen.begin() + 8 * kK);
+  second.counts = {7, 5, 5, 3, 2, 4, 3, 3};
+  second.counted = {16};
+  says("A24: running mean", (loss_of(first) + loss_of(second)) / 2, 1.112273445);
+}
+
+double z_of(const Doubles& z, const Mask& valid = {}, k::Divisor divisor = k::Divisor::kValidTokens, Doubles* lse = nullptr, Doubles* gradient = nullptr,
+            std::int64_t experts = kE) {
+  k::ZLossArgs<double> a;
+  a.logits = z.data();
+  a.valid = valid.empty() ? nullptr : valid.data();
+  a.tokens = static_cast<std::int64_t>(z.size()) / experts;
+  a.experts = experts;
+  a.divisor = divisor;
+  double loss = -1;
+  k::ZLossResult<double> r;
+  r.loss = &loss;
+  if (lse != nullptr) lse->resize(static_cast<std::size_t>(a.tokens)), r.log_sum_exp = lse->data();
+  if (gradient != nullptr) gradient->resize(z.size()), r.gradient = gradient->data();
+  BOOST_REQUIRE(k::z_loss(a, r) == k::Status::kOk);
+  return loss;
+}
+
+BOOST_AUTO_TEST_CASE(z_loss_of_the_test_vector) {
+  const Doubles z = vector_logits(0), y = vector_logits(1);
+  Doubles lse;
+  says("layer 0", z_of(z, {}, k::Divisor::kValidTokens, &lse), 9.531159145);
+  says("layer 1", z_of(y), 8.580354634);
+  says("mean of layers", (z_of(z) + z_of(y)) / 2, 9.05575689);
+  says("Z2: summed over layers", z_of(z) + z_of(y), 18.11151378);
+  says("Z3: of probabilities", z_of(score(z, ref::Score::kSoftmax)), 4.907561327);
+  const double squares = std::inner_product(z.begin(), z.end(), z.begin(), 0.0);
+  says("Z4: mean of squared logits", squares / (kT * kE), 2.274243152);
+  says("Z5: squared logits of a token", squares / kT, 18.19394521);
+  const double mean = std::accumulate(lse.begin(), lse.end(), 0.0) / kT;
+  says("Z6: square of the mean", mean * mean, 9.457807317);
+  says("Z7: no square", mean, 3.075354828);
+  says("Z8: over k", z_of(z) / kK, 4.765579573);
+  Doubles chosen;
+  for (std::size_t t = 0; t < kT; ++t) {
+    for (std::size_t j = 0; j < kK; ++j) chosen.push_back(z[t * kE + static_cast<std::size_t>(top2(z)[t * kK + j])]);
+  }
+  says("Z9: of the chosen alone", z_of(chosen, {}, k::Divisor::kValidTokens, nullptr, nullptr, kK), 7.050116942);
+  const Doubles padded = padded_logits();
+  says("Z11: padding counted", z_of(padded), 9.346098535);
+  says("padding left out", z_of(padded, padding()), 9.691293379);
+  says("Z12: over all tokens", z_of(padded, padding(), k::Divisor::kAllTokens), 7.268470034);
+}
+
+BOOST_AUTO_TEST_CASE(bias_step_of_the_test_vector) {
+  const Doubles counts = {2, 2, 1, 4, 5, 4, 7, 7}, zero(kE);
+  const auto step = [&](const Doubles& c, k::Centre centre, double sign = 1) {
+    k::BiasUpdateArgs a;
+    a.bias = zero.data();
+    a.counts = c.data();
+    a.experts = kE;
+    a.rate = sign * 0.001;
+    a.centre = centre;
+    Doubles b(kE);
+    BOOST_REQUIRE(k::bias_update(a, b.data()) == k::Status::kOk);
+    for (double& v : b) v *= 1000;
+    return b;
+  };
+  const auto near = [](const Doubles& got, const Doubles& want) {
+    for (std::size_t i = 0; i < want.size(); ++i) BOOST_CHECK_SMALL(got[i] - want[i], 1e-12);
+  };
+  near(step(counts, k::Centre::kNothing), {1, 1, 1, 0, -1, 0, -1, -1});
+  near(step(counts, k::Centre::kStep), {1, 1, 1, 0, -1, 0, -1, -1});
+  const Doubles layer = {7, 5, 5, 3, 2, 4, 3, 3};
+  near(step(layer, k::Centre::kNothing), {-1, -1, -1, 1, 1, 0, 1, 1});
+  near(step(layer, k::Centre::kStep), {-1.125, -1.125, -1.125, 0.875, 0.875, -0.125, 0.875, 0.875});
+  near(step(layer, k::Centre::kNothing, -1), {1, 1, 1, -1, -1, 0, -1, -1});  // B1: the wrong sign
+}
+
+// ---- kernels against the reference ---------------------------------------------------------------------------------------
+
+Routed random_routed(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::uint64_t seed) {
+  std::vector<float> g(static_cast<std::size_t>(tokens * experts));
+  k::unit_gaussians(seed, 1, 0, tokens * experts, g.data());
+  const Doubles z(g.begin(), g.end());
+  Routed r{tokens, experts, top_k, {}, {}, {}, {}, {}, {}};
+  if (tokens == 0) return r;
+  ref::RouteOptions o;
+  o.top_k = top_k;
+  const ref::Routed routed = ref::route(tensor(z, {tokens, experts}), o);
+  r.p = values(ref::scores(tensor(z, {tokens, experts}), ref::Score::kSoftmax));
+  for (double e : values(routed.chosen)) r.chosen.push_back(static_cast<std::int32_t>(e));
+  return r;
+}
+
+void check(const Routed& r, const k::BalanceConvention& c, const std::string& what) {
+  at::Tensor p = tensor(r.p, {r.tokens, r.experts}).set_requires_grad(true);
+  const at::Tensor want = reference_of(r, c, p);
+  want.backward();
+  const at::Tensor want_gradient = p.grad().defined() ? p.grad() : at::zeros_like(p);
+  double loss = 0;
+  Doubles gradient(r.p.size());
+  k::BalanceLossResult<double> result;
+  result.loss = &loss;
+  result.gradient = gradient.data();
+  BOOST_REQUIRE(k::balance_loss(args_of(r, c), result) == k::Status::kOk);
+  const std::int64_t sets = r.sets.empty() ? 1 : static_cast<std::int64_t>(r.sets.size()) - 1;
+  const double relative = bounds::balance_loss_relative(r.tokens, r.experts, sets) + bounds::balance_loss_in_any_order(r.tokens, r.experts, sets);
+  const double truth = want.item<double>();
+  BOOST_CHECK_MESSAGE(std::fabs(loss - truth) <= relative * truth, what << ": " << loss << ", not " << truth);
+  CompareOptions o;
+  o.bound = [](std::size_t, double v) { return 2 * bounds::balance_gradient_relative(k::Float::kF64) * std::fabs(v); };
+  const auto compared = compare(Values<double>{{r.tokens, r.experts}, values(want_gradient)}, Values<double>{{r.tokens, r.experts}, gradient}, o);
+  BOOST_CHECK_MESSAGE(compared.ok(), what << ": " << compared.report());
+
+  // float32 probabilities are the same numbers, so everything but the rounding of the gradient is the same.
+  const std::vector<float> narrow(r.p.begin(), r.p.end());
+  const Doubles widened(narrow.begin(), narrow.end());
+  std::vector<float> narrow_gradient(narrow.size());
+  k::BalanceLossArgs<float> a;
+  const k::BalanceLossArgs<double> d = args_of(r, c);
+  a.probabilities = narrow.data();
+  a.chosen = d.chosen, a.valid = d.valid, a.tokens = d.tokens, a.experts = d.experts, a.top_k = d.top_k, a.sets = d.sets, a.num_sets = d.num_sets;
+  a.counts = d.counts, a.counted_tokens = d.counted_tokens, a.convention = c;
+  double narrow_loss = 0, wide_loss = 0;
+  k::BalanceLossResult<float> f;
+  f.loss = &narrow_loss;
+  f.gradient = narrow_gradient.data();
+  BOOST_REQUIRE(k::balance_loss(a, f) == k::Status::kOk);
+  k::BalanceLossArgs<double> w = d;
+  w.probabilities = widened.data();
+  result.loss = &wide_loss;
+  BOOST_REQUIRE(k::balance_loss(w, result) == k::Status::kOk);
+  BOOST_CHECK_MESSAGE(narrow_loss == wide_loss, what << ": float32 inputs");
+  for (std::size_t i = 0; i < gradient.size(); ++i) BOOST_REQUIRE(narrow_gradient[i] == static_cast<float>(gradient[i]));
+}
+
+BOOST_AUTO_TEST_CASE(balance_loss_agrees_with_the_reference) {
+  struct Shape {
+    std::int64_t tokens, experts, k;
+  };
+  for (const Shape s : {Shape{1, 1, 1}, {1, 8, 8}, {7, 8, 2}, {256, 8, 2}, {257, 60, 4}, {600, 144, 6}, {300, 160, 6}, {520, 384, 32}}) {
+    for (int variant = 0; variant < 12; ++variant) {
+      Routed r = random_routed(s.tokens, s.experts, s.k, 40 + static_cast<std::uint64_t>(variant));
+      k::BalanceConvention c;
+      if (variant == 1) c.over_k = false;
+      if (variant == 2) c.counted = k::Counted::kFirstChoice;
+      if (variant == 3) c.over_sets = k::OverSets::kSum;
+      if (variant == 3 || variant == 4 || variant == 5) r.sets = {0, s.tokens / 3, s.tokens / 3, s.tokens};  // one is empty
+      if (variant >= 5 && variant < 9) {
+        for (std::int64_t t = 0; t < s.tokens; ++t) r.valid.push_back(t % 3 != 1);
+      }
+      if (variant == 6) c.divisor = k::Divisor::kAllTokens;
+      if (variant == 7 || variant == 10) c.balanced = k::Balanced::kDevices, c.devices = s.experts % 8 == 0 ? 8 : 1;
+      if (variant == 8) c.balanced = k::Balanced::kCommunication, c.devices = s.experts % 4 == 0 ? 4 : 1, c.most_devices = 3;
+      if (variant == 9 || variant == 10) {
+        r.counts.assign(static_cast<std::size_t>(s.experts), 3);
+        r.counts[0] = 1000;
+        r.counted = {777};
+        if (variant == 10) r.chosen.clear();
+      }
+      if (variant == 11) {
+        for (std::size_t i = 0; i < r.chosen.size(); i += 3) r.chosen[i] = -1;
+      }
+      check(r, c, std::to_string(s.tokens) + "x" + std::to_string(s.experts) + "/" + std::to_string(s.k) + " variant " + std::to_string(variant));
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(balance_loss_laws) {
+  const Routed r = random_routed(300, 16, 4, 3);
+  // Even routing is worth 1, and k without the division; everything on the first k experts E / k.
+  Routed even{16, 16, 4, Doubles(256, 1.0 / 16), {}, {}, {}, {}, {}};
+  for (std::int32_t t = 0; t < 16; ++t) {
+    for (std::int32_t j = 0; j < 4; ++j) even.chosen.push_back((4 * t + j) % 16);
+  }
+  BOOST_CHECK_CLOSE(loss_of(even), 1.0, 1e-12);
+  k::BalanceConvention c;
+  c.over_k = false;
+  BOOST_CHECK_CLOSE(loss_of(even, c), 4.0, 1e-12);
+  for (const k::Balanced b : {k::Balanced::kDevices, k::Balanced::kCommunication}) {
+    c = {};
+    c.balanced = b;
+    c.devices = 4;
+    BOOST_CHECK_CLOSE(loss_of(even, c), 1.0, 1e-12);  // every token on one device of four
+  }
+  Routed one = even;
+  for (std::size_t i = 0; i < one.chosen.size(); ++i) one.chosen[i] = static_cast<std::int32_t>(i % 4);
+  for (std::size_t i = 0; i < one.p.size(); ++i) one.p[i] = i % 16 < 4 ? 0.25 : 0.0;
+  BOOST_CHECK_CLOSE(loss_of(one), 4.0, 1e-12);
+  // Experts under other numbers, and tokens in another order: the same loss.
+  Routed relabelled = r, shuffled = r;
+  for (std::size_t t = 0; t < 300; ++t) {
+    for (std::size_t e = 0; e < 16; ++e) {
+      relabelled.p[t * 16 + (e * 5 + 3) % 16] = r.p[t * 16 + e];
+      shuffled.p[(t * 7 % 300) * 16 + e] = r.p[t * 16 + e];
+    }
+    for (std::size_t j = 0; j < 4; ++j) {
+      relabelled.chosen[t * 4 + j] = (r.chosen[t * 4 + j] * 5 + 3) % 16;
+      shuffled.chosen[(t * 7 % 300) * 4 + j] = r.chosen[t * 4 + j];
+    }
+  }
+  BOOST_CHECK_CLOSE(loss_of(relabelled), loss_of(r), 1e-11);
+  BOOST_CHECK_CLOSE(loss_of(shuffled), loss_of(r), 1e-11);
+  // The loss is linear in the probabilities: a step along one of them changes it by the gradient.
+  Doubles gradient(r.p.size());
+  double loss = 0;
+  k::BalanceLossResult<double> result;
+  result.loss = &loss;
+  result.gradient = gradient.data();
+  BOOST_REQUIRE(k::balance_loss(args_of(r, {}), result) == k::Status::kOk);
+  Routed moved = r;
+  moved.p[37] += 0.5;
+  BOOST_CHECK_SMALL(loss_of(moved) - loss - 0.5 * gradient[37], 1e-14);
+}
+
+BOOST_AUTO_TEST_CASE(balance_loss_refuses) {
+  Routed r = random_routed(8, 8, 2, 1);
+  double loss = 0;
+  k::BalanceLossResult<double> result;
+  result.loss = &loss;
+  const auto status = [&](auto change) {
+    Routed copy = r;
+    k::BalanceConvention c;
+    k::BalanceLossArgs<double> a;
+    change(copy, c);
+    a = args_of(copy, c);
+    return k::balance_loss(a, result);
+  };
+  using K = k::Status;
+  BOOST_CHECK(status([](Routed& x, auto&) { x.chosen[3] = 8; }) == K::kBadShape);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.sets = {0, 5, 3, 8}; }) == K::kBadShape);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.sets = {0, 5}; }) == K::kBadShape);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.sets = {1, 8}; }) == K::kBadShape);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.top_k = 9; }) == K::kBadTopK);
+  BOOST_CHECK(status([](Routed&, k::BalanceConvention& c) { c.devices = 3; }) == K::kBadShape);
+  BOOST_CHECK(status([](Routed&, k::BalanceConvention& c) { c.counted = k::Counted::kFirstChoice, c.over_k = false; }) == K::kBadOption);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.chosen.clear(); }) == K::kNullPointer);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.counts.assign(8, 1); }) == K::kNullPointer);
+  BOOST_CHECK(status([](Routed& x, auto&) { x.valid.assign(8, 0); }) == K::kOk);
+  BOOST_CHECK(loss == 0.0);
+}
+
+BOOST_AUTO_TEST_CASE(z_loss_agrees_with_the_reference) {
+  struct Shape {
+    std::int64_t tokens, experts;
+    double scale;
+  };
+  for (const Shape s : {Shape{1, 1, 1}, {5, 8, 1}, {257, 60, 3}, {300, 144, 30}, {64, 384, 1e-3}, {16, 160, 1e4}}) {
+    const auto n = s.tokens * s.experts;
+    std::vector<float> g(static_cast<std::size_t>(n));
+    k::unit_gaussians(9, 3, 0, n, g.data());
+    Doubles z(g.begin(), g.end());
+    for (double& v : z) v *= s.scale;
+    Mask valid;
+    for (std::int64_t t = 0; t < s.tokens; ++t) valid.push_back(t % 4 != 2);
+    for (const bool masked : {false, true}) {
+      at::Tensor t = tensor(z, {s.tokens, s.experts}).set_requires_grad(true);
+      const Longs mask(valid.begin(), valid.end());
+      const at::Tensor want = ref::z_loss(t, masked ? tensor(mask, {s.tokens}) : at::Tensor());
+      want.backward();
+      Doubles lse, gradient;
+      const double got = z_of(z, masked ? valid : Mask(), k::Divisor::kValidTokens, &lse, &gradient, s.experts);
+      double largest = 0, range = 0;
+      for (double v : lse) largest = std::max(largest, std::fabs(v));
+      const auto [low, high] = std::minmax_element(z.begin(), z.end());
+      range = *high - *low;
+      const double error = bounds::log_sum_exp(s.experts, range, largest);
+      const double truth = want.item<double>();
+      const std::string what = std::to_string(s.tokens) + "x" + std::to_string(s.experts) + (masked ? " masked" : "");
+      BOOST_CHECK_MESSAGE(std::fabs(got - truth) <= 2 * bounds::z_loss(s.tokens, error, largest, truth), what << ": " << got << ", not " << truth);
+      CompareOptions o;
+      // 2 lse p / T: the error of lse, and twice that of a softmax.
+      const double relative = bounds::softmax_relative(s.experts, 0, range, k::Float::kF64);
+      const double factor = 2 / static_cast<double>(s.tokens - (masked ? std::count(valid.begin(), valid.end(), 0) : 0));
+      o.bound = [=](std::size_t, double v) { return 2 * (std::fabs(v) * (relative + 1e-15) + factor * error) + factor * largest * 5e-324; };
+      const auto c = compare(Values<double>{{s.tokens, s.experts}, values(t.grad())}, Values<double>{{s.tokens, s.experts}, gradient}, o);
+      BOOST_CHECK_MESSAGE(c.ok(), what << ": " << c.report());
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(z_loss_at_the_edges) {
+  BOOST_CHECK_CLOSE(z_of(Doubles(8, 0.0)), std::log(8.0) * std::log(8.0), 1e-12);
+  BOOST_CHECK(z_of(Doubles(8, 1e300)) == kInf);  // the square overflows, the log-sum-exp does not
+  BOOST_CHECK_CLOSE(z_of(Doubles(8, 5000.0)), std::pow(5000 + std::log(8.0), 2), 1e-12);  // exp(5000) would
+  Doubles z(8, -kInf);
+  BOOST_CHECK(z_of(z) == kInf);
+  z[3] = -2.0;
+  BOOST_CHECK_CLOSE(z_of(z), 4.0, 1e-12);
+  z[5] = kInf;
+  BOOST_CHECK(z_of(z) == kInf);
+  z[6] = std::nan("");
+  BOOST_CHECK(std::isnan(z_of(z)));
+  BOOST_CHECK(z_of(z, Mask{0}) == 0.0);
+  // A shift of every logit is a shift of the log-sum-exp.
+  Doubles lse, shifted_lse, a = vector_logits(0), b = a;
+  for (double& v : b) v += 3;
+  z_of(a, {}, k::Divisor::kValidTokens, &lse);
+  z_of(b, {}, k::Divisor::kValidTokens, &shifted_lse);
+  for (std::size_t t = 0; t < lse.size(); ++t) BOOST_CHECK_SMALL(shifted_lse[t] - lse[t] - 3, 1e-13);
+}
+
+BOOST_AUTO_TEST_CASE(bias_update_agrees_with_the_reference) {
+  const std::int64_t layers = 3, experts = 160;
+  std::vector<float> g(static_cast<std::size_t>(layers * experts));
+  k::unit_gaussians(4, 1, 0, layers * experts, g.data());
+  Doubles bias(g.begin(), g.end()), counts, out(bias.size());
+  for (float v : g) counts.push_back(std::floor(1000 + 300 * static_cast<double>(v)));
+  for (int variant = 0; variant < 4; ++variant) {
+    k::BiasUpdateArgs a;
+    a.bias = bias.data();
+    a.counts = counts.data();
+    a.layers = layers;
+    a.experts = experts;
+    a.rate = 0.001;
+    a.step = variant == 1 ? k::BiasStep::kProportional : k::BiasStep::kSign;
+    a.centre = variant == 2 ? k::Centre::kStep : variant == 3 ? k::Centre::kBias : k::Centre::kNothing;
+    BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
+    const Doubles want = values(ref::bias_update(tensor(bias, {layers, experts}), tensor(counts, {layers, experts}), 0.001, variant == 1, variant == 2, variant == 3));
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      // Sums of `experts` counts, exact; of steps or biases at most experts additions each of at most 4.
+      BOOST_CHECK_SMALL(out[i] - want[i], bounds::gamma(2 * experts + 8, k::unit_roundoff(k::Float::kF64)) * (4 + std::fabs(want[i])));
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(bias_update_in_low_precision) {
+  // bfloat16 counters hold integers to 256: 300 and 301 are both 300, and the step of 0.001 is 0.00099945068359375.
+  const Doubles zero(4), counts = {300, 301, 299, 300};
+  Doubles out(4);
+  k::BiasUpdateArgs a;
+  a.bias = zero.data();
+  a.counts = counts.data();
+  a.experts = 4;
+  a.counts_dtype = a.step_dtype = k::Float::kBF16;
+  BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
+  BOOST_CHECK(out[0] == 0.0 && out[1] == 0.0);
+  a.counts_dtype = k::Float::kF64;
+  BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
+  BOOST_CHECK(out[1] == -0.00099945068359375 && out[2] == 0.00099945068359375);
+  // A bfloat16 bias of 0.5 does not grow by 0.001: its neighbours are 0.0039 above and 0.00195 below.
+  const Doubles half(4, 0.5);
+  a = {};
+  a.bias = half.data();
+  a.counts = counts.data();
+  a.experts = 4;
+  a.bias_dtype = k::Float::kBF16;
+  BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
+  BOOST_TEST(out == (Doubles{0.5, 0.498046875, 0.5, 0.5}), boost::test_tools::per_element());
+  a.rate = kInf;
+  BOOST_CHECK(k::bias_update(a, out.data()) == k::Status::kBadOption);
+  a.experts = 0;
+  BOOST_CHECK(k::bias_update(a, out.data()) == k::Status::kBadShape);
+}
+
+}  // namespace
