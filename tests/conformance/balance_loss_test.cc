@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <boost/test/unit_test.hpp>
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -99,6 +101,12 @@ at::Tensor reference_of(const Routed& r, const k::BalanceConvention& c, const at
                            valid.empty() ? at::Tensor() : tensor(valid, {r.tokens}), r.sets,
                            r.counts.empty() ? at::Tensor() : tensor(r.counts, {sets, r.experts}),
                            r.counted.empty() ? at::Tensor() : tensor(r.counted, {sets}));
+}
+
+at::Tensor gradient_of(const at::Tensor& loss, const at::Tensor& z) {
+  z.mutable_grad() = at::Tensor();
+  loss.backward({}, /*retain_graph=*/true);
+  return z.grad().clone();
 }
 
 // ---- the test vector ---------------------------------------------------------------------------------------------------
@@ -328,6 +336,46 @@ BOOST_AUTO_TEST_CASE(bias_step_of_the_test_vector) {
   near(step(layer, k::Centre::kNothing), {-1, -1, -1, 1, 1, 0, 1, 1});
   near(step(layer, k::Centre::kStep), {-1.125, -1.125, -1.125, 0.875, 0.875, -0.125, 0.875, 0.875});
   near(step(layer, k::Centre::kNothing, -1), {1, 1, 1, -1, -1, 0, -1, -1});  // B1: the wrong sign
+}
+
+/// What transformers computes, per release: its own form, layers one after the other and no k; from 5.0 to 5.5 on
+/// probabilities that its gate hands over in place of logits, of which the loss takes the softmax again (variant A8).
+BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
+  const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/balance_loss.json"));
+  BOOST_REQUIRE(golden["releases"].size() >= 3);
+  const std::int64_t tokens = 2 * kT;
+  Doubles both = vector_logits(0);
+  const Doubles second = vector_logits(1);
+  both.insert(both.end(), second.begin(), second.end());
+  for (const auto& [version, release] : golden["releases"].items()) {
+    const bool twice = version.rfind("5.5.", 0) == 0;
+    const at::Tensor z = tensor(both, {tokens, kE}).set_requires_grad(true);
+    at::Tensor p = ref::scores(z, ref::Score::kSoftmax);
+    if (twice) p = ref::scores(p, ref::Score::kSoftmax);
+    for (const char* which : {"plain", "masked"}) {
+      Routed r{tokens, kE, kK, values(p), top2(values(p)), {}, {}, {}, {}};
+      if (which == std::string("masked")) {
+        for (std::int64_t t = 0; t < tokens; ++t) r.valid.push_back(t % kT < 12);
+      }
+      k::BalanceConvention c;
+      c.over_k = false;
+      const double want = release[which]["loss"];
+      // Some releases pass through float32 on the way: its unit roundoff, over the sum of 8 terms of one sign.
+      const double close = 8 * k::unit_roundoff(k::Float::kF32) * want;
+      BOOST_CHECK_MESSAGE(std::fabs(loss_of(r, c) - want) <= close, version << " " << which << ": " << loss_of(r, c) << ", not " << want);
+      const at::Tensor gradient = gradient_of(reference_of(r, c, p), z);
+      Doubles theirs = release[which]["gradient"][0];
+      const Doubles rest = release[which]["gradient"][1];
+      theirs.insert(theirs.end(), rest.begin(), rest.end());
+      double largest = 0;
+      for (double v : theirs) largest = std::max(largest, std::fabs(v));
+      CompareOptions o;
+      o.bound = [largest](std::size_t, double) { return 32 * k::unit_roundoff(k::Float::kF32) * largest; };
+      const auto compared = compare(Values<double>{{tokens, kE}, theirs}, Values<double>{{tokens, kE}, values(gradient)}, o);
+      BOOST_CHECK_MESSAGE(compared.ok(), version << " " << which << ": " << compared.report());
+    }
+    says("Switch's z-loss", z_of(vector_logits(0)), release["z_loss"]);
+  }
 }
 
 // ---- kernels against the reference ---------------------------------------------------------------------------------------
