@@ -22,8 +22,8 @@ Raise `expert_capacity` to at least k x tokens / num_experts, with a quarter on 
 
 ## Limits
 It counts sequences of the full length; padding is routed, too, and shorter ones may fit. Even a capacity factor above 1 drops
-tokens where routing is uneven: that is for a recorded step to show. transformers 5.0 to 5.15 drops no token of Switch whatever the
-capacity says (fixtures/oracle/seq2seq.json).
+tokens where routing is uneven: that is for a recorded step to show. transformers 5.0 to 5.17 drops no token of Switch whatever the
+capacity says (AV015).
 )md";
 
 Outcome check(Facts& f) {
