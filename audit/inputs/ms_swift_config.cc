@@ -31,6 +31,7 @@ constexpr Row kOwnRows[] = {
     {"quant_bits", ""},
     {"bnb_4bit_quant_type", "bnb_4bit_quant_type"},
     {"rlhf_type", ""},
+    {"loss_type", "loss_type"},
     {"router_aux_loss_coef", ""},  // after_model
     {"deepspeed", "deepspeed"},
 };
