@@ -1,0 +1,49 @@
+// Statistics of expert load in float64 on LibTorch.
+#include "reference/expert_load.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+namespace moeaudit::reference {
+namespace {
+
+/// -sum p ln p over the last dimension, 0 ln 0 = 0.
+at::Tensor entropy(const at::Tensor& p) { return at::where(p.gt(0), -p * at::log(p), at::zeros_like(p)).sum(-1); }
+
+}  // namespace
+
+at::Tensor count_choices(const at::Tensor& chosen, std::int64_t experts) {
+  const at::Tensor flat = chosen.reshape({-1});
+  return at::bincount(flat.masked_select(flat.ge(0).logical_and(flat.lt(experts))), {}, experts);
+}
+
+std::map<std::string, double> load_statistics(const at::Tensor& counts) {
+  const at::Tensor n = counts.to(at::kDouble), q = n / n.sum();
+  const double experts = static_cast<double>(n.numel()), fair = n.mean().item<double>();
+  std::map<std::string, double> s;
+  s["max_violation"] = (n.max().item<double>() - fair) / fair;
+  s["min_violation"] = (fair - n.min().item<double>()) / fair;
+  s["cv_population"] = n.std(/*unbiased=*/false).item<double>() / fair;
+  s["cv_sample"] = n.std(/*unbiased=*/true).item<double>() / fair;
+  s["entropy"] = entropy(q).item<double>();
+  s["normalised_entropy"] = s["entropy"] / std::log(experts);
+  s["effective_experts"] = std::exp(s["entropy"]);
+  s["kl_to_uniform"] = at::where(q.gt(0), q * at::log(q * experts), at::zeros_like(q)).sum().item<double>();
+  s["gini"] = (n.unsqueeze(0) - n.unsqueeze(1)).abs().sum().item<double>() / (2 * experts * experts * fair);  // mean absolute difference
+  s["idle"] = n.eq(0).sum().item<double>();
+  s["below_tenth"] = n.lt(0.1 * fair).sum().item<double>();
+  return s;
+}
+
+std::map<std::string, double> routing_statistics(const at::Tensor& probabilities, const at::Tensor& chosen) {
+  const at::Tensor p = probabilities.to(at::kDouble);
+  const double most = std::log(static_cast<double>(p.size(1)));
+  const double of_tokens = entropy(p).mean().item<double>(), of_mean = entropy(p.mean(0)).item<double>();
+  return {{"token_entropy", of_tokens / most},
+          {"mean_entropy", of_mean / most},
+          {"mutual_information", of_mean - of_tokens},
+          {"confidence", p.gather(1, chosen).sum(1).mean().item<double>()}};
+}
+
+}  // namespace moeaudit::reference

@@ -1,0 +1,229 @@
+// Expert load: kernels/host against reference/; closed forms; the published counts of OLMoE and Mixtral; the sampling floor.
+#define BOOST_TEST_MODULE expert_load
+#include "kernels/host/expert_load.h"
+
+#include <ATen/ATen.h>
+
+#include <boost/test/unit_test.hpp>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "kernels/host/bounds.h"
+#include "kernels/host/gaussian.h"
+#include "reference/expert_load.h"
+#include "reference/router.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+using Longs = std::vector<std::int64_t>;
+
+at::Tensor tensor(const Longs& v) { return at::from_blob(const_cast<std::int64_t*>(v.data()), {static_cast<std::int64_t>(v.size())}, at::kLong).clone(); }
+
+k::LoadStatistics statistics(const Longs& counts, std::int64_t top_k, std::int64_t tokens) {
+  k::LoadStatistics s;
+  BOOST_REQUIRE(k::load_statistics(counts.data(), static_cast<std::int64_t>(counts.size()), top_k, tokens, &s) == k::Status::kOk);
+  return s;
+}
+
+/// Sums of E terms of magnitude at most ln E or 2, a logarithm each.
+double close(std::size_t experts) { return k::bounds::gamma(2.0 * static_cast<double>(experts) + 16.0, k::unit_roundoff(k::Float::kF64)) * 4 * std::log(static_cast<double>(experts) + 2); }
+
+void check(const Longs& counts) {
+  const k::LoadStatistics s = statistics(counts, 1, 1000);
+  const auto want = ref::load_statistics(tensor(counts));
+  const double bound = close(counts.size());
+  const auto near = [&](const char* name, double got) {
+    BOOST_CHECK_MESSAGE(std::fabs(got - want.at(name)) <= bound * (1 + std::fabs(want.at(name))), name << ": " << got << ", not " << want.at(name));
+  };
+  near("max_violation", s.max_violation);
+  near("min_violation", s.min_violation);
+  near("cv_population", s.cv_population);
+  near("cv_sample", s.cv_sample);
+  near("entropy", s.entropy);
+  near("normalised_entropy", s.normalised_entropy);
+  near("effective_experts", s.effective_experts);
+  near("kl_to_uniform", s.kl_to_uniform);
+  near("gini", s.gini);
+  near("idle", static_cast<double>(s.idle));
+  near("below_tenth", static_cast<double>(s.below_tenth));
+}
+
+std::vector<float> gaussians(std::int64_t n, std::uint64_t stream) {
+  std::vector<float> g(static_cast<std::size_t>(n));
+  k::unit_gaussians(8, stream, 0, n, g.data());
+  return g;
+}
+
+BOOST_AUTO_TEST_CASE(statistics_agree_with_the_reference) {
+  for (const std::int64_t experts : {2, 8, 60, 144, 384}) {
+    Longs counts;
+    for (float v : gaussians(experts, static_cast<std::uint64_t>(experts))) counts.push_back(static_cast<std::int64_t>(std::exp(5 + 2 * static_cast<double>(v))));
+    check(counts);
+    counts[0] = 0;
+    counts[1] = 1'000'000'000'000;
+    check(counts);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(closed_forms) {
+  const k::LoadStatistics even = statistics(Longs(64, 1000), 8, 8000);
+  BOOST_CHECK_SMALL(even.max_violation, 1e-15);
+  BOOST_CHECK_SMALL(even.gini, 1e-14);
+  BOOST_CHECK_CLOSE(even.normalised_entropy, 1.0, 1e-12);
+  BOOST_CHECK_CLOSE(even.effective_experts, 64.0, 1e-11);
+  Longs one(8);
+  one[5] = 800;
+  const k::LoadStatistics all = statistics(one, 1, 800);
+  BOOST_CHECK_CLOSE(all.max_violation, 7.0, 1e-12);
+  BOOST_CHECK_CLOSE(all.min_violation, 1.0, 1e-12);
+  BOOST_CHECK_CLOSE(all.gini, 7.0 / 8, 1e-12);
+  BOOST_CHECK_CLOSE(all.cv_population, std::sqrt(7.0), 1e-12);
+  BOOST_CHECK_CLOSE(all.cv_sample, std::sqrt(8.0), 1e-12);
+  BOOST_CHECK_SMALL(all.entropy, 1e-15);
+  BOOST_CHECK(all.idle == 7 && all.below_tenth == 7);
+  BOOST_CHECK(std::isnan(statistics(Longs(8, 0), 1, 0).max_violation));
+  BOOST_CHECK_CLOSE(statistics({5}, 1, 5).normalised_entropy, 1.0, 1e-12);
+  BOOST_CHECK(std::isnan(statistics({5}, 1, 5).cv_sample));
+  // 68.9 is the share below which an idle expert may still be one with a tenth of it.
+  BOOST_CHECK(!statistics(Longs(8, 69), 2, 276).idle_is_dead);
+  BOOST_CHECK(statistics(Longs(8, 70), 2, 280).idle_is_dead);
+  BOOST_CHECK(!statistics(Longs(8, 99), 2, 396).can_judge && statistics(Longs(8, 100), 2, 400).can_judge);
+}
+
+BOOST_AUTO_TEST_CASE(published_counts) {
+  // Values of these pickles, computed apart with numpy to three digits.
+  struct Cell {
+    const char *file, *layer;
+    double max_violation, cv, entropy, gini, least;
+  };
+  for (const Cell& c : {Cell{"olmoe-1b-7b_c4", "0", 2.02, .32, .990, .14, .30}, {"olmoe-1b-7b_c4", "7", 1.66, .40, .982, .21, .20},
+                        {"olmoe-1b-7b_c4", "15", 1.50, .51, .968, .29, .19}}) {
+    const auto json = nlohmann::json::parse(std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR "/fixtures/expert_counts/") + c.file + ".json"));
+    const k::LoadStatistics s = statistics(json["layers"][c.layer].get<Longs>(), json["top_k"], 200'000);
+    BOOST_CHECK_SMALL(s.max_violation - c.max_violation, 0.0051);
+    BOOST_CHECK_SMALL(s.cv_population - c.cv, 0.0051);
+    BOOST_CHECK_SMALL(s.normalised_entropy - c.entropy, 0.00051);
+    BOOST_CHECK_SMALL(s.gini - c.gini, 0.0051);
+    BOOST_CHECK_SMALL(1 - s.min_violation - c.least, 0.0051);
+    BOOST_CHECK(s.idle == 0 && s.below_tenth == 0 && s.can_judge);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(sampling_floor) {
+  // Independent tokens of an even router: the CV seen is the floor to a few per cent, MaxVio below its approximation.
+  const std::int64_t experts = 64, top_k = 8, tokens = 4096;
+  double cv = 0, violation = 0, floor_cv = 0, floor_violation = 0;
+  const int windows = 8;
+  for (std::uint64_t w = 0; w < windows; ++w) {
+    std::vector<double> z;
+    for (float v : gaussians(tokens * experts, 100 + w)) z.push_back(static_cast<double>(v));
+    ref::RouteOptions o;
+    o.top_k = top_k;
+    const at::Tensor chosen = ref::route(at::from_blob(z.data(), {tokens, experts}, at::kDouble), o).chosen;
+    const at::Tensor counts = ref::count_choices(chosen, experts);
+    const k::LoadStatistics s = statistics(Longs(counts.data_ptr<std::int64_t>(), counts.data_ptr<std::int64_t>() + experts), top_k, tokens);
+    cv += s.cv_population / windows;
+    violation += s.max_violation / windows;
+    floor_cv = s.cv_floor;
+    floor_violation = s.max_violation_floor;
+  }
+  BOOST_CHECK_CLOSE(cv, floor_cv, 10);  // 64 experts in 8 windows: its deviation is 1 / sqrt(2 * 512) = 3 %
+  BOOST_CHECK(violation < 1.1 * floor_violation && violation > 0.6 * floor_violation);
+}
+
+BOOST_AUTO_TEST_CASE(intervals) {
+  // Blocks that are alike leave nothing to be uncertain of; blocks that are not do.
+  Longs alike, apart;
+  for (int b = 0; b < 20; ++b) {
+    for (int e = 0; e < 4; ++e) {
+      alike.push_back(e == 0 ? 40 : 20);
+      apart.push_back(b % 4 == e ? 80 : 10);
+    }
+  }
+  k::Interval violation, cv, again, again_cv;
+  BOOST_REQUIRE(k::load_intervals(alike.data(), 20, 4, 200, 1, &violation, &cv) == k::Status::kOk);
+  BOOST_CHECK_CLOSE(violation.low, 0.6, 1e-9);
+  BOOST_CHECK_CLOSE(violation.high, 0.6, 1e-9);
+  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &violation, &cv) == k::Status::kOk);
+  BOOST_CHECK(violation.low < violation.high && violation.low >= 0 && cv.low < cv.high);
+  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &again, &again_cv) == k::Status::kOk);
+  BOOST_CHECK(again.low == violation.low && again.high == violation.high);
+  BOOST_CHECK(k::load_intervals(apart.data(), 1, 4, 200, 1, &again, &again_cv) == k::Status::kBadShape);
+}
+
+template <class Id>
+void check_counts(std::int64_t tokens, std::int64_t top_k, std::int64_t experts, bool masked) {
+  std::vector<Id> chosen;
+  std::vector<std::uint8_t> valid;
+  Longs inside;
+  std::int64_t want_outside = 0;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    valid.push_back(t % 7 != 3);
+    for (std::int64_t j = 0; j < top_k; ++j) {
+      const std::int64_t id = (t * t * 31 + j * 17) % (experts + 2) - 1;  // -1 and E are no experts
+      chosen.push_back(static_cast<Id>(id));
+      if (masked && valid.back() == 0) continue;
+      inside.push_back(id);
+      want_outside += id < 0 || id >= experts;
+    }
+  }
+  Longs counts(static_cast<std::size_t>(experts), -1);
+  std::int64_t outside = -1;
+  const k::CountArgs<Id> a{chosen.data(), masked ? valid.data() : nullptr, tokens, top_k, experts};
+  BOOST_REQUIRE(k::count_choices(a, counts.data(), &outside) == k::Status::kOk);
+  BOOST_CHECK(at::equal(tensor(counts), ref::count_choices(tensor(inside), experts)));
+  BOOST_CHECK(outside == want_outside);
+}
+
+BOOST_AUTO_TEST_CASE(counts_agree_with_the_reference) {
+  for (const bool masked : {false, true}) {
+    check_counts<std::int16_t>(1, 1, 1, masked);
+    check_counts<std::int16_t>(1001, 8, 128, masked);
+    check_counts<std::int32_t>(999, 3, 384, masked);
+    check_counts<std::int32_t>(40, 32, 144, masked);
+  }
+  std::int64_t outside = 0, count = 5;
+  BOOST_CHECK((k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 0, 2, 1}, &count, &outside) == k::Status::kOk && count == 0));
+  BOOST_CHECK((k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 3, 2, 1}, &count, &outside) == k::Status::kNullPointer));
+}
+
+BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
+  const std::int64_t tokens = 300, experts = 60, top_k = 4;
+  std::vector<double> z;
+  for (float v : gaussians(tokens * experts, 9)) z.push_back(2 * static_cast<double>(v));
+  const at::Tensor logits = at::from_blob(z.data(), {tokens, experts}, at::kDouble);
+  const at::Tensor p = ref::scores(logits, ref::Score::kSoftmax).contiguous();
+  ref::RouteOptions o;
+  o.top_k = top_k;
+  const at::Tensor chosen = ref::route(logits, o).chosen.contiguous();
+  const std::vector<std::int32_t> ids(chosen.data_ptr<std::int64_t>(), chosen.data_ptr<std::int64_t>() + chosen.numel());
+  k::RoutingStatistics s;
+  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<double>{p.data_ptr<double>(), ids.data(), nullptr, tokens, experts, top_k}, &s) == k::Status::kOk);
+  const auto want = ref::routing_statistics(p, chosen);
+  const double bound = close(static_cast<std::size_t>(tokens * experts));
+  BOOST_CHECK_SMALL(s.token_entropy - want.at("token_entropy"), bound);
+  BOOST_CHECK_SMALL(s.mean_entropy - want.at("mean_entropy"), bound);
+  BOOST_CHECK_SMALL(s.mutual_information - want.at("mutual_information"), bound);
+  BOOST_CHECK_SMALL(s.confidence - want.at("confidence"), bound);
+  // Every token sure of an expert of its own: no entropy a token, all of it in the mean.
+  std::vector<double> sure(64);
+  std::vector<std::int32_t> own;
+  for (std::int32_t t = 0; t < 8; ++t) sure[static_cast<std::size_t>(9 * t)] = 1, own.push_back(t);
+  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<double>{sure.data(), own.data(), nullptr, 8, 8, 1}, &s) == k::Status::kOk);
+  BOOST_CHECK_CLOSE(s.mutual_information, std::log(8.0), 1e-12);
+  BOOST_CHECK(s.token_entropy == 0.0 && s.confidence == 1.0);
+}
+
+BOOST_AUTO_TEST_CASE(co_activation_counts_all_pairs) {
+  const std::vector<std::int32_t> chosen = {0, 1, 2, 2, 1, 3, 0, 1, -1};  // the last token lost a choice
+  Longs together(16, -1);
+  BOOST_REQUIRE(k::co_activation(k::CountArgs<std::int32_t>{chosen.data(), nullptr, 3, 3, 4}, together.data()) == k::Status::kOk);
+  BOOST_TEST(together == (Longs{2, 2, 1, 0, 2, 3, 2, 1, 1, 2, 2, 1, 0, 1, 1, 1}), boost::test_tools::per_element());
+}
+
+}  // namespace
