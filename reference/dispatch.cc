@@ -1,0 +1,33 @@
+// Drops beyond the capacity on LibTorch.
+#include "reference/dispatch.h"
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+namespace moeaudit::reference {
+
+at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order, std::int64_t capacity) {
+  const std::int64_t tokens = chosen.size(0), k = chosen.size(1);
+  const at::Tensor token = at::arange(tokens).unsqueeze(1).expand({tokens, k}), rank = at::arange(k).unsqueeze(0).expand({tokens, k});
+  // What decides, most significant first; smaller comes first.
+  std::vector<at::Tensor> by;
+  if (order == DropOrder::kWeights) by = {-weights, token, rank};
+  if (order == DropOrder::kKeys) by = {keys, token, rank};
+  if (order == DropOrder::kTokens) by = {token, rank};
+  if (order == DropOrder::kChoices) by = {rank, token};
+  if (order == DropOrder::kBatchPrioritised) by = {rank, -weights.narrow(1, 0, 1).expand({tokens, k}), token};
+  const at::Tensor expert = chosen.reshape({-1});
+  at::Tensor before = at::zeros({tokens * k, tokens * k}, at::kBool), level = at::ones_like(before);
+  for (const at::Tensor& t : by) {  // before[i, j]: j comes before i
+    const at::Tensor v = t.to(at::kDouble).reshape({-1});
+    before = before.logical_or(level.logical_and(v.unsqueeze(0).lt(v.unsqueeze(1))));
+    level = level.logical_and(v.unsqueeze(0).eq(v.unsqueeze(1)));
+  }
+  const at::Tensor same = expert.unsqueeze(0).eq(expert.unsqueeze(1)).logical_and(expert.ge(0).unsqueeze(0));
+  const at::Tensor place = before.logical_and(same).sum(1);
+  const at::Tensor kept = place.lt(capacity).logical_and(expert.ge(0));
+  return at::where(kept, place, at::full_like(place, -1)).reshape({tokens, k});
+}
+
+}  // namespace moeaudit::reference
