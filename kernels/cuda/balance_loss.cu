@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/balance_loss.h"
+#include "kernels/cuda/warp.cuh"
 
 namespace moeaudit::kernels::cuda {
 namespace {
@@ -164,13 +165,18 @@ Status launch(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r, void* 
 
 // ---- z-loss ------------------------------------------------------------------------------------------------------------
 
-/// A token a thread: its log-sum-exp.
+/// A token a warp: its log-sum-exp.
 template <class T>
 __global__ void log_sum_exps(ZLossArgs<T> a, double* largest, double* sum, double* lse, double* out, unsigned long long* valid) {
-  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::int64_t t = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   if (t >= a.tokens) return;
-  lse[t] = log_sum_exp(a.logits + t * a.experts, a.experts, largest + t, sum + t);
-  if (out != nullptr) out[t] = lse[t];
+  double m = 0, s = 0;
+  const double value = warp_log_sum_exp(a.logits + t * a.experts, a.experts, &m, &s);
+  if (threadIdx.x % kLanes != 0) return;
+  largest[t] = m;
+  sum[t] = s;
+  lse[t] = value;
+  if (out != nullptr) out[t] = value;
   if (a.valid == nullptr || a.valid[t] != 0) atomicAdd(valid, 1ull);
 }
 
@@ -206,8 +212,8 @@ template <class T>
 Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, CUstream_st* stream) {
   if (const Status status = check_z_loss(a, r); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
-  const std::int64_t blocks = runs_of(a.tokens, kThreads), elements = runs_of(a.tokens * a.experts, kThreads);
-  if (elements > 2147483647) return Status::kBadShape;
+  const std::int64_t blocks = runs_of(a.tokens, kThreads / kLanes), elements = runs_of(a.tokens * a.experts, kThreads);
+  if (elements > 2147483647 || blocks > 2147483647) return Status::kBadShape;
   auto* valid = static_cast<unsigned long long*>(workspace);
   auto* largest = reinterpret_cast<double*>(valid + 1);
   double *sum = largest + a.tokens, *lse = sum + a.tokens, *stretch = lse + a.tokens;

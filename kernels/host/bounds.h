@@ -139,7 +139,7 @@ inline double balance_loss_in_any_order(std::int64_t tokens, std::int64_t expert
 inline double balance_gradient_relative(Float f) { return gamma(7.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)); }
 
 /// |log_sum_exp() - exact| for finite logits within `range` of their largest, all float64: the sum has the relative error of
-/// an exponential (2 roundings, and that of l - m in the exponent) and of its additions, which the logarithm turns into an
+/// an exponential (2 roundings, and that of l - m in the exponent) and of its additions (never more than E, whatever the lanes), which the logarithm turns into an
 /// absolute one; the logarithm itself 4 roundings of log(sum) <= log E; the last addition one.
 inline double log_sum_exp(std::int64_t experts, double range, double value) {
   const double u = unit_roundoff(Float::kF64);

@@ -52,7 +52,7 @@ struct DropArgs {
   std::int64_t tokens = 0, experts = 0, top_k = 0;
   std::int64_t capacity = 0;
   DropOrder order = DropOrder::kChoices;
-  /// Weights of the kept choices over their sum (DeepSpeed divides after it drops, and by at least the smallest number of T;
+  /// Weights of the kept choices over their sum (DeepSpeed divides after it drops, and by at least the epsilon of T;
   /// Megatron and Tutel leave them). A token without a kept choice has weights 0.
   bool renormalise = false;
 };

@@ -28,24 +28,34 @@ struct ZLossResult {
 /// Stretch of tokens whose squares are added up from 0 in their order; the stretch sums are added up in theirs.
 inline constexpr std::int64_t kZLossRun = 256;
 
-/// log sum_e exp(l_e) = m + log(sum_e exp(l_e - m)), m the largest, experts in their order: no overflow at any magnitude.
-/// All -inf: -inf. Any +inf: +inf. Any NaN: NaN.
+/// Lanes of a sum over experts or words: value i belongs to lane i mod kLanes, a lane adds its values in their order, and the
+/// lanes are added in theirs. What a warp does at once, and what the host does one after the other.
+inline constexpr int kLanes = 32;
+
+/// log sum_e exp(l_e) = m + log(sum_e exp(l_e - m)), m the largest: no overflow at any magnitude. All -inf: -inf. Any +inf:
+/// +inf. Any NaN: NaN.
+MOE_AUDIT_HOST_DEVICE inline double finish_log_sum_exp(bool nan, double largest, double sum) {
+  if (nan) return std::bit_cast<double>(std::uint64_t{0x7ff8} << 48);
+  return largest - largest == 0.0 ? largest + log_exact_order(sum) : largest;
+}
+
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline double log_sum_exp(const T* logits, std::int64_t experts, double* largest, double* sum) {
+inline double log_sum_exp(const T* logits, std::int64_t count, double* largest, double* sum) {
   double m = static_cast<double>(logits[0]);
   bool nan = false;
-  for (std::int64_t e = 0; e < experts; ++e) {
+  for (std::int64_t e = 0; e < count; ++e) {
     const double l = static_cast<double>(logits[e]);
     m = l > m || m != m ? l : m;
     nan = nan || l != l;
   }
-  double s = 0;
-  const bool finite = m - m == 0.0;
-  for (std::int64_t e = 0; finite && e < experts; ++e) s += exp_exact_order(static_cast<double>(logits[e]) - m);
+  double lane[kLanes] = {}, s = 0;
+  if (m - m == 0.0) {
+    for (std::int64_t e = 0; e < count; ++e) lane[e % kLanes] += exp_exact_order(static_cast<double>(logits[e]) - m);
+    for (const double v : lane) s += v;
+  }
   *largest = m;
   *sum = s;
-  const double quiet = std::bit_cast<double>(std::uint64_t{0x7ff8} << 48);
-  return nan ? quiet : finite ? m + log_exact_order(s) : m;
+  return finish_log_sum_exp(nan, m, s);
 }
 
 /// ST-MoE (arXiv 2202.08906 eq. 5), averaged over the valid tokens (Megatron-LM z_loss_func, transformers' switch and
