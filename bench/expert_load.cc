@@ -1,10 +1,10 @@
 // Counts of expert ids against the limit of 1e9 ids a second and thread; and against the plain loop over one table.
+#include "kernels/host/expert_load.h"
+
 #include <benchmark/benchmark.h>
 
 #include <cstdint>
 #include <vector>
-
-#include "kernels/host/expert_load.h"
 
 namespace {
 
@@ -32,7 +32,8 @@ void counts(benchmark::State& state) {
     k::count_choices(a, out.data(), &outside);
     benchmark::DoNotOptimize(out.data());
   }
-  state.counters["ids/s"] = benchmark::Counter(static_cast<double>(chosen.size()), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["ids/s"] =
+      benchmark::Counter(static_cast<double>(chosen.size()), benchmark::Counter::kIsIterationInvariantRate);
   state.SetLabel("limit 1e9 ids/s");
 }
 BENCHMARK(counts<std::int16_t>)->ArgNames({"experts", "collapsed"})->Args({8, 0})->Args({128, 0})->Args({128, 1});
@@ -46,7 +47,8 @@ void plain_loop(benchmark::State& state) {
     benchmark::DoNotOptimize(out.data());
     benchmark::ClobberMemory();
   }
-  state.counters["ids/s"] = benchmark::Counter(static_cast<double>(chosen.size()), benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["ids/s"] =
+      benchmark::Counter(static_cast<double>(chosen.size()), benchmark::Counter::kIsIterationInvariantRate);
 }
 BENCHMARK(plain_loop)->ArgName("collapsed")->Arg(0)->Arg(1);
 

@@ -15,7 +15,7 @@ at::Tensor one_set(const at::Tensor& p, const at::Tensor& chosen, const at::Tens
   at::Tensor c = counts, chosen_by = {};
   double n = counted;
   if (chosen.defined()) {
-    const at::Tensor kept = chosen.ge(0).to(at::kDouble) * valid.unsqueeze(1);  // [T, k]
+    const at::Tensor kept = chosen.ge(0).to(at::kDouble) * valid.unsqueeze(1);                  // [T, k]
     chosen_by = at::one_hot(chosen.clamp_min(0), experts).to(at::kDouble) * kept.unsqueeze(2);  // [T, k, E]
   }
   if (!c.defined()) {
@@ -26,7 +26,8 @@ at::Tensor one_set(const at::Tensor& p, const at::Tensor& chosen, const at::Tens
   if (o.balanced == Balanced::kExperts) return (f * mean).sum() * static_cast<double>(experts);
   const std::int64_t each = experts / o.devices;
   const at::Tensor on_device = mean.reshape({o.devices, each}).sum(1);  // P'_d
-  if (o.balanced == Balanced::kDevices) return ((f * static_cast<double>(experts)).reshape({o.devices, each}).mean(1) * on_device).sum();
+  if (o.balanced == Balanced::kDevices)
+    return ((f * static_cast<double>(experts)).reshape({o.devices, each}).mean(1) * on_device).sum();
   const at::Tensor reached = chosen_by.amax(1).reshape({p.size(0), o.devices, each}).amax(2).sum(0);  // tokens on d
   return (reached * on_device).sum() * static_cast<double>(o.devices) / (static_cast<double>(o.most_devices) * tokens);
 }
@@ -37,16 +38,18 @@ at::Tensor mask_of(const at::Tensor& valid, std::int64_t tokens) {
 
 }  // namespace
 
-at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chosen, const BalanceLossOptions& o, const at::Tensor& valid,
-                        const std::vector<std::int64_t>& offsets, const at::Tensor& counts, const at::Tensor& counted_tokens) {
+at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chosen, const BalanceLossOptions& o,
+                        const at::Tensor& valid, const std::vector<std::int64_t>& offsets, const at::Tensor& counts,
+                        const at::Tensor& counted_tokens) {
   const at::Tensor p = probabilities.to(at::kDouble), mask = mask_of(valid, p.size(0));
   const std::vector<std::int64_t> ends = offsets.empty() ? std::vector<std::int64_t>{0, p.size(0)} : offsets;
   at::Tensor sum = at::zeros({}, at::kDouble);
   const std::size_t sets = ends.size() - 1;
   for (std::size_t s = 0; s < sets; ++s) {
     const std::int64_t first = ends[s], length = ends[s + 1] - first, row = static_cast<std::int64_t>(s);
-    sum = sum + one_set(p.narrow(0, first, length), chosen.defined() ? chosen.narrow(0, first, length) : chosen, mask.narrow(0, first, length), o,
-                        counts.defined() ? counts[row] : counts, counts.defined() ? counted_tokens[row].item<double>() : 0.0);
+    sum = sum + one_set(p.narrow(0, first, length), chosen.defined() ? chosen.narrow(0, first, length) : chosen,
+                        mask.narrow(0, first, length), o, counts.defined() ? counts[row] : counts,
+                        counts.defined() ? counted_tokens[row].item<double>() : 0.0);
   }
   return o.sum_over_sets ? sum : sum / static_cast<double>(sets);
 }
@@ -59,7 +62,8 @@ at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& valid, bool divide
   return at::where(mask.gt(0), z * z, at::zeros_like(z)).sum() / tokens;
 }
 
-at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional, bool centre_step, bool centre_bias) {
+at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional,
+                       bool centre_step, bool centre_bias) {
   const at::Tensor c = counts.to(at::kDouble), off = c.mean(-1, true) - c;
   at::Tensor step = (proportional ? off : off.sign()) * rate;
   if (centre_step) step = step - step.mean(-1, true);

@@ -1,5 +1,6 @@
-// Balance losses, the z-loss and the bias step in float64 on LibTorch: the truth that kernels/host/balance_loss.h, z_loss.h
-// and bias_update.h answer to. Written by the definitions of the papers: masks and one-hot matrices, no loops over tokens.
+// Balance losses, the z-loss and the bias step in float64 on LibTorch: the truth that kernels/host/balance_loss.h,
+// z_loss.h and bias_update.h answer to. Written by the definitions of the papers: masks and one-hot matrices, no loops
+// over tokens.
 //
 // Symbols: T tokens, E experts, k choices, D devices, S averaging sets.
 #pragma once
@@ -24,9 +25,9 @@ struct BalanceLossOptions {
   std::int64_t top_k = 1;             // where counts are given without choices
 };
 
-/// probabilities [T, E], chosen int64 [T, k] (negative: dropped), valid bool [T] or undefined, offsets S + 1 ascending from 0
-/// to T (empty: one set), counts int64 [S, E] with counted_tokens int64 [S] or undefined. Returns a scalar, differentiable
-/// through the probabilities; f is a constant. A set without valid tokens is worth 0.
+/// probabilities [T, E], chosen int64 [T, k] (negative: dropped), valid bool [T] or undefined, offsets S + 1 ascending
+/// from 0 to T (empty: one set), counts int64 [S, E] with counted_tokens int64 [S] or undefined. Returns a scalar,
+/// differentiable through the probabilities; f is a constant. A set without valid tokens is worth 0.
 at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chosen, const BalanceLossOptions& options,
                         const at::Tensor& valid = {}, const std::vector<std::int64_t>& offsets = {},
                         const at::Tensor& counts = {}, const at::Tensor& counted_tokens = {});
@@ -34,8 +35,9 @@ at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chose
 /// Mean over the valid of T tokens of logsumexp(logits [T, E])^2: ST-MoE, arXiv 2202.08906 equation 5. Differentiable.
 at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& valid = {}, bool divide_by_all_tokens = false);
 
-/// bias + rate sign(mean(counts) - counts) or, proportional, bias + rate (mean(counts) - counts), over the last dimension:
-/// arXiv 2408.15664 algorithm 1 and table 3. centre_step: minus the mean of the step; centre_bias: minus the mean of the result.
+/// bias + rate sign(mean(counts) - counts) or, proportional, bias + rate (mean(counts) - counts), over the last
+/// dimension: arXiv 2408.15664 algorithm 1 and table 3. centre_step: minus the mean of the step; centre_bias: minus the
+/// mean of the result.
 at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional = false,
                        bool centre_step = false, bool centre_bias = false);
 

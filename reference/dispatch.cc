@@ -7,9 +7,11 @@
 
 namespace moeaudit::reference {
 
-at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order, std::int64_t capacity) {
+at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order,
+                std::int64_t capacity) {
   const std::int64_t tokens = chosen.size(0), k = chosen.size(1);
-  const at::Tensor token = at::arange(tokens).unsqueeze(1).expand({tokens, k}), rank = at::arange(k).unsqueeze(0).expand({tokens, k});
+  const at::Tensor token = at::arange(tokens).unsqueeze(1).expand({tokens, k}),
+                   rank = at::arange(k).unsqueeze(0).expand({tokens, k});
   // What decides, most significant first; smaller comes first.
   std::vector<at::Tensor> by;
   if (order == DropOrder::kWeights) by = {-weights, token, rank};

@@ -1,5 +1,5 @@
-// Drops beyond the capacity on LibTorch: the truth that kernels/host/dispatch.h answers to. A choice is kept if fewer than
-// `capacity` choices of its expert come before it: all pairs are compared, nothing is sorted.
+// Drops beyond the capacity on LibTorch: the truth that kernels/host/dispatch.h answers to. A choice is kept if fewer
+// than `capacity` choices of its expert come before it: all pairs are compared, nothing is sorted.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,9 @@ namespace moeaudit::reference {
 
 enum class DropOrder { kTokens, kChoices, kWeights, kKeys, kBatchPrioritised };
 
-/// chosen int64 [T, k] (negative: none), weights and keys float64 [T, k] or undefined. Returns int64 [T, k]: the place of each
-/// choice in its expert, -1 where it is dropped.
-at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order, std::int64_t capacity);
+/// chosen int64 [T, k] (negative: none), weights and keys float64 [T, k] or undefined. Returns int64 [T, k]: the place
+/// of each choice in its expert, -1 where it is dropped.
+at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order,
+                std::int64_t capacity);
 
 }  // namespace moeaudit::reference

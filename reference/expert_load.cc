@@ -30,7 +30,8 @@ std::map<std::string, double> load_statistics(const at::Tensor& counts) {
   s["normalised_entropy"] = s["entropy"] / std::log(experts);
   s["effective_experts"] = std::exp(s["entropy"]);
   s["kl_to_uniform"] = at::where(q.gt(0), q * at::log(q * experts), at::zeros_like(q)).sum().item<double>();
-  s["gini"] = (n.unsqueeze(0) - n.unsqueeze(1)).abs().sum().item<double>() / (2 * experts * experts * fair);  // mean absolute difference
+  s["gini"] = (n.unsqueeze(0) - n.unsqueeze(1)).abs().sum().item<double>() /
+              (2 * experts * experts * fair);  // mean absolute difference
   s["idle"] = n.eq(0).sum().item<double>();
   s["below_tenth"] = n.lt(0.1 * fair).sum().item<double>();
   return s;

@@ -1,4 +1,5 @@
-// Statistics of expert load in float64 on LibTorch: the truth that kernels/host/expert_load.h answers to, by the definitions.
+// Statistics of expert load in float64 on LibTorch: the truth that kernels/host/expert_load.h answers to, by the
+// definitions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +13,8 @@ namespace moeaudit::reference {
 /// counts int64 [E] of the choices int64 [...] in 0..E-1; others are left out.
 at::Tensor count_choices(const at::Tensor& chosen, std::int64_t experts);
 
-/// max_violation, min_violation, cv_population, cv_sample, entropy, normalised_entropy, effective_experts, kl_to_uniform, gini,
-/// idle, below_tenth of counts [E], as the header of the kernel defines them.
+/// max_violation, min_violation, cv_population, cv_sample, entropy, normalised_entropy, effective_experts,
+/// kl_to_uniform, gini, idle, below_tenth of counts [E], as the header of the kernel defines them.
 std::map<std::string, double> load_statistics(const at::Tensor& counts);
 
 /// token_entropy, mean_entropy, mutual_information, confidence of probabilities [T, E] and chosen int64 [T, k].

@@ -1,5 +1,5 @@
-// Balance losses, z-loss and bias step. Tokens are cut into the stretches of the host's order: a block adds up one stretch,
-// a second launch adds up the stretches of a set.
+// Balance losses, z-loss and bias step. Tokens are cut into the stretches of the host's order: a block adds up one
+// stretch, a second launch adds up the stretches of a set.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/balance_loss.h"
@@ -16,18 +16,19 @@ constexpr std::size_t padded(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
 
 /// Places in the workspace.
 struct Scratch {
-  double* stretch;                   // [num_sets, stretches, experts] sums of probabilities
-  unsigned long long* counts;        // [num_sets, experts]
-  unsigned long long* device_tokens; // [num_sets, devices]
-  unsigned long long* valid;         // [num_sets]
-  double* mean;                      // [num_sets, experts]
-  double* weight;                    // [num_sets, experts]
-  double* divisor;                   // [num_sets]
-  double* loss;                      // [num_sets]
+  double* stretch;                    // [num_sets, stretches, experts] sums of probabilities
+  unsigned long long* counts;         // [num_sets, experts]
+  unsigned long long* device_tokens;  // [num_sets, devices]
+  unsigned long long* valid;          // [num_sets]
+  double* mean;                       // [num_sets, experts]
+  double* weight;                     // [num_sets, experts]
+  double* divisor;                    // [num_sets]
+  double* loss;                       // [num_sets]
   std::int64_t stretches;
 };
 
-Scratch cut(void* workspace, std::int64_t tokens, std::int64_t experts, std::int64_t devices, std::int64_t sets, std::size_t* bytes) {
+Scratch cut(void* workspace, std::int64_t tokens, std::int64_t experts, std::int64_t devices, std::int64_t sets,
+            std::size_t* bytes) {
   auto* at = static_cast<char*>(workspace);
   std::size_t used = 0;
   const auto take = [&](std::int64_t n) {
@@ -77,7 +78,8 @@ __global__ void add_stretches(BalanceLossArgs<T> a, Scratch s) {
       if (j < slots) atomicAdd(s.counts + set * a.experts + chosen[j], 1ull);
       const std::int64_t d = chosen[j] / on_device;
       bool seen = false;
-      for (std::int64_t i = 0; i < j; ++i) seen |= chosen[i] >= 0 && chosen[i] < a.experts && chosen[i] / on_device == d;
+      for (std::int64_t i = 0; i < j; ++i)
+        seen |= chosen[i] >= 0 && chosen[i] < a.experts && chosen[i] / on_device == d;
       if (!seen) atomicAdd(s.device_tokens + set * a.convention.devices + d, 1ull);
     }
   }
@@ -111,8 +113,9 @@ __global__ void finish_sets(BalanceLossArgs<T> a, BalanceLossResult<T> r, Scratc
     if (r.mean_probability != nullptr) r.mean_probability[set * a.experts + e] = mean[e];
     if (r.counts != nullptr) r.counts[set * a.experts + e] = own[e];
   }
-  balance_weights(a.convention, a.experts, a.top_k, counts, reinterpret_cast<const std::int64_t*>(s.device_tokens + set * a.convention.devices),
-                  counted, threadIdx.x, blockDim.x, weight);
+  balance_weights(a.convention, a.experts, a.top_k, counts,
+                  reinterpret_cast<const std::int64_t*>(s.device_tokens + set * a.convention.devices), counted,
+                  threadIdx.x, blockDim.x, weight);
   __syncthreads();
   if (threadIdx.x != 0) return;
   double sum = 0;
@@ -159,15 +162,18 @@ Status launch(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r, void* 
   finish_sets<T><<<static_cast<unsigned>(a.num_sets), kThreads, 0, stream>>>(a, r, s);
   const double share = a.convention.over_sets == OverSets::kMean ? 1.0 / static_cast<double>(a.num_sets) : 1.0;
   add_sets<T><<<1, 1, 0, stream>>>(a.num_sets, share, s.loss, r.loss);
-  if (r.gradient != nullptr && s.stretches > 0) write_gradient<T><<<grid, kThreads, 0, stream>>>(a, share, s, r.gradient);
+  if (r.gradient != nullptr && s.stretches > 0)
+    write_gradient<T><<<grid, kThreads, 0, stream>>>(a, share, s, r.gradient);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
-// ---- z-loss ------------------------------------------------------------------------------------------------------------
+// ---- z-loss
+// ------------------------------------------------------------------------------------------------------------
 
 /// A token a warp: its log-sum-exp.
 template <class T>
-__global__ void log_sum_exps(ZLossArgs<T> a, double* largest, double* sum, double* lse, double* out, unsigned long long* valid) {
+__global__ void log_sum_exps(ZLossArgs<T> a, double* largest, double* sum, double* lse, double* out,
+                             unsigned long long* valid) {
   const std::int64_t t = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   if (t >= a.tokens) return;
   double m = 0, s = 0;
@@ -182,7 +188,8 @@ __global__ void log_sum_exps(ZLossArgs<T> a, double* largest, double* sum, doubl
 
 /// One block: a stretch a thread, then the stretches in their order.
 template <class T>
-__global__ void add_squares(ZLossArgs<T> a, const double* lse, double* stretch, const unsigned long long* valid, double* loss) {
+__global__ void add_squares(ZLossArgs<T> a, const double* lse, double* stretch, const unsigned long long* valid,
+                            double* loss) {
   const std::int64_t stretches = runs_of(a.tokens, kZLossRun);
   for (std::int64_t i = threadIdx.x; i < stretches; i += blockDim.x) {
     double sum = 0;
@@ -195,17 +202,23 @@ __global__ void add_squares(ZLossArgs<T> a, const double* lse, double* stretch, 
   if (threadIdx.x != 0) return;
   double total = 0;
   for (std::int64_t i = 0; i < stretches; ++i) total += stretch[i];
-  *loss = *valid == 0 ? 0.0 : total / static_cast<double>(a.divisor == Divisor::kAllTokens ? a.tokens : static_cast<std::int64_t>(*valid));
+  *loss = *valid == 0 ? 0.0
+                      : total / static_cast<double>(
+                                    a.divisor == Divisor::kAllTokens ? a.tokens : static_cast<std::int64_t>(*valid));
 }
 
 template <class T>
-__global__ void write_z_gradient(ZLossArgs<T> a, const double* largest, const double* sum, const double* lse, const unsigned long long* valid, T* gradient) {
+__global__ void write_z_gradient(ZLossArgs<T> a, const double* largest, const double* sum, const double* lse,
+                                 const unsigned long long* valid, T* gradient) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.tokens * a.experts) return;
   const std::int64_t t = i / a.experts;
-  const double divisor = static_cast<double>(a.divisor == Divisor::kAllTokens ? a.tokens : static_cast<std::int64_t>(*valid));
+  const double divisor =
+      static_cast<double>(a.divisor == Divisor::kAllTokens ? a.tokens : static_cast<std::int64_t>(*valid));
   const bool in = a.valid == nullptr || a.valid[t] != 0;
-  gradient[i] = in ? static_cast<T>(2.0 * lse[t] / divisor * (exp_exact_order(static_cast<double>(a.logits[i]) - largest[t]) / sum[t])) : T(0);
+  gradient[i] = in ? static_cast<T>(2.0 * lse[t] / divisor *
+                                    (exp_exact_order(static_cast<double>(a.logits[i]) - largest[t]) / sum[t]))
+                   : T(0);
 }
 
 template <class T>
@@ -218,9 +231,12 @@ Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, C
   auto* largest = reinterpret_cast<double*>(valid + 1);
   double *sum = largest + a.tokens, *lse = sum + a.tokens, *stretch = lse + a.tokens;
   if (cudaMemsetAsync(valid, 0, sizeof *valid, stream) != cudaSuccess) return Status::kLaunchFailed;
-  if (blocks > 0) log_sum_exps<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, largest, sum, lse, r.log_sum_exp, valid);
+  if (blocks > 0)
+    log_sum_exps<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, largest, sum, lse, r.log_sum_exp, valid);
   add_squares<T><<<1, 1024, 0, stream>>>(a, lse, stretch, valid, r.loss);
-  if (r.gradient != nullptr && elements > 0) write_z_gradient<T><<<static_cast<unsigned>(elements), kThreads, 0, stream>>>(a, largest, sum, lse, valid, r.gradient);
+  if (r.gradient != nullptr && elements > 0)
+    write_z_gradient<T>
+        <<<static_cast<unsigned>(elements), kThreads, 0, stream>>>(a, largest, sum, lse, valid, r.gradient);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -231,17 +247,22 @@ __global__ void update_layers(BiasUpdateArgs a, double* bias) {
 
 }  // namespace
 
-std::size_t balance_loss_workspace(std::int64_t tokens, std::int64_t experts, std::int64_t devices, std::int64_t num_sets) {
+std::size_t balance_loss_workspace(std::int64_t tokens, std::int64_t experts, std::int64_t devices,
+                                   std::int64_t num_sets) {
   std::size_t bytes = 0;
   cut(nullptr, tokens, experts, devices, num_sets, &bytes);
   return bytes;
 }
-std::size_t z_loss_workspace(std::int64_t tokens) { return static_cast<std::size_t>(1 + 3 * tokens + runs_of(tokens, kZLossRun)) * 8; }
+std::size_t z_loss_workspace(std::int64_t tokens) {
+  return static_cast<std::size_t>(1 + 3 * tokens + runs_of(tokens, kZLossRun)) * 8;
+}
 
-Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result, void* workspace, CUstream_st* stream) {
+Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result, void* workspace,
+                    CUstream_st* stream) {
   return launch(args, result, workspace, stream);
 }
-Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result, void* workspace, CUstream_st* stream) {
+Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result, void* workspace,
+                    CUstream_st* stream) {
   return launch(args, result, workspace, stream);
 }
 Status z_loss(const ZLossArgs<float>& args, const ZLossResult<float>& result, void* workspace, CUstream_st* stream) {

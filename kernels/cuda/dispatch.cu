@@ -1,4 +1,5 @@
-// Drops beyond the capacity: the choices of each expert side by side, then a rank for each by comparing it with the others.
+// Drops beyond the capacity: the choices of each expert side by side, then a rank for each by comparing it with the
+// others.
 #include <cuda_runtime.h>
 
 #include <cfloat>
@@ -24,7 +25,12 @@ struct Scratch {
 Scratch cut(void* workspace, std::int64_t experts) {
   auto* at = static_cast<std::int64_t*>(workspace);
   auto* counts = static_cast<unsigned long long*>(workspace);
-  return {counts, counts + experts, counts + 2 * experts, counts + 2 * experts + 1, at + 2 * experts + 2, at + 3 * experts + 3};
+  return {counts,
+          counts + experts,
+          counts + 2 * experts,
+          counts + 2 * experts + 1,
+          at + 2 * experts + 2,
+          at + 3 * experts + 3};
 }
 
 template <class T>
@@ -59,7 +65,8 @@ __global__ void rank(DropArgs<T> a, DropResult<T> r, Scratch s) {
   const std::int32_t e = a.chosen[i];
   std::int64_t place = e >= 0 && e < a.experts ? 0 : a.capacity;
   if (place == 0) {
-    for (std::int64_t j = s.start[e]; j < s.start[e + 1]; ++j) place += s.order[j] != i && comes_before(a, s.order[j], i);
+    for (std::int64_t j = s.start[e]; j < s.start[e + 1]; ++j)
+      place += s.order[j] != i && comes_before(a, s.order[j], i);
   }
   r.place[i] = place < a.capacity ? static_cast<std::int32_t>(place) : -1;
 }
@@ -84,8 +91,10 @@ Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* wo
   if (const Status status = check_drop(a, r); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
   const Scratch s = cut(workspace, a.experts);
-  if (cudaMemsetAsync(workspace, 0, static_cast<std::size_t>(2 * a.experts + 2) * 8, stream) != cudaSuccess) return Status::kLaunchFailed;
-  const auto slots = static_cast<unsigned>(blocks_of(a.tokens * a.top_k)), tokens = static_cast<unsigned>(blocks_of(a.tokens));
+  if (cudaMemsetAsync(workspace, 0, static_cast<std::size_t>(2 * a.experts + 2) * 8, stream) != cudaSuccess)
+    return Status::kLaunchFailed;
+  const auto slots = static_cast<unsigned>(blocks_of(a.tokens * a.top_k)),
+             tokens = static_cast<unsigned>(blocks_of(a.tokens));
   if (slots > 0) count<T><<<slots, kThreads, 0, stream>>>(a, s);
   begin<T><<<1, 1, 0, stream>>>(a, r, s);
   if (slots > 0) {

@@ -36,19 +36,24 @@ Status launch(const CountArgs<Id>& a, std::int64_t* counts, std::int64_t* outsid
   const std::int64_t blocks = (a.tokens * a.top_k + kChoicesOfABlock - 1) / kChoicesOfABlock;
   if (a.experts > kMostExperts || blocks > 2147483647) return Status::kBadShape;
   const std::size_t bytes = static_cast<std::size_t>(a.experts) * sizeof *counts;
-  if (cudaMemsetAsync(counts, 0, bytes, stream) != cudaSuccess || cudaMemsetAsync(outside, 0, sizeof *outside, stream) != cudaSuccess) return Status::kLaunchFailed;
+  if (cudaMemsetAsync(counts, 0, bytes, stream) != cudaSuccess ||
+      cudaMemsetAsync(outside, 0, sizeof *outside, stream) != cudaSuccess)
+    return Status::kLaunchFailed;
   if (blocks == 0) return Status::kOk;
-  count_block<Id><<<static_cast<unsigned>(blocks), kThreads, static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned), stream>>>(
-      a, reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
+  count_block<Id>
+      <<<static_cast<unsigned>(blocks), kThreads, static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned), stream>>>(
+          a, reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
 }  // namespace
 
-Status count_choices(const CountArgs<std::int16_t>& args, std::int64_t* counts, std::int64_t* outside, CUstream_st* stream) {
+Status count_choices(const CountArgs<std::int16_t>& args, std::int64_t* counts, std::int64_t* outside,
+                     CUstream_st* stream) {
   return launch(args, counts, outside, stream);
 }
-Status count_choices(const CountArgs<std::int32_t>& args, std::int64_t* counts, std::int64_t* outside, CUstream_st* stream) {
+Status count_choices(const CountArgs<std::int32_t>& args, std::int64_t* counts, std::int64_t* outside,
+                     CUstream_st* stream) {
   return launch(args, counts, outside, stream);
 }
 

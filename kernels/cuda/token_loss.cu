@@ -35,7 +35,8 @@ __global__ void token_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, dou
 
 /// One block: a stretch a thread, then the stretches in their order.
 template <class T>
-__global__ void add_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, const double* loss, double* stretch, const unsigned long long* labels) {
+__global__ void add_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, const double* loss, double* stretch,
+                           const unsigned long long* labels) {
   const std::int64_t stretches = (a.tokens + kZLossRun - 1) / kZLossRun;
   for (std::int64_t i = threadIdx.x; i < stretches; i += blockDim.x) {
     double sum = 0;
@@ -66,12 +67,16 @@ Status launch(const CrossEntropyArgs<T>& a, const CrossEntropyResult<T>& r, void
 
 }  // namespace
 
-std::size_t cross_entropy_workspace(std::int64_t tokens) { return static_cast<std::size_t>(1 + tokens + parts(tokens, kZLossRun)) * 8; }
+std::size_t cross_entropy_workspace(std::int64_t tokens) {
+  return static_cast<std::size_t>(1 + tokens + parts(tokens, kZLossRun)) * 8;
+}
 
-Status cross_entropy(const CrossEntropyArgs<float>& args, const CrossEntropyResult<float>& result, void* workspace, CUstream_st* stream) {
+Status cross_entropy(const CrossEntropyArgs<float>& args, const CrossEntropyResult<float>& result, void* workspace,
+                     CUstream_st* stream) {
   return launch(args, result, workspace, stream);
 }
-Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result, void* workspace, CUstream_st* stream) {
+Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result, void* workspace,
+                     CUstream_st* stream) {
   return launch(args, result, workspace, stream);
 }
 

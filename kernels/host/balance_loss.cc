@@ -11,8 +11,12 @@ template <class T>
 class Set {
  public:
   Set(const BalanceLossArgs<T>& a, std::int64_t first, std::int64_t last)
-      : a_(a), first_(first), last_(last), counts_(static_cast<std::size_t>(a.experts)),
-        device_tokens_(static_cast<std::size_t>(a.convention.devices)), mean_(static_cast<std::size_t>(a.experts)),
+      : a_(a),
+        first_(first),
+        last_(last),
+        counts_(static_cast<std::size_t>(a.experts)),
+        device_tokens_(static_cast<std::size_t>(a.convention.devices)),
+        mean_(static_cast<std::size_t>(a.experts)),
         weight_(static_cast<std::size_t>(a.experts)) {}
 
   bool count() {
@@ -43,7 +47,8 @@ class Set {
       for (const std::int64_t end = std::min(last_, t + kBalanceRun); t < end; ++t) {
         if (a_.valid != nullptr && a_.valid[t] == 0) continue;
         const T* row = a_.probabilities + t * a_.experts;
-        for (std::int64_t e = 0; e < a_.experts; ++e) stretch[static_cast<std::size_t>(e)] += static_cast<double>(row[e]);
+        for (std::int64_t e = 0; e < a_.experts; ++e)
+          stretch[static_cast<std::size_t>(e)] += static_cast<double>(row[e]);
       }
       for (std::size_t e = 0; e < mean_.size(); ++e) mean_[e] += stretch[e];
     }
@@ -52,7 +57,8 @@ class Set {
 
   double loss(const std::int64_t* counts, std::int64_t counted) {
     const double tokens = counts != nullptr ? static_cast<double>(counted) : divisor();
-    balance_weights(a_.convention, a_.experts, a_.top_k, counts != nullptr ? counts : counts_.data(), device_tokens_.data(), tokens, 0, 1, weight_.data());
+    balance_weights(a_.convention, a_.experts, a_.top_k, counts != nullptr ? counts : counts_.data(),
+                    device_tokens_.data(), tokens, 0, 1, weight_.data());
     double sum = 0;
     for (std::size_t e = 0; e < mean_.size(); ++e) sum += weight_[e] * mean_[e];
     return sum;
@@ -97,11 +103,13 @@ Status run(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r) {
     Set<T> set(a, a.sets != nullptr ? a.sets[s] : 0, a.sets != nullptr ? a.sets[s + 1] : a.tokens);
     if (!set.count()) return Status::kBadShape;
     set.average();
-    const double loss = set.loss(a.counts != nullptr ? a.counts + s * a.experts : nullptr, a.counts != nullptr ? a.counted_tokens[s] : 0);
+    const double loss = set.loss(a.counts != nullptr ? a.counts + s * a.experts : nullptr,
+                                 a.counts != nullptr ? a.counted_tokens[s] : 0);
     sum += loss;
     if (r.set_loss != nullptr) r.set_loss[s] = loss;
     if (r.counts != nullptr) std::copy(set.counts().begin(), set.counts().end(), r.counts + s * a.experts);
-    if (r.mean_probability != nullptr) std::copy(set.mean().begin(), set.mean().end(), r.mean_probability + s * a.experts);
+    if (r.mean_probability != nullptr)
+      std::copy(set.mean().begin(), set.mean().end(), r.mean_probability + s * a.experts);
     if (r.gradient != nullptr) set.write_gradient(share, r.gradient);
   }
   *r.loss = share * sum;
@@ -110,7 +118,11 @@ Status run(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r) {
 
 }  // namespace
 
-Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result) { return run(args, result); }
-Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result) { return run(args, result); }
+Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result) {
+  return run(args, result);
+}
+Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result) {
+  return run(args, result);
+}
 
 }  // namespace moeaudit::kernels

@@ -12,15 +12,18 @@ namespace moeaudit::kernels {
 
 /// Whose choices c_e counts.
 enum class Counted {
-  kAllChoices,   // every one of the k; Switch with k = 1 (arXiv 2101.03961 eq. 4 to 6), Megatron-LM, MegaBlocks, transformers
+  kAllChoices,   // every one of the k; Switch with k = 1 (arXiv 2101.03961 eq. 4 to 6), Megatron-LM, MegaBlocks,
+                 // transformers
   kFirstChoice,  // the first alone, and no k; GShard (arXiv 2006.16668 algorithm 1), DeepSpeed top-1 and top-2, Tutel
 };
 
 /// What the loss balances.
 enum class Balanced {
-  kExperts,        // E sum_e f_e P_e
-  kDevices,        // sum_d (mean of E f_e over the experts of d) (sum of P_e over them); DeepSeekMoE, arXiv 2401.06066 eq. 15 to 17
-  kCommunication,  // sum_d D / (M T) #(tokens with a choice on d) (sum of P_e); DeepSeek-V2, arXiv 2405.04434 eq. 29 to 31
+  kExperts,  // E sum_e f_e P_e
+  kDevices,  // sum_d (mean of E f_e over the experts of d) (sum of P_e over them); DeepSeekMoE, arXiv 2401.06066 eq. 15
+             // to 17
+  kCommunication,  // sum_d D / (M T) #(tokens with a choice on d) (sum of P_e); DeepSeek-V2, arXiv 2405.04434 eq. 29 to
+                   // 31
 };
 
 /// Tokens that a mean divides by where a mask takes some out. The masked never count in the sums.
@@ -31,8 +34,8 @@ enum class OverSets { kMean, kSum };
 
 struct BalanceConvention {
   Counted counted = Counted::kAllChoices;
-  /// f_e = c_e / (k T): balanced routing gives 1. false: c_e / T and k; transformers' load_balancing_loss_func, MaxText,
-  /// Megatron-LM before core 0.5. Goes with kAllChoices.
+  /// f_e = c_e / (k T): balanced routing gives 1. false: c_e / T and k; transformers' load_balancing_loss_func,
+  /// MaxText, Megatron-LM before core 0.5. Goes with kAllChoices.
   bool over_k = true;
   Balanced balanced = Balanced::kExperts;
   std::int64_t devices = 1;       // D equal runs of experts; must divide E
@@ -43,20 +46,21 @@ struct BalanceConvention {
 
 template <class T>
 struct BalanceLossArgs {
-  const T* probabilities = nullptr;      // [tokens, experts]; whatever the family averages: softmax, or sigmoid / its sum
-  const std::int32_t* chosen = nullptr;  // [tokens, top_k], best first; negative: the slot was dropped, and counts nowhere
-  const std::uint8_t* valid = nullptr;   // [tokens], 0 for padding; null: all are valid
+  const T* probabilities = nullptr;  // [tokens, experts]; whatever the family averages: softmax, or sigmoid / its sum
+  const std::int32_t* chosen =
+      nullptr;  // [tokens, top_k], best first; negative: the slot was dropped, and counts nowhere
+  const std::uint8_t* valid = nullptr;  // [tokens], 0 for padding; null: all are valid
   std::int64_t tokens = 0;
   std::int64_t experts = 0;
   std::int64_t top_k = 0;
   /// [num_sets + 1] ascending offsets of the averaging sets, from 0 to tokens; null: all tokens are one set. One set a
-  /// sequence is DeepSeek-V3's and Megatron's seq_aux_loss; one a layer its mean over layers; layers one after the other in
-  /// one set is transformers' form.
+  /// sequence is DeepSeek-V3's and Megatron's seq_aux_loss; one a layer its mean over layers; layers one after the
+  /// other in one set is transformers' form.
   const std::int64_t* sets = nullptr;
   std::int64_t num_sets = 1;
   /// [num_sets, experts] with [num_sets] tokens they were counted over: f comes from these instead of `chosen`, which
-  /// may be null. So the global-batch loss (arXiv 2501.11873: f over ranks and micro-batches, P local), counts before or
-  /// after dropping, a running mean. kExperts and kDevices alone.
+  /// may be null. So the global-batch loss (arXiv 2501.11873: f over ranks and micro-batches, P local), counts before
+  /// or after dropping, a running mean. kExperts and kDevices alone.
   const std::int64_t* counts = nullptr;
   const std::int64_t* counted_tokens = nullptr;
   BalanceConvention convention;
@@ -64,22 +68,23 @@ struct BalanceLossArgs {
 
 template <class T>
 struct BalanceLossResult {
-  double* loss = nullptr;              // [1]
-  double* set_loss = nullptr;          // [num_sets], or null
-  std::int64_t* counts = nullptr;      // [num_sets, experts], or null: c_e of each set (of the first choice, if that is counted)
+  double* loss = nullptr;      // [1]
+  double* set_loss = nullptr;  // [num_sets], or null
+  std::int64_t* counts =
+      nullptr;  // [num_sets, experts], or null: c_e of each set (of the first choice, if that is counted)
   double* mean_probability = nullptr;  // [num_sets, experts], or null: P_e of each set
-  T* gradient = nullptr;               // [tokens, experts], or null: d loss / d probabilities. f is a constant of the loss
+  T* gradient = nullptr;  // [tokens, experts], or null: d loss / d probabilities. f is a constant of the loss
 };
 
-/// Stretch of tokens within a set whose probabilities are added up from 0 in their order; the stretch sums are then added
-/// up in their order, from 0. The same on every backend, so that the bits are, too.
+/// Stretch of tokens within a set whose probabilities are added up from 0 in their order; the stretch sums are then
+/// added up in their order, from 0. The same on every backend, so that the bits are, too.
 inline constexpr std::int64_t kBalanceRun = 256;
 
-/// All sums are float64, whatever T; counts are exact. A set without valid tokens is worth 0, and counts among the sets.
-/// NaN probabilities give NaN. kBadShape: sizes, offsets that do not ascend from 0 to tokens, devices that do not divide
-/// the experts; kBadTopK: top_k beyond 1..experts; kBadOption: counts with kCommunication, over_k false with kFirstChoice;
-/// kNullPointer: no probabilities (of more than 0 tokens), neither chosen nor counts, no place for the loss. An id beyond
-/// the experts is kBadShape.
+/// All sums are float64, whatever T; counts are exact. A set without valid tokens is worth 0, and counts among the
+/// sets. NaN probabilities give NaN. kBadShape: sizes, offsets that do not ascend from 0 to tokens, devices that do not
+/// divide the experts; kBadTopK: top_k beyond 1..experts; kBadOption: counts with kCommunication, over_k false with
+/// kFirstChoice; kNullPointer: no probabilities (of more than 0 tokens), neither chosen nor counts, no place for the
+/// loss. An id beyond the experts is kBadShape.
 Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result);
 Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result);
 
@@ -87,21 +92,24 @@ Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult
 template <class T>
 Status check_balance_loss(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r) {
   const BalanceConvention& c = a.convention;
-  if (a.tokens < 0 || a.experts < 1 || a.num_sets < 1 || (a.sets == nullptr && a.num_sets != 1)) return Status::kBadShape;
+  if (a.tokens < 0 || a.experts < 1 || a.num_sets < 1 || (a.sets == nullptr && a.num_sets != 1))
+    return Status::kBadShape;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
   if (c.devices < 1 || a.experts % c.devices != 0 || c.most_devices < 1) return Status::kBadShape;
   if (c.balanced == Balanced::kCommunication && a.counts != nullptr) return Status::kBadOption;
   if (c.counted == Counted::kFirstChoice && !c.over_k) return Status::kBadOption;
   if (r.loss == nullptr || (a.counts != nullptr) != (a.counted_tokens != nullptr)) return Status::kNullPointer;
-  if (a.tokens > 0 && (a.probabilities == nullptr || (a.chosen == nullptr && a.counts == nullptr))) return Status::kNullPointer;
+  if (a.tokens > 0 && (a.probabilities == nullptr || (a.chosen == nullptr && a.counts == nullptr)))
+    return Status::kNullPointer;
   if (a.chosen == nullptr && c.balanced == Balanced::kCommunication) return Status::kNullPointer;
   return Status::kOk;
 }
 
 /// weight[e] of P_e in the loss of one set, from counts of `counted` tokens; f, in one order on both sides.
 MOE_AUDIT_HOST_DEVICE inline void balance_weights(const BalanceConvention& c, std::int64_t experts, std::int64_t top_k,
-                                                  const std::int64_t* counts, const std::int64_t* device_tokens, double counted,
-                                                  std::int64_t first, std::int64_t step, double* weight) {
+                                                  const std::int64_t* counts, const std::int64_t* device_tokens,
+                                                  double counted, std::int64_t first, std::int64_t step,
+                                                  double* weight) {
   const double per = counted * (c.counted == Counted::kFirstChoice || !c.over_k ? 1.0 : static_cast<double>(top_k));
   const std::int64_t on_device = experts / c.devices;
   for (std::int64_t e = first; e < experts; e += step) {
@@ -115,7 +123,8 @@ MOE_AUDIT_HOST_DEVICE inline void balance_weights(const BalanceConvention& c, st
       for (std::int64_t i = d * on_device; i < (d + 1) * on_device; ++i) sum += counts[i];
       weight[e] = static_cast<double>(c.devices) * static_cast<double>(sum) / per;
     } else {
-      weight[e] = static_cast<double>(c.devices) * static_cast<double>(device_tokens[d]) / (static_cast<double>(c.most_devices) * counted);
+      weight[e] = static_cast<double>(c.devices) * static_cast<double>(device_tokens[d]) /
+                  (static_cast<double>(c.most_devices) * counted);
     }
   }
 }

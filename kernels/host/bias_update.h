@@ -18,21 +18,23 @@ enum class Centre {
 };
 
 struct BiasUpdateArgs {
-  const double* bias = nullptr;    // [layers, experts], before the step
-  const double* counts = nullptr;  // [layers, experts], tokens an expert got over all ranks and micro-batches of the step
+  const double* bias = nullptr;  // [layers, experts], before the step
+  const double* counts =
+      nullptr;  // [layers, experts], tokens an expert got over all ranks and micro-batches of the step
   std::int64_t layers = 1;
   std::int64_t experts = 0;
   double rate = 0.001;
   BiasStep step = BiasStep::kSign;
   Centre centre = Centre::kNothing;
-  Float counts_dtype = Float::kF64;  // what counts and their mean are rounded to: bfloat16 counters hold integers to 256
-  Float step_dtype = Float::kF64;    // what the step is rounded to: in bfloat16 0.001 is 0.00099945068359375
-  Float bias_dtype = Float::kF64;    // what the bias is stored in
+  Float counts_dtype =
+      Float::kF64;                 // what counts and their mean are rounded to: bfloat16 counters hold integers to 256
+  Float step_dtype = Float::kF64;  // what the step is rounded to: in bfloat16 0.001 is 0.00099945068359375
+  Float bias_dtype = Float::kF64;  // what the bias is stored in
 };
 
-/// bias [layers, experts], may be args.bias. Means run over the experts of a layer in their order, in float64; whether the
-/// bias multiplies the scores or is added to them (arXiv 2408.15664 table 3 has both) is the router's affair. An expert at
-/// the mean does not move. kBadShape, kNullPointer; kBadOption for a rate that is not finite.
+/// bias [layers, experts], may be args.bias. Means run over the experts of a layer in their order, in float64; whether
+/// the bias multiplies the scores or is added to them (arXiv 2408.15664 table 3 has both) is the router's affair. An
+/// expert at the mean does not move. kBadShape, kNullPointer; kBadOption for a rate that is not finite.
 Status bias_update(const BiasUpdateArgs& args, double* bias);
 Status check_bias_update(const BiasUpdateArgs& args, const double* bias);
 
@@ -44,7 +46,8 @@ MOE_AUDIT_HOST_DEVICE inline double bias_step(const BiasUpdateArgs& a, double me
 }
 
 /// One layer. Everything is done in float64 and rounded where the arguments say.
-MOE_AUDIT_HOST_DEVICE inline void update_layer(const BiasUpdateArgs& a, const double* bias, const double* counts, double* out) {
+MOE_AUDIT_HOST_DEVICE inline void update_layer(const BiasUpdateArgs& a, const double* bias, const double* counts,
+                                               double* out) {
   const double n = static_cast<double>(a.experts);
   double total = 0, steps = 0, biases = 0;
   for (std::int64_t e = 0; e < a.experts; ++e) total += round_to(counts[e], a.counts_dtype);

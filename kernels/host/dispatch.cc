@@ -9,7 +9,9 @@ namespace moeaudit::kernels {
 namespace {
 
 /// A double that is a whole number, kept within what the caller can hold.
-std::int64_t whole(double v) { return v >= 9e18 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(v); }
+std::int64_t whole(double v) {
+  return v >= 9e18 ? std::numeric_limits<std::int64_t>::max() : static_cast<std::int64_t>(v);
+}
 
 template <class T>
 Status run(const DropArgs<T>& a, const DropResult<T>& r) {
@@ -28,8 +30,10 @@ Status run(const DropArgs<T>& a, const DropResult<T>& r) {
   std::fill(r.place, r.place + choices, -1);
   std::int64_t dropped = 0;
   for (std::int64_t e = 0; e < a.experts; ++e) {
-    const auto first = order.begin() + start[static_cast<std::size_t>(e)], last = order.begin() + start[static_cast<std::size_t>(e) + 1];
-    if (a.order != DropOrder::kTokens) std::sort(first, last, [&](std::int64_t x, std::int64_t y) { return comes_before(a, x, y); });
+    const auto first = order.begin() + start[static_cast<std::size_t>(e)],
+               last = order.begin() + start[static_cast<std::size_t>(e) + 1];
+    if (a.order != DropOrder::kTokens)
+      std::sort(first, last, [&](std::int64_t x, std::int64_t y) { return comes_before(a, x, y); });
     const std::int64_t kept = std::min<std::int64_t>(a.capacity, last - first);
     for (std::int64_t i = 0; i < kept; ++i) r.place[first[i]] = static_cast<std::int32_t>(i);
     dropped += (last - first) - kept;
@@ -53,7 +57,9 @@ Status run(const DropArgs<T>& a, const DropResult<T>& r) {
 }  // namespace
 
 Status capacity(const CapacityArgs& a, std::int64_t* places) {
-  if (a.tokens < 0 || a.experts < 1 || a.top_k < 1 || a.expert_parallel_size < 1 || a.world_size < 1 || a.experts % a.world_size != 0) return Status::kBadShape;
+  if (a.tokens < 0 || a.experts < 1 || a.top_k < 1 || a.expert_parallel_size < 1 || a.world_size < 1 ||
+      a.experts % a.world_size != 0)
+    return Status::kBadShape;
   if (!(a.factor > 0) || a.factor - a.factor != 0) return Status::kBadOption;
   if (places == nullptr) return Status::kNullPointer;
   const double t = static_cast<double>(a.tokens), e = static_cast<double>(a.experts), k = static_cast<double>(a.top_k);
@@ -63,7 +69,9 @@ Status capacity(const CapacityArgs& a, std::int64_t* places) {
     case CapacityForm::kDeepSpeed: *places = std::max(whole(std::ceil(t / e * (a.factor * k))), a.min_capacity); break;
     case CapacityForm::kMegaBlocks: *places = whole(a.factor * (k * t * ep / e)); break;
     case CapacityForm::kOlmoCore: *places = a.expert_parallel_size * ((whole(a.factor * k * t / e) + 7) / 8 * 8); break;
-    case CapacityForm::kTutel: *places = a.top_k * whole(a.factor * static_cast<double>((a.tokens + a.experts - 1) / a.experts)); break;
+    case CapacityForm::kTutel:
+      *places = a.top_k * whole(a.factor * static_cast<double>((a.tokens + a.experts - 1) / a.experts));
+      break;
     case CapacityForm::kFastMoE: *places = whole(std::ceil(a.factor * t)) * a.top_k / a.experts; break;
   }
   return Status::kOk;

@@ -15,11 +15,13 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // ---- counts
 
-/// Four tables by position, so that equal ids in a row do not wait for one another; the last place takes what is no expert.
+/// Four tables by position, so that equal ids in a row do not wait for one another; the last place takes what is no
+/// expert.
 template <class Id>
 class Histogram {
  public:
-  explicit Histogram(std::int64_t experts) : experts_(static_cast<std::uint32_t>(experts)), tables_(4 * static_cast<std::size_t>(experts + 1)) {}
+  explicit Histogram(std::int64_t experts)
+      : experts_(static_cast<std::uint32_t>(experts)), tables_(4 * static_cast<std::size_t>(experts + 1)) {}
 
   void add(const Id* ids, std::int64_t n) {
     std::uint32_t* const t = tables_.data();
@@ -42,13 +44,17 @@ class Histogram {
         sum += c;
         c = 0;
       }
-      if (e < experts_) counts[e] += sum;
-      else *outside += sum;
+      if (e < experts_)
+        counts[e] += sum;
+      else
+        *outside += sum;
     }
   }
 
  private:
-  std::uint32_t place(Id id) const { return std::min(static_cast<std::uint32_t>(static_cast<std::int32_t>(id)), experts_); }
+  std::uint32_t place(Id id) const {
+    return std::min(static_cast<std::uint32_t>(static_cast<std::int32_t>(id)), experts_);
+  }
 
   std::uint32_t experts_;
   std::vector<std::uint32_t> tables_;
@@ -106,7 +112,8 @@ template <class T>
 Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* out) {
   if (a.tokens < 0 || a.experts < 1) return Status::kBadShape;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (out == nullptr || (a.tokens > 0 && (a.probabilities == nullptr || a.chosen == nullptr))) return Status::kNullPointer;
+  if (out == nullptr || (a.tokens > 0 && (a.probabilities == nullptr || a.chosen == nullptr)))
+    return Status::kNullPointer;
   const auto entropy_term = [](double p) { return p == 0.0 ? 0.0 : -p * log_exact_order(p); };
   std::vector<double> sums(static_cast<std::size_t>(a.experts));
   double entropies = 0, mass = 0;
@@ -130,7 +137,8 @@ Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* ou
   }
   *out = {kNan, kNan, kNan, kNan};
   if (tokens == 0) return Status::kOk;
-  const double n = static_cast<double>(tokens), most = a.experts == 1 ? 1.0 : log_exact_order(static_cast<double>(a.experts));
+  const double n = static_cast<double>(tokens),
+               most = a.experts == 1 ? 1.0 : log_exact_order(static_cast<double>(a.experts));
   double mean_entropy = 0;
   for (const double s : sums) mean_entropy += entropy_term(s / n);
   *out = {entropies / n / most, mean_entropy / most, mean_entropy - entropies / n, mass / n};
@@ -139,10 +147,15 @@ Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* ou
 
 }  // namespace
 
-Status count_choices(const CountArgs<std::int16_t>& a, std::int64_t* counts, std::int64_t* outside) { return count(a, counts, outside); }
-Status count_choices(const CountArgs<std::int32_t>& a, std::int64_t* counts, std::int64_t* outside) { return count(a, counts, outside); }
+Status count_choices(const CountArgs<std::int16_t>& a, std::int64_t* counts, std::int64_t* outside) {
+  return count(a, counts, outside);
+}
+Status count_choices(const CountArgs<std::int32_t>& a, std::int64_t* counts, std::int64_t* outside) {
+  return count(a, counts, outside);
+}
 
-Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::int64_t top_k, std::int64_t tokens, LoadStatistics* out) {
+Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::int64_t top_k, std::int64_t tokens,
+                       LoadStatistics* out) {
   if (experts < 1 || tokens < 0) return Status::kBadShape;
   if (top_k < 1 || top_k > experts) return Status::kBadTopK;
   if (counts == nullptr || out == nullptr) return Status::kNullPointer;
@@ -162,7 +175,8 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
   for (std::int64_t i = 0; i < experts; ++i) {
     const double q = static_cast<double>(counts[i]) / sum;
     entropy += counts[i] == 0 ? 0.0 : -q * log_exact_order(q);
-    gini += (2.0 * static_cast<double>(i + 1) - e - 1) * (static_cast<double>(sorted[static_cast<std::size_t>(i)]) / sum);
+    gini +=
+        (2.0 * static_cast<double>(i + 1) - e - 1) * (static_cast<double>(sorted[static_cast<std::size_t>(i)]) / sum);
     out->idle += counts[i] == 0;
     out->below_tenth += static_cast<double>(counts[i]) < 0.1 * fair;
   }
@@ -180,8 +194,8 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
   return Status::kOk;
 }
 
-Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws, std::uint64_t seed,
-                      Interval* max_violation, Interval* cv) {
+Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws,
+                      std::uint64_t seed, Interval* max_violation, Interval* cv) {
   if (blocks < 2 || blocks >= (std::int64_t{1} << 31) || experts < 1 || draws < 40) return Status::kBadShape;
   if (counts == nullptr || max_violation == nullptr || cv == nullptr) return Status::kNullPointer;
   std::vector<double> violations, cvs;
@@ -204,8 +218,12 @@ Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int6
   return Status::kOk;
 }
 
-Status routing_statistics(const RoutingStatisticsArgs<float>& a, RoutingStatistics* out) { return route_statistics(a, out); }
-Status routing_statistics(const RoutingStatisticsArgs<double>& a, RoutingStatistics* out) { return route_statistics(a, out); }
+Status routing_statistics(const RoutingStatisticsArgs<float>& a, RoutingStatistics* out) {
+  return route_statistics(a, out);
+}
+Status routing_statistics(const RoutingStatisticsArgs<double>& a, RoutingStatistics* out) {
+  return route_statistics(a, out);
+}
 
 Status co_activation(const CountArgs<std::int32_t>& a, std::int64_t* together) {
   std::int64_t outside = 0;

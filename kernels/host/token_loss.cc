@@ -27,7 +27,8 @@ Status run(const CrossEntropyArgs<T>& a, const CrossEntropyResult<T>& r) {
       if (r.gradient == nullptr) continue;
       for (std::int64_t v = 0; v < a.vocabulary; ++v) {
         const double p = exp_exact_order(static_cast<double>(row[v]) - largest) / sum;
-        r.gradient[t * a.vocabulary + v] = counts ? static_cast<T>(a.weight * (p - (v == a.labels[t] ? 1.0 : 0.0))) : T(0);
+        r.gradient[t * a.vocabulary + v] =
+            counts ? static_cast<T>(a.weight * (p - (v == a.labels[t] ? 1.0 : 0.0))) : T(0);
       }
     }
     total += stretch;
@@ -39,10 +40,15 @@ Status run(const CrossEntropyArgs<T>& a, const CrossEntropyResult<T>& r) {
 
 }  // namespace
 
-Status cross_entropy(const CrossEntropyArgs<float>& args, const CrossEntropyResult<float>& result) { return run(args, result); }
-Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result) { return run(args, result); }
+Status cross_entropy(const CrossEntropyArgs<float>& args, const CrossEntropyResult<float>& result) {
+  return run(args, result);
+}
+Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result) {
+  return run(args, result);
+}
 
-Status normalise(Normalisation how, const double* sums, const std::int64_t* labels, std::int64_t ranks, std::int64_t micro_batches, double* loss, double* weight) {
+Status normalise(Normalisation how, const double* sums, const std::int64_t* labels, std::int64_t ranks,
+                 std::int64_t micro_batches, double* loss, double* weight) {
   if (ranks < 1 || micro_batches < 1) return Status::kBadShape;
   if (sums == nullptr || labels == nullptr || loss == nullptr) return Status::kNullPointer;
   const double m = static_cast<double>(micro_batches), w = static_cast<double>(ranks);
@@ -56,11 +62,14 @@ Status normalise(Normalisation how, const double* sums, const std::int64_t* labe
     std::int64_t of_rank = 0;
     for (std::int64_t i = 0; i < micro_batches; ++i) of_rank += labels[r * micro_batches + i];
     for (std::int64_t i = r * micro_batches; i < (r + 1) * micro_batches; ++i) {
-      const bool by_step = how != Normalisation::kMeanOfMeans && how != Normalisation::kMeansSummed && how != Normalisation::kMeansDividedTwice;
+      const bool by_step = how != Normalisation::kMeanOfMeans && how != Normalisation::kMeansSummed &&
+                           how != Normalisation::kMeansDividedTwice;
       const std::int64_t n = !by_step ? labels[i] : how == Normalisation::kTokensOfRank ? of_rank : all;
       double factor = 1;
       if (how == Normalisation::kMeanOfMeans) factor = 1 / (m * w);
-      if (how == Normalisation::kMeansSummed || how == Normalisation::kTokensOfRank || how == Normalisation::kTokensOverRanks) factor = 1 / w;
+      if (how == Normalisation::kMeansSummed || how == Normalisation::kTokensOfRank ||
+          how == Normalisation::kTokensOverRanks)
+        factor = 1 / w;
       if (how == Normalisation::kMeansDividedTwice) factor = 1 / (m * m * w);
       if (how == Normalisation::kTokensTimesSteps) factor = m;
       if (how == Normalisation::kTokensDividedTwice) factor = 1 / m;

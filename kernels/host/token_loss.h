@@ -1,7 +1,7 @@
 // Cross-entropy per token, and what becomes of it over micro-batches and ranks. Host kernels.
 //
-// Symbols: T tokens, V words, M micro-batches of an optimizer step, W ranks, s the sum of token losses of one micro-batch on one
-// rank, n its number of labels.
+// Symbols: T tokens, V words, M micro-batches of an optimizer step, W ranks, s the sum of token losses of one
+// micro-batch on one rank, n its number of labels.
 #pragma once
 
 #include <cstdint>
@@ -19,19 +19,19 @@ struct CrossEntropyArgs {
   const std::int64_t* labels = nullptr;  // [tokens], shifted already; kIgnored: no label
   std::int64_t tokens = 0;
   std::int64_t vocabulary = 0;
-  double weight = 1;                     // of every label in the gradient: 1 / (labels of the whole step), where it is right
+  double weight = 1;  // of every label in the gradient: 1 / (labels of the whole step), where it is right
 };
 
 template <class T>
 struct CrossEntropyResult {
-  double* sum = nullptr;            // [1], sum over labels of logsumexp(logits) - logits[label]
-  std::int64_t* labels = nullptr;   // [1], how many there are
-  double* token_loss = nullptr;     // [tokens], or null; 0 without a label
-  T* gradient = nullptr;            // [tokens, vocabulary], or null: weight d sum / d logits = weight (softmax - onehot)
+  double* sum = nullptr;           // [1], sum over labels of logsumexp(logits) - logits[label]
+  std::int64_t* labels = nullptr;  // [1], how many there are
+  double* token_loss = nullptr;    // [tokens], or null; 0 without a label
+  T* gradient = nullptr;           // [tokens, vocabulary], or null: weight d sum / d logits = weight (softmax - onehot)
 };
 
-/// Float64 sums whatever T; tokens in stretches of kZLossRun as in z_loss(). kBadShape for sizes, and for a label that is
-/// neither kIgnored nor a word; kNullPointer.
+/// Float64 sums whatever T; tokens in stretches of kZLossRun as in z_loss(). kBadShape for sizes, and for a label that
+/// is neither kIgnored nor a word; kNullPointer.
 Status cross_entropy(const CrossEntropyArgs<float>& args, const CrossEntropyResult<float>& result);
 Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result);
 
@@ -42,23 +42,27 @@ Status check_cross_entropy(const CrossEntropyArgs<T>& a, const CrossEntropyResul
   return a.tokens > 0 && (a.logits == nullptr || a.labels == nullptr) ? Status::kNullPointer : Status::kOk;
 }
 
-/// From s and n of every micro-batch and rank to the loss of the step. Only kTokens is the loss of the whole batch; the others
-/// are what trainers have computed instead, and equal it where all n are equal, times the factor given.
+/// From s and n of every micro-batch and rank to the loss of the step. Only kTokens is the loss of the whole batch; the
+/// others are what trainers have computed instead, and equal it where all n are equal, times the factor given.
 enum class Normalisation {
-  kTokens,             // sum s / sum n
-  kMeanOfMeans,        // mean over micro-batches and ranks of s / n; G1: transformers before 4.46, Megatron-LM without per-token loss. Factor 1
-  kMeansSummed,        // sum over micro-batches, mean over ranks, of s / n: the division by M is missing. Factor M
-  kMeansDividedTwice,  // kMeanOfMeans / M. Factor 1 / M
-  kTokensTimesSteps,   // M sum s / sum n: tokens counted over the step and scaled back by nobody. Factor M
-  kTokensDividedTwice, // sum s / sum n / M. Factor 1 / M
-  kTokensOfRank,       // mean over ranks of (sum over m of s / sum over m of n): ranks weigh the same whatever they hold. Factor 1
-  kTokensTimesRanks,   // W sum s / sum n: sums of gradients where a mean was expected. Factor W
-  kTokensOverRanks,    // sum s / sum n / W: the labels of all ranks, and a mean over ranks on top; transformers with
-                       // average_tokens_across_devices off on one side. Factor 1 / W
+  kTokens,              // sum s / sum n
+  kMeanOfMeans,         // mean over micro-batches and ranks of s / n; G1: transformers before 4.46, Megatron-LM without
+                        // per-token loss. Factor 1
+  kMeansSummed,         // sum over micro-batches, mean over ranks, of s / n: the division by M is missing. Factor M
+  kMeansDividedTwice,   // kMeanOfMeans / M. Factor 1 / M
+  kTokensTimesSteps,    // M sum s / sum n: tokens counted over the step and scaled back by nobody. Factor M
+  kTokensDividedTwice,  // sum s / sum n / M. Factor 1 / M
+  kTokensOfRank,  // mean over ranks of (sum over m of s / sum over m of n): ranks weigh the same whatever they hold.
+                  // Factor 1
+  kTokensTimesRanks,  // W sum s / sum n: sums of gradients where a mean was expected. Factor W
+  kTokensOverRanks,   // sum s / sum n / W: the labels of all ranks, and a mean over ranks on top; transformers with
+                      // average_tokens_across_devices off on one side. Factor 1 / W
 };
 
-/// sums, labels [ranks, micro_batches]. loss [1]; weight [ranks, micro_batches] or null: d loss / d s of each. A micro-batch
-/// without labels is worth 0 and counts among the M (0 / 0 would be NaN in some trainers). kBadShape, kNullPointer.
-Status normalise(Normalisation how, const double* sums, const std::int64_t* labels, std::int64_t ranks, std::int64_t micro_batches, double* loss, double* weight);
+/// sums, labels [ranks, micro_batches]. loss [1]; weight [ranks, micro_batches] or null: d loss / d s of each. A
+/// micro-batch without labels is worth 0 and counts among the M (0 / 0 would be NaN in some trainers). kBadShape,
+/// kNullPointer.
+Status normalise(Normalisation how, const double* sums, const std::int64_t* labels, std::int64_t ranks,
+                 std::int64_t micro_batches, double* loss, double* weight);
 
 }  // namespace moeaudit::kernels

@@ -24,7 +24,9 @@ Status run(const ZLossArgs<T>& a, const ZLossResult<T>& r) {
       if (r.gradient == nullptr) continue;
       for (std::int64_t e = 0; e < a.experts; ++e) {
         r.gradient[t * a.experts + e] =
-            is_valid(t) ? static_cast<T>(2.0 * lse / divisor * (exp_exact_order(static_cast<double>(row[e]) - largest) / sum)) : T(0);
+            is_valid(t)
+                ? static_cast<T>(2.0 * lse / divisor * (exp_exact_order(static_cast<double>(row[e]) - largest) / sum))
+                : T(0);
       }
     }
     total += stretch;

@@ -20,20 +20,20 @@ struct ZLossArgs {
 
 template <class T>
 struct ZLossResult {
-  double* loss = nullptr;             // [1]
-  double* log_sum_exp = nullptr;      // [tokens], or null; of padding, too
-  T* gradient = nullptr;              // [tokens, experts], or null: d loss / d logits = 2 lse softmax(logits) / divisor
+  double* loss = nullptr;         // [1]
+  double* log_sum_exp = nullptr;  // [tokens], or null; of padding, too
+  T* gradient = nullptr;          // [tokens, experts], or null: d loss / d logits = 2 lse softmax(logits) / divisor
 };
 
 /// Stretch of tokens whose squares are added up from 0 in their order; the stretch sums are added up in theirs.
 inline constexpr std::int64_t kZLossRun = 256;
 
-/// Lanes of a sum over experts or words: value i belongs to lane i mod kLanes, a lane adds its values in their order, and the
-/// lanes are added in theirs. What a warp does at once, and what the host does one after the other.
+/// Lanes of a sum over experts or words: value i belongs to lane i mod kLanes, a lane adds its values in their order,
+/// and the lanes are added in theirs. What a warp does at once, and what the host does one after the other.
 inline constexpr int kLanes = 32;
 
-/// log sum_e exp(l_e) = m + log(sum_e exp(l_e - m)), m the largest: no overflow at any magnitude. All -inf: -inf. Any +inf:
-/// +inf. Any NaN: NaN.
+/// log sum_e exp(l_e) = m + log(sum_e exp(l_e - m)), m the largest: no overflow at any magnitude. All -inf: -inf. Any
+/// +inf: +inf. Any NaN: NaN.
 MOE_AUDIT_HOST_DEVICE inline double finish_log_sum_exp(bool nan, double largest, double sum) {
   if (nan) return std::bit_cast<double>(std::uint64_t{0x7ff8} << 48);
   return largest - largest == 0.0 ? largest + log_exact_order(sum) : largest;

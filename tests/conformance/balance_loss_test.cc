@@ -1,5 +1,5 @@
-// Balance losses, z-loss and bias step: kernels/host against reference/ within bounds.h; both against the closed-form test
-// vector, of which the values of right and wrong formulas are known; the laws that the losses obey.
+// Balance losses, z-loss and bias step: kernels/host against reference/ within bounds.h; both against the closed-form
+// test vector, of which the values of right and wrong formulas are known; the laws that the losses obey.
 #define BOOST_TEST_MODULE balance_loss
 #include "kernels/host/balance_loss.h"
 
@@ -109,16 +109,18 @@ at::Tensor gradient_of(const at::Tensor& loss, const at::Tensor& z) {
   return z.grad().clone();
 }
 
-// ---- the test vector ---------------------------------------------------------------------------------------------------
-// z = 2 sin(0.7 (t+1)(e+1) + 1.3 l) + 0.5 cos(0.37 (t+1) + (e+1)) + (0.8 if e = 0); E = 8, k = 2, T = 16, two layers; sequences
-// are halves. Its values were computed apart, in Python, with every formula written out.
+// ---- the test vector
+// --------------------------------------------------------------------------------------------------- z = 2 sin(0.7
+// (t+1)(e+1) + 1.3 l) + 0.5 cos(0.37 (t+1) + (e+1)) + (0.8 if e = 0); E = 8, k = 2, T = 16, two layers; sequences are
+// halves. Its values were computed apart, in Python, with every formula written out.
 
 constexpr std::int64_t kE = 8, kT = 16, kK = 2;
 
 Doubles vector_logits(int layer) {
   Doubles z;
   for (int t = 1; t <= kT; ++t) {
-    for (int e = 1; e <= kE; ++e) z.push_back(2 * std::sin(0.7 * t * e + 1.3 * layer) + 0.5 * std::cos(0.37 * t + e) + (e == 1 ? 0.8 : 0.0));
+    for (int e = 1; e <= kE; ++e)
+      z.push_back(2 * std::sin(0.7 * t * e + 1.3 * layer) + 0.5 * std::cos(0.37 * t + e) + (e == 1 ? 0.8 : 0.0));
   }
   return z;
 }
@@ -135,10 +137,13 @@ Mask padding() {
   return m;
 }
 
-Doubles score(const Doubles& z, ref::Score s) { return values(ref::scores(tensor(z, {static_cast<std::int64_t>(z.size()) / kE, kE}), s)); }
+Doubles score(const Doubles& z, ref::Score s) {
+  return values(ref::scores(tensor(z, {static_cast<std::int64_t>(z.size()) / kE, kE}), s));
+}
 Doubles row_normalised(Doubles p) {
   for (std::size_t t = 0; t < p.size(); t += kE) {
-    const double sum = std::accumulate(p.begin() + static_cast<std::ptrdiff_t>(t), p.begin() + static_cast<std::ptrdiff_t>(t) + kE, 0.0);
+    const double sum = std::accumulate(p.begin() + static_cast<std::ptrdiff_t>(t),
+                                       p.begin() + static_cast<std::ptrdiff_t>(t) + kE, 0.0);
     for (std::size_t e = 0; e < kE; ++e) p[t + e] /= sum;
   }
   return p;
@@ -148,7 +153,9 @@ Ids top2(const Doubles& choice) {
   for (std::size_t t = 0; t < choice.size(); t += kE) {
     std::vector<std::int32_t> order(kE);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return choice[t + static_cast<std::size_t>(a)] > choice[t + static_cast<std::size_t>(b)]; });
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) {
+      return choice[t + static_cast<std::size_t>(a)] > choice[t + static_cast<std::size_t>(b)];
+    });
     out.insert(out.end(), order.begin(), order.begin() + kK);
   }
   return out;
@@ -173,7 +180,8 @@ Doubles biased(Doubles p) {
 
 /// A number with nine or more digits written down.
 void says(const char* what, double got, double want) {
-  BOOST_CHECK_MESSAGE(std::fabs(got - want) <= 6e-10 * std::max(1.0, std::fabs(want)), what << ": " << got << ", not " << want);
+  BOOST_CHECK_MESSAGE(std::fabs(got - want) <= 6e-10 * std::max(1.0, std::fabs(want)),
+                      what << ": " << got << ", not " << want);
 }
 
 BOOST_AUTO_TEST_CASE(test_vector) {
@@ -221,7 +229,8 @@ BOOST_AUTO_TEST_CASE(values_of_wrong_variants) {
   r = right;
   std::fill(r.p.begin(), r.p.end(), 0.0);
   for (std::size_t t = 0; t < kT; ++t) {
-    const auto a = t * kE + static_cast<std::size_t>(r.chosen[2 * t]), b = t * kE + static_cast<std::size_t>(r.chosen[2 * t + 1]);
+    const auto a = t * kE + static_cast<std::size_t>(r.chosen[2 * t]),
+               b = t * kE + static_cast<std::size_t>(r.chosen[2 * t + 1]);
     r.p[a] = right.p[a] / (right.p[a] + right.p[b]);
     r.p[b] = right.p[b] / (right.p[a] + right.p[b]);
   }
@@ -250,7 +259,8 @@ BOOST_AUTO_TEST_CASE(values_of_wrong_variants) {
   r.p = row_normalised(sigmoid);
   r.chosen = top2(biased(sigmoid));
   says("A18: choices with the bias", loss_of(r), 0.964183591);
-  r = right;  // capacity 4, in the order of the tokens, first choices before second ones or not: the counts are the same
+  r = right;  // capacity 4, in the order of the tokens, first choices before second ones or not: the counts are the
+              // same
   Longs taken(kE);
   for (auto& e : r.chosen) {
     if (++taken[static_cast<std::size_t>(e)] > 4) e = -1;
@@ -270,8 +280,8 @@ BOOST_AUTO_TEST_CASE(values_of_wrong_variants) {
   says("A24: running mean", (loss_of(first) + loss_of(second)) / 2, 1.112273445);
 }
 
-double z_of(const Doubles& z, const Mask& valid = {}, k::Divisor divisor = k::Divisor::kValidTokens, Doubles* lse = nullptr, Doubles* gradient = nullptr,
-            std::int64_t experts = kE) {
+double z_of(const Doubles& z, const Mask& valid = {}, k::Divisor divisor = k::Divisor::kValidTokens,
+            Doubles* lse = nullptr, Doubles* gradient = nullptr, std::int64_t experts = kE) {
   k::ZLossArgs<double> a;
   a.logits = z.data();
   a.valid = valid.empty() ? nullptr : valid.data();
@@ -362,7 +372,8 @@ BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
       const double want = release[which]["loss"];
       // Some releases pass through float32 on the way: its unit roundoff, over the sum of 8 terms of one sign.
       const double close = 8 * k::unit_roundoff(k::Float::kF32) * want;
-      BOOST_CHECK_MESSAGE(std::fabs(loss_of(r, c) - want) <= close, version << " " << which << ": " << loss_of(r, c) << ", not " << want);
+      BOOST_CHECK_MESSAGE(std::fabs(loss_of(r, c) - want) <= close,
+                          version << " " << which << ": " << loss_of(r, c) << ", not " << want);
       const at::Tensor gradient = gradient_of(reference_of(r, c, p), z);
       Doubles theirs = release[which]["gradient"][0];
       const Doubles rest = release[which]["gradient"][1];
@@ -371,14 +382,16 @@ BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
       for (double v : theirs) largest = std::max(largest, std::fabs(v));
       CompareOptions o;
       o.bound = [largest](std::size_t, double) { return 32 * k::unit_roundoff(k::Float::kF32) * largest; };
-      const auto compared = compare(Values<double>{{tokens, kE}, theirs}, Values<double>{{tokens, kE}, values(gradient)}, o);
+      const auto compared =
+          compare(Values<double>{{tokens, kE}, theirs}, Values<double>{{tokens, kE}, values(gradient)}, o);
       BOOST_CHECK_MESSAGE(compared.ok(), version << " " << which << ": " << compared.report());
     }
     says("Switch's z-loss", z_of(vector_logits(0)), release["z_loss"]);
   }
 }
 
-// ---- kernels against the reference ---------------------------------------------------------------------------------------
+// ---- kernels against the reference
+// ---------------------------------------------------------------------------------------
 
 Routed random_routed(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::uint64_t seed) {
   std::vector<float> g(static_cast<std::size_t>(tokens * experts));
@@ -406,12 +419,14 @@ void check(const Routed& r, const k::BalanceConvention& c, const std::string& wh
   result.gradient = gradient.data();
   BOOST_REQUIRE(k::balance_loss(args_of(r, c), result) == k::Status::kOk);
   const std::int64_t sets = r.sets.empty() ? 1 : static_cast<std::int64_t>(r.sets.size()) - 1;
-  const double relative = bounds::balance_loss_relative(r.tokens, r.experts, sets) + bounds::balance_loss_in_any_order(r.tokens, r.experts, sets);
+  const double relative = bounds::balance_loss_relative(r.tokens, r.experts, sets) +
+                          bounds::balance_loss_in_any_order(r.tokens, r.experts, sets);
   const double truth = want.item<double>();
   BOOST_CHECK_MESSAGE(std::fabs(loss - truth) <= relative * truth, what << ": " << loss << ", not " << truth);
   CompareOptions o;
   o.bound = [](std::size_t, double v) { return 2 * bounds::balance_gradient_relative(k::Float::kF64) * std::fabs(v); };
-  const auto compared = compare(Values<double>{{r.tokens, r.experts}, values(want_gradient)}, Values<double>{{r.tokens, r.experts}, gradient}, o);
+  const auto compared = compare(Values<double>{{r.tokens, r.experts}, values(want_gradient)},
+                                Values<double>{{r.tokens, r.experts}, gradient}, o);
   BOOST_CHECK_MESSAGE(compared.ok(), what << ": " << compared.report());
 
   // float32 probabilities are the same numbers, so everything but the rounding of the gradient is the same.
@@ -421,7 +436,8 @@ void check(const Routed& r, const k::BalanceConvention& c, const std::string& wh
   k::BalanceLossArgs<float> a;
   const k::BalanceLossArgs<double> d = args_of(r, c);
   a.probabilities = narrow.data();
-  a.chosen = d.chosen, a.valid = d.valid, a.tokens = d.tokens, a.experts = d.experts, a.top_k = d.top_k, a.sets = d.sets, a.num_sets = d.num_sets;
+  a.chosen = d.chosen, a.valid = d.valid, a.tokens = d.tokens, a.experts = d.experts, a.top_k = d.top_k,
+  a.sets = d.sets, a.num_sets = d.num_sets;
   a.counts = d.counts, a.counted_tokens = d.counted_tokens, a.convention = c;
   double narrow_loss = 0, wide_loss = 0;
   k::BalanceLossResult<float> f;
@@ -433,27 +449,37 @@ void check(const Routed& r, const k::BalanceConvention& c, const std::string& wh
   result.loss = &wide_loss;
   BOOST_REQUIRE(k::balance_loss(w, result) == k::Status::kOk);
   BOOST_CHECK_MESSAGE(narrow_loss == wide_loss, what << ": float32 inputs");
-  for (std::size_t i = 0; i < gradient.size(); ++i) BOOST_REQUIRE(narrow_gradient[i] == static_cast<float>(gradient[i]));
+  for (std::size_t i = 0; i < gradient.size(); ++i)
+    BOOST_REQUIRE(narrow_gradient[i] == static_cast<float>(gradient[i]));
 }
 
 BOOST_AUTO_TEST_CASE(balance_loss_agrees_with_the_reference) {
   struct Shape {
     std::int64_t tokens, experts, k;
   };
-  for (const Shape s : {Shape{1, 1, 1}, {1, 8, 8}, {7, 8, 2}, {256, 8, 2}, {257, 60, 4}, {600, 144, 6}, {300, 160, 6}, {520, 384, 32}}) {
+  for (const Shape s : {Shape{1, 1, 1},
+                        {1, 8, 8},
+                        {7, 8, 2},
+                        {256, 8, 2},
+                        {257, 60, 4},
+                        {600, 144, 6},
+                        {300, 160, 6},
+                        {520, 384, 32}}) {
     for (int variant = 0; variant < 12; ++variant) {
       Routed r = random_routed(s.tokens, s.experts, s.k, 40 + static_cast<std::uint64_t>(variant));
       k::BalanceConvention c;
       if (variant == 1) c.over_k = false;
       if (variant == 2) c.counted = k::Counted::kFirstChoice;
       if (variant == 3) c.over_sets = k::OverSets::kSum;
-      if (variant == 3 || variant == 4 || variant == 5) r.sets = {0, s.tokens / 3, s.tokens / 3, s.tokens};  // one is empty
+      if (variant == 3 || variant == 4 || variant == 5)
+        r.sets = {0, s.tokens / 3, s.tokens / 3, s.tokens};  // one is empty
       if (variant >= 5 && variant < 9) {
         for (std::int64_t t = 0; t < s.tokens; ++t) r.valid.push_back(t % 3 != 1);
       }
       if (variant == 6) c.divisor = k::Divisor::kAllTokens;
       if (variant == 7 || variant == 10) c.balanced = k::Balanced::kDevices, c.devices = s.experts % 8 == 0 ? 8 : 1;
-      if (variant == 8) c.balanced = k::Balanced::kCommunication, c.devices = s.experts % 4 == 0 ? 4 : 1, c.most_devices = 3;
+      if (variant == 8)
+        c.balanced = k::Balanced::kCommunication, c.devices = s.experts % 4 == 0 ? 4 : 1, c.most_devices = 3;
       if (variant == 9 || variant == 10) {
         r.counts.assign(static_cast<std::size_t>(s.experts), 3);
         r.counts[0] = 1000;
@@ -463,7 +489,9 @@ BOOST_AUTO_TEST_CASE(balance_loss_agrees_with_the_reference) {
       if (variant == 11) {
         for (std::size_t i = 0; i < r.chosen.size(); i += 3) r.chosen[i] = -1;
       }
-      check(r, c, std::to_string(s.tokens) + "x" + std::to_string(s.experts) + "/" + std::to_string(s.k) + " variant " + std::to_string(variant));
+      check(r, c,
+            std::to_string(s.tokens) + "x" + std::to_string(s.experts) + "/" + std::to_string(s.k) + " variant " +
+                std::to_string(variant));
     }
   }
 }
@@ -535,7 +563,9 @@ BOOST_AUTO_TEST_CASE(balance_loss_refuses) {
   BOOST_CHECK(status([](Routed& x, auto&) { x.sets = {1, 8}; }) == K::kBadShape);
   BOOST_CHECK(status([](Routed& x, auto&) { x.top_k = 9; }) == K::kBadTopK);
   BOOST_CHECK(status([](Routed&, k::BalanceConvention& c) { c.devices = 3; }) == K::kBadShape);
-  BOOST_CHECK(status([](Routed&, k::BalanceConvention& c) { c.counted = k::Counted::kFirstChoice, c.over_k = false; }) == K::kBadOption);
+  BOOST_CHECK(status([](Routed&, k::BalanceConvention& c) {
+                c.counted = k::Counted::kFirstChoice, c.over_k = false;
+              }) == K::kBadOption);
   BOOST_CHECK(status([](Routed& x, auto&) { x.chosen.clear(); }) == K::kNullPointer);
   BOOST_CHECK(status([](Routed& x, auto&) { x.counts.assign(8, 1); }) == K::kNullPointer);
   BOOST_CHECK(status([](Routed& x, auto&) { x.valid.assign(8, 0); }) == K::kOk);
@@ -569,13 +599,18 @@ BOOST_AUTO_TEST_CASE(z_loss_agrees_with_the_reference) {
       const double error = bounds::log_sum_exp(s.experts, range, largest);
       const double truth = want.item<double>();
       const std::string what = std::to_string(s.tokens) + "x" + std::to_string(s.experts) + (masked ? " masked" : "");
-      BOOST_CHECK_MESSAGE(std::fabs(got - truth) <= 2 * bounds::z_loss(s.tokens, error, largest, truth), what << ": " << got << ", not " << truth);
+      BOOST_CHECK_MESSAGE(std::fabs(got - truth) <= 2 * bounds::z_loss(s.tokens, error, largest, truth),
+                          what << ": " << got << ", not " << truth);
       CompareOptions o;
       // 2 lse p / T: the error of lse, and twice that of a softmax.
       const double relative = bounds::softmax_relative(s.experts, 0, range, k::Float::kF64);
-      const double factor = 2 / static_cast<double>(s.tokens - (masked ? std::count(valid.begin(), valid.end(), 0) : 0));
-      o.bound = [=](std::size_t, double v) { return 2 * (std::fabs(v) * (relative + 1e-15) + factor * error) + factor * largest * 5e-324; };
-      const auto c = compare(Values<double>{{s.tokens, s.experts}, values(t.grad())}, Values<double>{{s.tokens, s.experts}, gradient}, o);
+      const double factor =
+          2 / static_cast<double>(s.tokens - (masked ? std::count(valid.begin(), valid.end(), 0) : 0));
+      o.bound = [=](std::size_t, double v) {
+        return 2 * (std::fabs(v) * (relative + 1e-15) + factor * error) + factor * largest * 5e-324;
+      };
+      const auto c = compare(Values<double>{{s.tokens, s.experts}, values(t.grad())},
+                             Values<double>{{s.tokens, s.experts}, gradient}, o);
       BOOST_CHECK_MESSAGE(c.ok(), what << ": " << c.report());
     }
   }
@@ -618,10 +653,12 @@ BOOST_AUTO_TEST_CASE(bias_update_agrees_with_the_reference) {
     a.step = variant == 1 ? k::BiasStep::kProportional : k::BiasStep::kSign;
     a.centre = variant == 2 ? k::Centre::kStep : variant == 3 ? k::Centre::kBias : k::Centre::kNothing;
     BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
-    const Doubles want = values(ref::bias_update(tensor(bias, {layers, experts}), tensor(counts, {layers, experts}), 0.001, variant == 1, variant == 2, variant == 3));
+    const Doubles want = values(ref::bias_update(tensor(bias, {layers, experts}), tensor(counts, {layers, experts}),
+                                                 0.001, variant == 1, variant == 2, variant == 3));
     for (std::size_t i = 0; i < out.size(); ++i) {
       // Sums of `experts` counts, exact; of steps or biases at most experts additions each of at most 4.
-      BOOST_CHECK_SMALL(out[i] - want[i], bounds::gamma(2 * experts + 8, k::unit_roundoff(k::Float::kF64)) * (4 + std::fabs(want[i])));
+      BOOST_CHECK_SMALL(out[i] - want[i],
+                        bounds::gamma(2 * experts + 8, k::unit_roundoff(k::Float::kF64)) * (4 + std::fabs(want[i])));
     }
   }
 }

@@ -23,7 +23,8 @@ using Ids = std::vector<std::int32_t>;
 using k::CapacityForm;
 using k::DropOrder;
 
-std::int64_t capacity(CapacityForm form, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, double factor, std::int64_t other = 1) {
+std::int64_t capacity(CapacityForm form, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, double factor,
+                      std::int64_t other = 1) {
   k::CapacityArgs a;
   a.form = form, a.tokens = tokens, a.experts = experts, a.top_k = top_k, a.factor = factor;
   if (form == CapacityForm::kDeepSpeed) a.min_capacity = other;
@@ -38,13 +39,13 @@ BOOST_AUTO_TEST_CASE(forms_of_the_frameworks) {
   // 100 tokens, 8 experts, k = 2, factor 1.25: 31.25 choices an expert.
   BOOST_TEST(capacity(CapacityForm::kMegatron, 100, 8, 2, 1.25) == 32);
   BOOST_TEST(capacity(CapacityForm::kDeepSpeed, 100, 8, 2, 1.25) == 32);
-  BOOST_TEST(capacity(CapacityForm::kDeepSpeed, 4, 8, 1, 1.0, 4) == 4);      // at least min_capacity
-  BOOST_TEST(capacity(CapacityForm::kMegaBlocks, 100, 8, 2, 1.25) == 31);    // rounds down
+  BOOST_TEST(capacity(CapacityForm::kDeepSpeed, 4, 8, 1, 1.0, 4) == 4);        // at least min_capacity
+  BOOST_TEST(capacity(CapacityForm::kMegaBlocks, 100, 8, 2, 1.25) == 31);      // rounds down
   BOOST_TEST(capacity(CapacityForm::kMegaBlocks, 100, 8, 2, 1.25, 4) == 125);  // for 4 ranks at once
-  BOOST_TEST(capacity(CapacityForm::kOlmoCore, 100, 8, 2, 1.25, 4) == 128);  // up8(31) for each of 4
-  BOOST_TEST(capacity(CapacityForm::kTutel, 100, 8, 2, 1.25) == 32);         // 2 int(1.25 * 13)
+  BOOST_TEST(capacity(CapacityForm::kOlmoCore, 100, 8, 2, 1.25, 4) == 128);    // up8(31) for each of 4
+  BOOST_TEST(capacity(CapacityForm::kTutel, 100, 8, 2, 1.25) == 32);           // 2 int(1.25 * 13)
   BOOST_TEST(capacity(CapacityForm::kTutel, 100, 8, 2, 1.0) == 26);
-  BOOST_TEST(capacity(CapacityForm::kFastMoE, 100, 8, 2, 1.25, 4) == 31);    // 125 * 2 // 8
+  BOOST_TEST(capacity(CapacityForm::kFastMoE, 100, 8, 2, 1.25, 4) == 31);  // 125 * 2 // 8
   BOOST_TEST(capacity(CapacityForm::kMegatron, 16, 8, 2, 1.0) == 4);
   k::CapacityArgs a;
   std::int64_t places = 0;
@@ -69,7 +70,8 @@ Choices choices(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, b
   k::unit_gaussians(3, 2, 0, tokens * top_k, h.data());
   std::vector<double> z;
   for (std::size_t i = 0; i < g.size(); ++i) {
-    z.push_back(std::nearbyint(4 * static_cast<double>(g[i])) / 4 + (collapsed && static_cast<std::int64_t>(i) % experts < top_k ? 50 : 0));
+    z.push_back(std::nearbyint(4 * static_cast<double>(g[i])) / 4 +
+                (collapsed && static_cast<std::int64_t>(i) % experts < top_k ? 50 : 0));
   }
   ref::RouteOptions o;
   o.top_k = top_k;
@@ -97,25 +99,40 @@ Dropped drop(const Choices& c, DropOrder order, std::int64_t places, bool renorm
   d.kept.resize(static_cast<std::size_t>(c.experts));
   k::DropArgs<double> a;
   a.chosen = c.chosen.data(), a.weights = c.weights.data(), a.keys = c.keys.data();
-  a.tokens = c.tokens, a.experts = c.experts, a.top_k = c.top_k, a.capacity = places, a.order = order, a.renormalise = renormalise;
+  a.tokens = c.tokens, a.experts = c.experts, a.top_k = c.top_k, a.capacity = places, a.order = order,
+  a.renormalise = renormalise;
   BOOST_REQUIRE(k::drop(a, {d.place.data(), d.weights.data(), d.kept.data(), &d.dropped, &d.lost}) == k::Status::kOk);
   return d;
 }
 
-constexpr DropOrder kOrders[] = {DropOrder::kTokens, DropOrder::kChoices, DropOrder::kWeights, DropOrder::kKeys, DropOrder::kBatchPrioritised};
-constexpr ref::DropOrder kReferences[] = {ref::DropOrder::kTokens, ref::DropOrder::kChoices, ref::DropOrder::kWeights, ref::DropOrder::kKeys, ref::DropOrder::kBatchPrioritised};
+constexpr DropOrder kOrders[] = {DropOrder::kTokens, DropOrder::kChoices, DropOrder::kWeights, DropOrder::kKeys,
+                                 DropOrder::kBatchPrioritised};
+constexpr ref::DropOrder kReferences[] = {ref::DropOrder::kTokens, ref::DropOrder::kChoices, ref::DropOrder::kWeights,
+                                          ref::DropOrder::kKeys, ref::DropOrder::kBatchPrioritised};
 
 BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
   struct Shape {
     std::int64_t tokens, experts, k, capacity;
   };
-  for (const Shape s : {Shape{1, 1, 1, 1}, {1, 1, 1, 0}, {16, 8, 2, 4}, {100, 8, 8, 30}, {90, 60, 4, 3}, {40, 144, 6, 1}, {30, 160, 32, 5}, {50, 384, 1, 1000}}) {
+  for (const Shape s : {Shape{1, 1, 1, 1},
+                        {1, 1, 1, 0},
+                        {16, 8, 2, 4},
+                        {100, 8, 8, 30},
+                        {90, 60, 4, 3},
+                        {40, 144, 6, 1},
+                        {30, 160, 32, 5},
+                        {50, 384, 1, 1000}}) {
     for (const bool collapsed : {false, true}) {
       const Choices c = choices(s.tokens, s.experts, s.k, collapsed);
       const std::vector<std::int64_t> ids(c.chosen.begin(), c.chosen.end());
-      const auto as = [&](const std::vector<double>& v) { return at::from_blob(const_cast<double*>(v.data()), {s.tokens, s.k}, at::kDouble); };
+      const auto as = [&](const std::vector<double>& v) {
+        return at::from_blob(const_cast<double*>(v.data()), {s.tokens, s.k}, at::kDouble);
+      };
       for (std::size_t i = 0; i < 5; ++i) {
-        const at::Tensor want = ref::drop(at::from_blob(const_cast<std::int64_t*>(ids.data()), {s.tokens, s.k}, at::kLong), as(c.weights), as(c.keys), kReferences[i], s.capacity).contiguous();
+        const at::Tensor want =
+            ref::drop(at::from_blob(const_cast<std::int64_t*>(ids.data()), {s.tokens, s.k}, at::kLong), as(c.weights),
+                      as(c.keys), kReferences[i], s.capacity)
+                .contiguous();
         const Dropped got = drop(c, kOrders[i], s.capacity);
         const Ids expected(want.data_ptr<std::int64_t>(), want.data_ptr<std::int64_t>() + want.numel());
         BOOST_CHECK_MESSAGE(got.place == expected, s.tokens << "x" << s.experts << "/" << s.k << " order " << i);
@@ -127,7 +144,8 @@ BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
         }
         for (std::int32_t e : c.chosen) had += e >= 0;
         BOOST_CHECK(kept + got.dropped == had);
-        for (std::size_t j = 0; j < got.place.size(); ++j) BOOST_CHECK(got.weights[j] == (got.place[j] < 0 ? 0.0 : c.weights[j]));
+        for (std::size_t j = 0; j < got.place.size(); ++j)
+          BOOST_CHECK(got.weights[j] == (got.place[j] < 0 ? 0.0 : c.weights[j]));
       }
     }
   }
@@ -140,7 +158,8 @@ BOOST_AUTO_TEST_CASE(who_is_dropped) {
   BOOST_TEST(drop(c, DropOrder::kChoices, 2).place == (Ids{0, 1, 0, -1, 1, -1}), boost::test_tools::per_element());
   BOOST_TEST(drop(c, DropOrder::kWeights, 2).place == (Ids{1, 1, 0, -1, 0, -1}), boost::test_tools::per_element());
   BOOST_TEST(drop(c, DropOrder::kKeys, 2).place == (Ids{-1, 0, 1, 1, 0, -1}), boost::test_tools::per_element());
-  BOOST_TEST(drop(c, DropOrder::kBatchPrioritised, 2).place == (Ids{1, -1, 0, -1, 0, 1}), boost::test_tools::per_element());
+  BOOST_TEST(drop(c, DropOrder::kBatchPrioritised, 2).place == (Ids{1, -1, 0, -1, 0, 1}),
+             boost::test_tools::per_element());
   const Dropped d = drop(c, DropOrder::kTokens, 2, true);
   BOOST_TEST(d.dropped == 2);
   BOOST_TEST(d.lost == 1);

@@ -1,4 +1,5 @@
-// Expert load: kernels/host against reference/; closed forms; the published counts of OLMoE and Mixtral; the sampling floor.
+// Expert load: kernels/host against reference/; closed forms; the published counts of OLMoE and Mixtral; the sampling
+// floor.
 #define BOOST_TEST_MODULE expert_load
 #include "kernels/host/expert_load.h"
 
@@ -22,23 +23,30 @@ namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
 using Longs = std::vector<std::int64_t>;
 
-at::Tensor tensor(const Longs& v) { return at::from_blob(const_cast<std::int64_t*>(v.data()), {static_cast<std::int64_t>(v.size())}, at::kLong).clone(); }
+at::Tensor tensor(const Longs& v) {
+  return at::from_blob(const_cast<std::int64_t*>(v.data()), {static_cast<std::int64_t>(v.size())}, at::kLong).clone();
+}
 
 k::LoadStatistics statistics(const Longs& counts, std::int64_t top_k, std::int64_t tokens) {
   k::LoadStatistics s;
-  BOOST_REQUIRE(k::load_statistics(counts.data(), static_cast<std::int64_t>(counts.size()), top_k, tokens, &s) == k::Status::kOk);
+  BOOST_REQUIRE(k::load_statistics(counts.data(), static_cast<std::int64_t>(counts.size()), top_k, tokens, &s) ==
+                k::Status::kOk);
   return s;
 }
 
 /// Sums of E terms of magnitude at most ln E or 2, a logarithm each.
-double close(std::size_t experts) { return k::bounds::gamma(2.0 * static_cast<double>(experts) + 16.0, k::unit_roundoff(k::Float::kF64)) * 4 * std::log(static_cast<double>(experts) + 2); }
+double close(std::size_t experts) {
+  return k::bounds::gamma(2.0 * static_cast<double>(experts) + 16.0, k::unit_roundoff(k::Float::kF64)) * 4 *
+         std::log(static_cast<double>(experts) + 2);
+}
 
 void check(const Longs& counts) {
   const k::LoadStatistics s = statistics(counts, 1, 1000);
   const auto want = ref::load_statistics(tensor(counts));
   const double bound = close(counts.size());
   const auto near = [&](const char* name, double got) {
-    BOOST_CHECK_MESSAGE(std::fabs(got - want.at(name)) <= bound * (1 + std::fabs(want.at(name))), name << ": " << got << ", not " << want.at(name));
+    BOOST_CHECK_MESSAGE(std::fabs(got - want.at(name)) <= bound * (1 + std::fabs(want.at(name))),
+                        name << ": " << got << ", not " << want.at(name));
   };
   near("max_violation", s.max_violation);
   near("min_violation", s.min_violation);
@@ -62,7 +70,8 @@ std::vector<float> gaussians(std::int64_t n, std::uint64_t stream) {
 BOOST_AUTO_TEST_CASE(statistics_agree_with_the_reference) {
   for (const std::int64_t experts : {2, 8, 60, 144, 384}) {
     Longs counts;
-    for (float v : gaussians(experts, static_cast<std::uint64_t>(experts))) counts.push_back(static_cast<std::int64_t>(std::exp(5 + 2 * static_cast<double>(v))));
+    for (float v : gaussians(experts, static_cast<std::uint64_t>(experts)))
+      counts.push_back(static_cast<std::int64_t>(std::exp(5 + 2 * static_cast<double>(v))));
     check(counts);
     counts[0] = 0;
     counts[1] = 1'000'000'000'000;
@@ -101,9 +110,11 @@ BOOST_AUTO_TEST_CASE(published_counts) {
     const char *file, *layer;
     double max_violation, cv, entropy, gini, least;
   };
-  for (const Cell& c : {Cell{"olmoe-1b-7b_c4", "0", 2.02, .32, .990, .14, .30}, {"olmoe-1b-7b_c4", "7", 1.66, .40, .982, .21, .20},
+  for (const Cell& c : {Cell{"olmoe-1b-7b_c4", "0", 2.02, .32, .990, .14, .30},
+                        {"olmoe-1b-7b_c4", "7", 1.66, .40, .982, .21, .20},
                         {"olmoe-1b-7b_c4", "15", 1.50, .51, .968, .29, .19}}) {
-    const auto json = nlohmann::json::parse(std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR "/fixtures/expert_counts/") + c.file + ".json"));
+    const auto json = nlohmann::json::parse(
+        std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR "/fixtures/expert_counts/") + c.file + ".json"));
     const k::LoadStatistics s = statistics(json["layers"][c.layer].get<Longs>(), json["top_k"], 200'000);
     BOOST_CHECK_SMALL(s.max_violation - c.max_violation, 0.0051);
     BOOST_CHECK_SMALL(s.cv_population - c.cv, 0.0051);
@@ -126,7 +137,8 @@ BOOST_AUTO_TEST_CASE(sampling_floor) {
     o.top_k = top_k;
     const at::Tensor chosen = ref::route(at::from_blob(z.data(), {tokens, experts}, at::kDouble), o).chosen;
     const at::Tensor counts = ref::count_choices(chosen, experts);
-    const k::LoadStatistics s = statistics(Longs(counts.data_ptr<std::int64_t>(), counts.data_ptr<std::int64_t>() + experts), top_k, tokens);
+    const k::LoadStatistics s =
+        statistics(Longs(counts.data_ptr<std::int64_t>(), counts.data_ptr<std::int64_t>() + experts), top_k, tokens);
     cv += s.cv_population / windows;
     violation += s.max_violation / windows;
     floor_cv = s.cv_floor;
@@ -188,8 +200,11 @@ BOOST_AUTO_TEST_CASE(counts_agree_with_the_reference) {
     check_counts<std::int32_t>(40, 32, 144, masked);
   }
   std::int64_t outside = 0, count = 5;
-  BOOST_CHECK((k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 0, 2, 1}, &count, &outside) == k::Status::kOk && count == 0));
-  BOOST_CHECK((k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 3, 2, 1}, &count, &outside) == k::Status::kNullPointer));
+  BOOST_CHECK(
+      (k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 0, 2, 1}, &count, &outside) == k::Status::kOk &&
+       count == 0));
+  BOOST_CHECK((k::count_choices(k::CountArgs<std::int16_t>{nullptr, nullptr, 3, 2, 1}, &count, &outside) ==
+               k::Status::kNullPointer));
 }
 
 BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
@@ -201,9 +216,12 @@ BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
   ref::RouteOptions o;
   o.top_k = top_k;
   const at::Tensor chosen = ref::route(logits, o).chosen.contiguous();
-  const std::vector<std::int32_t> ids(chosen.data_ptr<std::int64_t>(), chosen.data_ptr<std::int64_t>() + chosen.numel());
+  const std::vector<std::int32_t> ids(chosen.data_ptr<std::int64_t>(),
+                                      chosen.data_ptr<std::int64_t>() + chosen.numel());
   k::RoutingStatistics s;
-  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<double>{p.data_ptr<double>(), ids.data(), nullptr, tokens, experts, top_k}, &s) == k::Status::kOk);
+  BOOST_REQUIRE(k::routing_statistics(
+                    k::RoutingStatisticsArgs<double>{p.data_ptr<double>(), ids.data(), nullptr, tokens, experts, top_k},
+                    &s) == k::Status::kOk);
   const auto want = ref::routing_statistics(p, chosen);
   const double bound = close(static_cast<std::size_t>(tokens * experts));
   BOOST_CHECK_SMALL(s.token_entropy - want.at("token_entropy"), bound);
@@ -214,7 +232,8 @@ BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
   std::vector<double> sure(64);
   std::vector<std::int32_t> own;
   for (std::int32_t t = 0; t < 8; ++t) sure[static_cast<std::size_t>(9 * t)] = 1, own.push_back(t);
-  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<double>{sure.data(), own.data(), nullptr, 8, 8, 1}, &s) == k::Status::kOk);
+  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<double>{sure.data(), own.data(), nullptr, 8, 8, 1},
+                                      &s) == k::Status::kOk);
   BOOST_CHECK_CLOSE(s.mutual_information, std::log(8.0), 1e-12);
   BOOST_CHECK(s.token_entropy == 0.0 && s.confidence == 1.0);
 }
@@ -222,7 +241,8 @@ BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
 BOOST_AUTO_TEST_CASE(co_activation_counts_all_pairs) {
   const std::vector<std::int32_t> chosen = {0, 1, 2, 2, 1, 3, 0, 1, -1};  // the last token lost a choice
   Longs together(16, -1);
-  BOOST_REQUIRE(k::co_activation(k::CountArgs<std::int32_t>{chosen.data(), nullptr, 3, 3, 4}, together.data()) == k::Status::kOk);
+  BOOST_REQUIRE(k::co_activation(k::CountArgs<std::int32_t>{chosen.data(), nullptr, 3, 3, 4}, together.data()) ==
+                k::Status::kOk);
   BOOST_TEST(together == (Longs{2, 2, 1, 0, 2, 3, 2, 1, 1, 2, 2, 1, 0, 1, 1, 1}), boost::test_tools::per_element());
 }
 

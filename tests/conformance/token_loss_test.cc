@@ -1,5 +1,5 @@
-// Cross-entropy: kernels/host against reference/; accumulation equals the whole batch where the normalisation is right, and is
-// off by the factor that is written down where it is not.
+// Cross-entropy: kernels/host against reference/; accumulation equals the whole batch where the normalisation is right,
+// and is off by the factor that is written down where it is not.
 #define BOOST_TEST_MODULE token_loss
 #include "kernels/host/token_loss.h"
 
@@ -49,13 +49,18 @@ Loss loss_of(const Batch& b, std::int64_t first, std::int64_t last, double weigh
   Loss l;
   l.each.resize(static_cast<std::size_t>(last - first));
   l.gradient.resize(static_cast<std::size_t>((last - first) * b.words));
-  const k::CrossEntropyArgs<double> a{b.logits.data() + first * b.words, b.labels.data() + first, last - first, b.words, weight};
+  const k::CrossEntropyArgs<double> a{b.logits.data() + first * b.words, b.labels.data() + first, last - first, b.words,
+                                      weight};
   BOOST_REQUIRE(k::cross_entropy(a, {&l.sum, &l.labels, l.each.data(), l.gradient.data()}) == k::Status::kOk);
   return l;
 }
 
-at::Tensor logits_of(const Batch& b) { return at::from_blob(const_cast<double*>(b.logits.data()), {b.tokens, b.words}, at::kDouble).clone(); }
-at::Tensor labels_of(const Batch& b) { return at::from_blob(const_cast<std::int64_t*>(b.labels.data()), {b.tokens}, at::kLong).clone(); }
+at::Tensor logits_of(const Batch& b) {
+  return at::from_blob(const_cast<double*>(b.logits.data()), {b.tokens, b.words}, at::kDouble).clone();
+}
+at::Tensor labels_of(const Batch& b) {
+  return at::from_blob(const_cast<std::int64_t*>(b.labels.data()), {b.tokens}, at::kLong).clone();
+}
 
 BOOST_AUTO_TEST_CASE(cross_entropy_agrees_with_the_reference) {
   struct Shape {
@@ -70,9 +75,12 @@ BOOST_AUTO_TEST_CASE(cross_entropy_agrees_with_the_reference) {
     const Loss got = loss_of(b, 0, s.tokens);
     const auto [low, high] = std::minmax_element(b.logits.begin(), b.logits.end());
     const double largest = std::max(std::fabs(*low), std::fabs(*high)) + std::log(static_cast<double>(s.words));
-    const double one = bounds::log_sum_exp(s.words, *high - *low, largest) + 2 * k::unit_roundoff(k::Float::kF64) * largest;
+    const double one =
+        bounds::log_sum_exp(s.words, *high - *low, largest) + 2 * k::unit_roundoff(k::Float::kF64) * largest;
     const double truth = want.item<double>();
-    BOOST_CHECK_SMALL(got.sum - truth, 2 * (static_cast<double>(s.tokens) * one + bounds::gamma(static_cast<double>(s.tokens), k::unit_roundoff(k::Float::kF64)) * truth));
+    BOOST_CHECK_SMALL(got.sum - truth,
+                      2 * (static_cast<double>(s.tokens) * one +
+                           bounds::gamma(static_cast<double>(s.tokens), k::unit_roundoff(k::Float::kF64)) * truth));
     BOOST_CHECK(got.labels == s.tokens - std::count(b.labels.begin(), b.labels.end(), k::kIgnored));
     const at::Tensor gradient = z.grad().contiguous();
     const double relative = 2 * bounds::softmax_relative(s.words, 0, *high - *low, k::Float::kF64) + 4e-16;
@@ -94,17 +102,20 @@ BOOST_AUTO_TEST_CASE(edges) {
   double sum = 0;
   std::int64_t labels = 0;
   b.labels = {4};
-  BOOST_CHECK((k::cross_entropy(k::CrossEntropyArgs<double>{b.logits.data(), b.labels.data(), 1, 4, 1}, {&sum, &labels, nullptr, nullptr}) == k::Status::kBadShape));
+  BOOST_CHECK((k::cross_entropy(k::CrossEntropyArgs<double>{b.logits.data(), b.labels.data(), 1, 4, 1},
+                                {&sum, &labels, nullptr, nullptr}) == k::Status::kBadShape));
   b.labels = {0};
   b.logits[2] = std::numeric_limits<double>::quiet_NaN();
   BOOST_CHECK(std::isnan(loss_of(b, 0, 1).sum));
 }
 
-double normalised(Normalisation how, const Doubles& sums, const Longs& labels, std::int64_t ranks, Doubles* weight = nullptr) {
+double normalised(Normalisation how, const Doubles& sums, const Longs& labels, std::int64_t ranks,
+                  Doubles* weight = nullptr) {
   double loss = -1;
   const auto m = static_cast<std::int64_t>(sums.size()) / ranks;
   if (weight != nullptr) weight->resize(sums.size());
-  BOOST_REQUIRE(k::normalise(how, sums.data(), labels.data(), ranks, m, &loss, weight != nullptr ? weight->data() : nullptr) == k::Status::kOk);
+  BOOST_REQUIRE(k::normalise(how, sums.data(), labels.data(), ranks, m, &loss,
+                             weight != nullptr ? weight->data() : nullptr) == k::Status::kOk);
   return loss;
 }
 
@@ -121,12 +132,14 @@ BOOST_AUTO_TEST_CASE(micro_batches_equal_the_whole_batch) {
     labels.push_back(part.labels);
   }
   const double u = k::unit_roundoff(k::Float::kF64);
-  BOOST_CHECK_CLOSE_FRACTION(normalised(Normalisation::kTokens, sums, labels, 1, &weight), whole.sum / 192, bounds::gamma(250, u));
+  BOOST_CHECK_CLOSE_FRACTION(normalised(Normalisation::kTokens, sums, labels, 1, &weight), whole.sum / 192,
+                             bounds::gamma(250, u));
   // The gradient of the parts, each with its weight, is that of the whole.
   for (std::size_t i = 0; i + 1 < ends.size(); ++i) {
     const Loss part = loss_of(b, ends[i], ends[i + 1], weight[i]);
     for (std::size_t j = 0; j < part.gradient.size(); ++j) {
-      BOOST_CHECK_SMALL(part.gradient[j] - whole.gradient[static_cast<std::size_t>(ends[i] * b.words) + j], 8 * u / 192);
+      BOOST_CHECK_SMALL(part.gradient[j] - whole.gradient[static_cast<std::size_t>(ends[i] * b.words) + j],
+                        8 * u / 192);
     }
   }
   // The mean of means is not: here by more than a hundredth.
@@ -146,9 +159,15 @@ BOOST_AUTO_TEST_CASE(wrong_normalisations) {
     Normalisation how;
     double factor;
   };
-  for (const Factor f : {Factor{Normalisation::kTokens, 1}, {Normalisation::kMeanOfMeans, 1}, {Normalisation::kMeansSummed, 4}, {Normalisation::kMeansDividedTwice, 0.25},
-                         {Normalisation::kTokensTimesSteps, 4}, {Normalisation::kTokensDividedTwice, 0.25}, {Normalisation::kTokensOfRank, 1},
-                         {Normalisation::kTokensTimesRanks, 2}, {Normalisation::kTokensOverRanks, 0.5}}) {
+  for (const Factor f : {Factor{Normalisation::kTokens, 1},
+                         {Normalisation::kMeanOfMeans, 1},
+                         {Normalisation::kMeansSummed, 4},
+                         {Normalisation::kMeansDividedTwice, 0.25},
+                         {Normalisation::kTokensTimesSteps, 4},
+                         {Normalisation::kTokensDividedTwice, 0.25},
+                         {Normalisation::kTokensOfRank, 1},
+                         {Normalisation::kTokensTimesRanks, 2},
+                         {Normalisation::kTokensOverRanks, 0.5}}) {
     BOOST_CHECK_CLOSE(normalised(f.how, sums, labels, 2), 1.5 * f.factor, 1e-12);
   }
   // Ranks with 1 and 3 labels weigh the same in kTokensOfRank.
@@ -158,7 +177,8 @@ BOOST_AUTO_TEST_CASE(wrong_normalisations) {
   double loss = 0;
   const Longs negative = {-1};
   const Doubles one = {1};
-  BOOST_CHECK(k::normalise(Normalisation::kTokens, one.data(), negative.data(), 1, 1, &loss, nullptr) == k::Status::kBadShape);
+  BOOST_CHECK(k::normalise(Normalisation::kTokens, one.data(), negative.data(), 1, 1, &loss, nullptr) ==
+              k::Status::kBadShape);
 }
 
 }  // namespace

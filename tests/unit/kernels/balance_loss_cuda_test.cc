@@ -32,12 +32,14 @@ std::vector<T> gaussians(std::int64_t n, std::uint64_t stream) {
 }
 
 template <class T>
-void check_balance(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, BalanceConvention convention, bool masked, const std::string& what) {
+void check_balance(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, BalanceConvention convention,
+                   bool masked, const std::string& what) {
   std::vector<T> p = gaussians<T>(tokens * experts, 1);
   for (T& v : p) v = static_cast<T>(std::fabs(static_cast<double>(v)));
   std::vector<std::int32_t> chosen;
   for (std::int64_t t = 0; t < tokens; ++t) {
-    for (std::int64_t j = 0; j < top_k; ++j) chosen.push_back(t % 11 == 3 ? -1 : static_cast<std::int32_t>((t * t + 3 * j) % experts));
+    for (std::int64_t j = 0; j < top_k; ++j)
+      chosen.push_back(t % 11 == 3 ? -1 : static_cast<std::int32_t>((t * t + 3 * j) % experts));
   }
   std::vector<std::uint8_t> valid(static_cast<std::size_t>(tokens));
   for (std::size_t t = 0; t < valid.size(); ++t) valid[t] = t % 5 != 0;
@@ -51,13 +53,19 @@ void check_balance(std::int64_t tokens, std::int64_t experts, std::int64_t top_k
   const OnDevice<std::uint8_t> d_valid(valid);
   const OnDevice<std::int64_t> d_sets(sets), d_counts(counts);
   const OnDevice<double> d_loss(loss), d_set_loss(set_loss), d_mean(mean);
-  const OnDevice<char> workspace(std::vector<char>(cuda::balance_loss_workspace(tokens, experts, convention.devices, 3), 1));
+  const OnDevice<char> workspace(
+      std::vector<char>(cuda::balance_loss_workspace(tokens, experts, convention.devices, 3), 1));
   BalanceLossArgs<T> a;
   a.tokens = tokens, a.experts = experts, a.top_k = top_k, a.num_sets = 3, a.convention = convention;
   a.probabilities = p.data(), a.chosen = chosen.data(), a.valid = masked ? valid.data() : nullptr, a.sets = sets.data();
-  ASSERT_EQ(balance_loss(a, {loss.data(), set_loss.data(), counts.data(), mean.data(), gradient.data()}), Status::kOk) << what;
-  a.probabilities = d_p.data(), a.chosen = d_chosen.data(), a.valid = masked ? d_valid.data() : nullptr, a.sets = d_sets.data();
-  ASSERT_EQ(cuda::balance_loss(a, {d_loss.data(), d_set_loss.data(), d_counts.data(), d_mean.data(), d_gradient.data()}, workspace.data(), nullptr), Status::kOk) << what;
+  ASSERT_EQ(balance_loss(a, {loss.data(), set_loss.data(), counts.data(), mean.data(), gradient.data()}), Status::kOk)
+      << what;
+  a.probabilities = d_p.data(), a.chosen = d_chosen.data(), a.valid = masked ? d_valid.data() : nullptr,
+  a.sets = d_sets.data();
+  ASSERT_EQ(cuda::balance_loss(a, {d_loss.data(), d_set_loss.data(), d_counts.data(), d_mean.data(), d_gradient.data()},
+                               workspace.data(), nullptr),
+            Status::kOk)
+      << what;
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
   expect_same(loss, d_loss.fetch(), what + " loss");
   expect_same(set_loss, d_set_loss.fetch(), what + " set loss");
@@ -119,7 +127,8 @@ TEST_F(BalanceLossCuda, BiasStepHasTheBitsOfTheHost) {
   const OnDevice<double> d_bias(bias), d_counts(counts), d_out(out);
   for (const Centre centre : {Centre::kNothing, Centre::kStep, Centre::kBias}) {
     BiasUpdateArgs a;
-    a.layers = layers, a.experts = experts, a.centre = centre, a.counts_dtype = Float::kBF16, a.bias_dtype = Float::kF32;
+    a.layers = layers, a.experts = experts, a.centre = centre, a.counts_dtype = Float::kBF16,
+    a.bias_dtype = Float::kF32;
     a.bias = bias.data(), a.counts = counts.data();
     ASSERT_EQ(bias_update(a, out.data()), Status::kOk);
     a.bias = d_bias.data(), a.counts = d_counts.data();

@@ -21,7 +21,8 @@ namespace {
 class DispatchCuda : public test::OnCuda {};
 
 template <class T>
-void check(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::int64_t capacity, DropOrder order, const std::string& what) {
+void check(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::int64_t capacity, DropOrder order,
+           const std::string& what) {
   const auto n = static_cast<std::size_t>(tokens * top_k);
   std::vector<float> g(n), h(n);
   unit_gaussians(2, 1, 0, tokens * top_k, g.data());
@@ -45,7 +46,10 @@ void check(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::i
   a.chosen = chosen.data(), a.weights = weights.data(), a.keys = keys.data();
   ASSERT_EQ(drop(a, {place.data(), out.data(), kept.data(), dropped.data(), lost.data()}), Status::kOk) << what;
   a.chosen = d_chosen.data(), a.weights = d_weights.data(), a.keys = d_keys.data();
-  ASSERT_EQ(cuda::drop(a, {d_place.data(), d_out.data(), d_kept.data(), d_dropped.data(), d_lost.data()}, workspace.data(), nullptr), Status::kOk) << what;
+  ASSERT_EQ(cuda::drop(a, {d_place.data(), d_out.data(), d_kept.data(), d_dropped.data(), d_lost.data()},
+                       workspace.data(), nullptr),
+            Status::kOk)
+      << what;
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
   test::expect_same(place, d_place.fetch(), what + " place");
   test::expect_same(out, d_out.fetch(), what + " weights");
@@ -55,7 +59,8 @@ void check(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, std::i
 }
 
 TEST_F(DispatchCuda, PlacesAreThoseOfTheHost) {
-  for (const DropOrder order : {DropOrder::kTokens, DropOrder::kChoices, DropOrder::kWeights, DropOrder::kKeys, DropOrder::kBatchPrioritised}) {
+  for (const DropOrder order :
+       {DropOrder::kTokens, DropOrder::kChoices, DropOrder::kWeights, DropOrder::kKeys, DropOrder::kBatchPrioritised}) {
     const std::string what = "order " + std::to_string(static_cast<int>(order));
     check<float>(3000, 64, 4, 150, order, what);
     check<double>(500, 160, 6, 3, order, what);

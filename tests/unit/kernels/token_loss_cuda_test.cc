@@ -33,7 +33,9 @@ void check(std::int64_t tokens, std::int64_t words) {
   CrossEntropyArgs<T> a{logits.data(), labels.data(), tokens, words, 0.125};
   ASSERT_EQ(cross_entropy(a, {sum.data(), count.data(), each.data(), gradient.data()}), Status::kOk);
   a.logits = d_logits.data(), a.labels = d_labels.data();
-  ASSERT_EQ(cuda::cross_entropy(a, {d_sum.data(), d_count.data(), d_each.data(), d_gradient.data()}, workspace.data(), nullptr), Status::kOk);
+  ASSERT_EQ(cuda::cross_entropy(a, {d_sum.data(), d_count.data(), d_each.data(), d_gradient.data()}, workspace.data(),
+                                nullptr),
+            Status::kOk);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   test::expect_same(sum, d_sum.fetch(), "sum");
   test::expect_same(count, d_count.fetch(), "labels");
