@@ -16,6 +16,8 @@ constexpr Row kOwnRows[] = {
     {"model_revision", "base_model_revision"},
     {"trust_remote_code", "trust_remote_code"},
     {"packing", "packing"},
+    {"neat_packing", ""},
+    {"flash_attn", ""},
     {"stage", ""},
     {"finetuning_type", "finetuning_type"},
     {"lora_rank", "r", as_number},
@@ -157,6 +159,18 @@ void sort_out_unknown(const ConfigFile& file, std::size_t first_unread, Material
   }
 }
 
+/// data_args.py: neat_packing packs, too; collator.py then builds a 4-D mask unless the attention is FlashAttention-2.
+void read_packing(const ConfigFile& file, Material* material) {
+  const Node* neat = file.root->find("neat_packing");
+  const Node* attention = file.root->find("flash_attn");
+  const std::string_view key = neat ? "neat_packing" : "model_name_or_path";
+  const Node& place = *file.root->find(key);
+  const bool packs = is_true(neat);
+  if (packs) add_setting(file, key, "packing", bool_node(true, place), material);
+  const bool fa2 = attention && attention->is_string() && attention->text == "fa2";
+  add_setting(file, key, "block_diagonal_mask", bool_node(packs && !fa2, place), material);
+}
+
 void read(const ConfigFile& file, Material* material) {
   const Node& root = *file.root;
   const std::span<const Row> shared = training_arguments_rows();
@@ -167,6 +181,7 @@ void read(const ConfigFile& file, Material* material) {
   sort_out_unknown(file, first_unread, material);
   read_adapter(file, material);
   read_quantisation(file, material);
+  read_packing(file, material);
   if (is_true(root.find("pure_bf16"))) {
     add_setting(file, "pure_bf16", "torch_dtype", string_node("bfloat16", *root.find("pure_bf16")), material);
   }

@@ -124,6 +124,7 @@ void resolve_batches(Resolver& r) {
   r.apply(f.average_tokens, "average_tokens_across_devices", node_bool);
   r.apply(f.label_smoothing, "label_smoothing_factor", node_double);
   r.apply(f.packing, "packing", node_bool);
+  r.apply(f.block_diagonal_mask, "block_diagonal_mask", node_bool);
   r.apply(f.use_liger_kernel, "use_liger_kernel", node_bool);
   r.apply(f.loss_type, "loss_type", node_string);
   r.apply(f.trust_remote_code, "trust_remote_code", node_bool);

@@ -220,6 +220,12 @@ json facts_of(const json& row) {
   if (facts["model.type"] == "switch_transformers") facts["training.trainer"] = "Trainer";
   if (row.contains("expert_capacity")) facts["router.expert_capacity"] = row.at("expert_capacity");
   if (row.contains("tokens")) facts["training.sequence_length"] = row.at("tokens");
+  if (advisory == "AV041") {
+    facts["training.framework"] = "llama-factory";
+    facts["versions.llamafactory"] = "0.9.3";
+    facts["training.block_diagonal_mask"] = true;
+    facts["balance.aux_added_to_loss"] = row.at("output_router_logits");
+  }
   if (row.contains("top_k")) facts["router.top_k"] = row.at("top_k");
   if (row.contains("trl")) facts["versions.trl"] = row.at("trl");
   if (row.contains("mlp_only_layers")) facts["model.num_dense_layers"] = row.at("mlp_only_layers").size();
@@ -238,6 +244,7 @@ std::optional<bool> faulty(const json& row) {
   if (advisory == "AV006") return row.contains("error") || row.at("loss").get<double>() > 1.5 * row.at("top_k").get<double>();
   if (advisory == "AV007") return row.at("collapsed_weights").get<double>() < 15;  // all on 4 of 16: the loss is 16
   if (advisory == "AV008") return row.contains("error");
+  if (advisory == "AV041") return row.contains("error");
   if (advisory == "AV014") return row.at("loss_of_aux") == 0.0;
   if (advisory == "AV016") return row.contains("error") ? std::nullopt : std::optional(row.at("collapsed").get<double>() < 7);
   if (advisory == "AV020") return row.at("times_added").get<double>() > 1.5;

@@ -80,7 +80,10 @@ def llama_factory(d):
         s["lora_target_linear"] = True
     if "disable_gradient_checkpointing" in d:
         s["gradient_checkpointing"] = not d["disable_gradient_checkpointing"]
-    special = {"model_name_or_path", "stage", "lora_target", "use_kt", "disable_gradient_checkpointing"}
+    if d.get("neat_packing"):
+        s["packing"] = True
+    s["block_diagonal_mask"] = bool(d.get("neat_packing")) and d.get("flash_attn") != "fa2"
+    special = {"model_name_or_path", "stage", "lora_target", "use_kt", "disable_gradient_checkpointing", "neat_packing", "flash_attn"}
     megatron = "expert_model_parallel_size" in d
     return dict(framework="llama-factory", base=d["model_name_or_path"], settings=s,
                 trainer="McaTrainer" if megatron else "KTrainer" if d.get("use_kt") else "",
