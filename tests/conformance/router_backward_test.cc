@@ -1,0 +1,218 @@
+// Gradients of the router: kernels/host against the autograd of reference/, and both against central differences.
+#define BOOST_TEST_MODULE router_backward
+#include "kernels/host/router_backward.h"
+
+#include <ATen/ATen.h>
+
+#include <boost/test/unit_test.hpp>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "kernels/host/bounds.h"
+#include "kernels/host/gaussian.h"
+#include "reference/balance_loss.h"
+#include "reference/router.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+using Doubles = std::vector<double>;
+using Ids = std::vector<std::int32_t>;
+
+Doubles gaussians(std::int64_t n, std::uint64_t stream, double scale = 1) {
+  std::vector<float> g(static_cast<std::size_t>(n));
+  k::unit_gaussians(13, stream, 0, n, g.data());
+  Doubles v;
+  for (float x : g) v.push_back(scale * static_cast<double>(x));
+  return v;
+}
+at::Tensor tensor(const Doubles& v, std::int64_t rows) {
+  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble)
+      .clone();
+}
+
+struct Case {
+  std::string name;
+  k::Score score = k::Score::kSoftmax;
+  ref::Score reference = ref::Score::kSoftmax;
+  bool after = false, renormalise = false;
+  double eps = 0, scaling = 1;
+};
+const Case kCases[] = {
+    {"softmax"},
+    {"softmax renormalised", k::Score::kSoftmax, ref::Score::kSoftmax, false, true},
+    {"softmax after top-k", k::Score::kSoftmax, ref::Score::kSoftmax, true},
+    {"sigmoid renormalised, scaled", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 1e-20, 2.5},
+    {"sigmoid", k::Score::kSigmoid, ref::Score::kSigmoid},
+    {"sqrt softplus renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, true, 1e-9, 1.5}};
+
+struct Setup {
+  std::int64_t tokens, experts, top_k;
+  Doubles logits, bias, upstream;  // upstream: of the weights
+  Ids chosen;
+};
+
+ref::RouteOptions options_of(const Case& c, std::int64_t top_k) {
+  ref::RouteOptions o;
+  o.top_k = top_k;
+  o.score = c.reference;
+  o.softmax_after_top_k = c.after;
+  o.renormalise = c.renormalise;
+  o.renormalise_eps = c.eps;
+  o.scaling = c.scaling;
+  return o;
+}
+
+Setup setup(const Case& c, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, double scale) {
+  Setup s{tokens,
+          experts,
+          top_k,
+          gaussians(tokens * experts, 1, scale),
+          gaussians(experts, 2, 0.1),
+          gaussians(tokens * top_k, 3),
+          {}};
+  const at::Tensor chosen = ref::route(tensor(s.logits, tokens), options_of(c, top_k)).chosen.contiguous();
+  for (std::int64_t i = 0; i < chosen.numel(); ++i)
+    s.chosen.push_back(static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]));
+  return s;
+}
+
+k::RouteBackwardArgs<double> args_of(const Case& c, const Setup& s) {
+  k::RouteBackwardArgs<double> a;
+  a.forward.logits = s.logits.data();
+  a.forward.tokens = s.tokens, a.forward.experts = s.experts, a.forward.top_k = s.top_k;
+  a.forward.score = c.score, a.forward.softmax_after_top_k = c.after;
+  a.forward.renormalise = c.renormalise, a.forward.renormalise_eps = c.eps, a.forward.scaling = c.scaling;
+  a.chosen = s.chosen.data();
+  a.weights = s.upstream.data();
+  return a;
+}
+
+/// Roundings on the way from a score to a gradient: scores, two sums over E or k terms of either sign, a few products;
+/// against the largest magnitude of the row, since terms cancel.
+void check_near(const Doubles& got, const at::Tensor& want, const Setup& s, double scale, const std::string& what) {
+  const at::Tensor w = want.contiguous();
+  const double u = k::unit_roundoff(k::Float::kF64);
+  double range = 0;
+  for (double l : s.logits) range = std::max(range, std::fabs(l));
+  const double bound = 4 *
+                       (k::bounds::softmax_relative(s.experts, 0, 2 * range, k::Float::kF64) +
+                        k::bounds::gamma(2.0 * static_cast<double>(s.experts) + 16, u)) *
+                       scale;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const double off = std::fabs(got[i] - w.data_ptr<double>()[i]);
+    BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
+                                             << ", bound " << bound);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(gradients_agree_with_autograd) {
+  struct Shape {
+    std::int64_t tokens, experts, k;
+  };
+  for (const Case& c : kCases) {
+    for (const Shape shape : {Shape{1, 1, 1}, {5, 8, 8}, {40, 60, 4}, {9, 144, 6}, {7, 384, 32}}) {
+      for (const double scale : {0.1, 1.0, 12.0}) {
+        const Setup s = setup(c, shape.tokens, shape.experts, shape.k, scale);
+        const std::string what = c.name + " " + std::to_string(shape.experts) + "/" + std::to_string(shape.k);
+        at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true);
+        const ref::Routed r = ref::route(z, options_of(c, s.top_k));
+        (r.weights * tensor(s.upstream, s.tokens)).sum().backward();
+        Doubles d(s.logits.size());
+        BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
+        // Upstream of at most 5; a renormalised weight has slope 1 / sum of scores.
+        double least = 1;
+        const at::Tensor sums = ref::scores(z.detach(), c.reference).gather(1, r.chosen).sum(1);
+        if (c.renormalise) least = std::min(1.0, sums.min().item<double>());
+        check_near(d, z.grad(), s, 10 * c.scaling / least, what);
+      }
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(losses_join_in) {
+  // The balance loss through the scores, the z-loss through the logits, and dropped choices.
+  const Case& c = kCases[1];
+  Setup s = setup(c, 30, 16, 4, 1);
+  at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true);
+  const ref::Routed r = ref::route(z, options_of(c, s.top_k));
+  const at::Tensor p = ref::scores(z, ref::Score::kSoftmax);
+  const Doubles other = gaussians(30 * 16, 8);
+  ((r.weights * tensor(s.upstream, s.tokens)).sum() + (p * tensor(other, s.tokens)).sum() + 0.01 * ref::z_loss(z))
+      .backward();
+  at::Tensor y = tensor(s.logits, s.tokens).set_requires_grad(true);
+  (0.01 * ref::z_loss(y)).backward();
+  const at::Tensor of_z = y.grad().contiguous();
+  k::RouteBackwardArgs<double> a = args_of(c, s);
+  a.scores = other.data();
+  a.logits = of_z.data_ptr<double>();
+  Doubles d(s.logits.size());
+  BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
+  check_near(d, z.grad(), s, 40, "with losses");
+  // Only losses: no weights, no choices.
+  a.weights = nullptr;
+  a.chosen = nullptr;
+  BOOST_CHECK(k::route_backward(a, d.data()) == k::Status::kOk);
+  // A single renormalised choice has weight 1 and no gradient.
+  Setup one = setup(c, 6, 8, 1, 1);
+  Doubles none(one.logits.size());
+  BOOST_REQUIRE(k::route_backward(args_of(c, one), none.data()) == k::Status::kOk);
+  for (double v : none) BOOST_CHECK_SMALL(v, 1e-15);
+  // All dropped.
+  std::fill(one.chosen.begin(), one.chosen.end(), -1);
+  BOOST_REQUIRE(k::route_backward(args_of(kCases[0], one), none.data()) == k::Status::kOk);
+  BOOST_CHECK(none == Doubles(none.size(), 0.0));
+}
+
+BOOST_AUTO_TEST_CASE(central_differences) {
+  for (const Case& c : kCases) {
+    const Setup s = setup(c, 3, 8, 2, 1);
+    Doubles d(s.logits.size());
+    BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
+    const auto loss = [&](std::size_t at, double step) {
+      Doubles z = s.logits, w(s.chosen.size());
+      z[at] += step;
+      Ids chosen(s.chosen.size());
+      k::RouteArgs<double> f = args_of(c, s).forward;
+      f.logits = z.data();
+      BOOST_REQUIRE(k::route(f, {chosen.data(), w.data(), nullptr, nullptr}) == k::Status::kOk);
+      BOOST_REQUIRE(chosen == s.chosen);
+      double sum = 0;
+      for (std::size_t i = 0; i < w.size(); ++i) sum += w[i] * s.upstream[i];
+      return sum;
+    };
+    for (std::size_t i = 0; i < d.size(); ++i) BOOST_CHECK_SMALL((loss(i, 1e-5) - loss(i, -1e-5)) / 2e-5 - d[i], 1e-8);
+  }
+}
+
+BOOST_AUTO_TEST_CASE(gate_gradients) {
+  const std::int64_t tokens = 37, hidden = 130, experts = 60;
+  const Doubles x = gaussians(tokens * hidden, 4), w = gaussians(experts * hidden, 5, 0.05),
+                g = gaussians(tokens * experts, 6);
+  at::Tensor tx = tensor(x, tokens).set_requires_grad(true), tw = tensor(w, experts).set_requires_grad(true);
+  (ref::gate_logits(tx, tw) * tensor(g, tokens)).sum().backward();
+  Doubles d_w(w.size()), d_x(x.size());
+  const k::GateBackwardArgs<double> a{g.data(), x.data(), w.data(), tokens, hidden, experts};
+  BOOST_REQUIRE(k::gate_backward(a, d_w.data(), d_x.data()) == k::Status::kOk);
+  const double u = k::unit_roundoff(k::Float::kF64);
+  const at::Tensor want_w = tw.grad().contiguous(), want_x = tx.grad().contiguous();
+  for (std::size_t i = 0; i < d_w.size(); ++i)
+    BOOST_CHECK_SMALL(d_w[i] - want_w.data_ptr<double>()[i], 2 * k::bounds::gamma(tokens + 1, u) * 25 * tokens);
+  for (std::size_t i = 0; i < d_x.size(); ++i)
+    BOOST_CHECK_SMALL(d_x[i] - want_x.data_ptr<double>()[i], 2 * k::bounds::gamma(experts + 1, u) * 2 * experts);
+  const std::vector<float> narrow(x.begin(), x.end());
+  const Doubles widened(narrow.begin(), narrow.end());
+  Doubles from_float(w.size()), from_double(w.size());
+  BOOST_REQUIRE(k::gate_backward(k::GateBackwardArgs<float>{g.data(), narrow.data(), nullptr, tokens, hidden, experts},
+                                 from_float.data(), nullptr) == k::Status::kOk);
+  BOOST_REQUIRE(
+      k::gate_backward(k::GateBackwardArgs<double>{g.data(), widened.data(), nullptr, tokens, hidden, experts},
+                       from_double.data(), nullptr) == k::Status::kOk);
+  BOOST_CHECK(from_float == from_double);
+  BOOST_CHECK(k::gate_backward(k::GateBackwardArgs<double>{g.data(), nullptr, nullptr, tokens, hidden, experts},
+                               d_w.data(), nullptr) == k::Status::kNullPointer);
+}
+
+}  // namespace
