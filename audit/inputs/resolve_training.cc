@@ -115,6 +115,21 @@ void resolve_adapter(Resolver& r) {
   if (!lora) f.method.set(Method::kOtherAdapter, Origin::kStated, kind->source);
 }
 
+/// Sleep mode acts in colocate mode only, which is the default since TRL 1.0 (server before).
+void resolve_vllm(Resolver& r) {
+  Fact<bool>& sleeps = r.facts.vllm_sleeps;
+  const Setting *sleep = r.last("vllm_enable_sleep_mode"), *use = r.last("use_vllm"), *mode = r.last("vllm_mode");
+  const bool asked = sleep && node_bool(sleep->value) == true;
+  if (!asked || !use || node_bool(use->value) != true) {
+    if (sleep) sleeps.set(false, Origin::kStated, sleep->source);
+    else if (r.material.framework == "trl") sleeps.set(false, Origin::kAbsent, r.material.framework_source);
+  } else if (mode) {
+    sleeps.set(node_string(mode->value) == "colocate", Origin::kStated, sleep->source);
+  } else {
+    sleeps.explain_unknown("vllm_mode is not stated: colocate is the default since TRL 1.0, server before");
+  }
+}
+
 void resolve_batches(Resolver& r) {
   FactSheet& f = r.facts;
   r.apply(f.accumulation, "gradient_accumulation_steps", node_int);
@@ -127,6 +142,7 @@ void resolve_batches(Resolver& r) {
   r.apply(f.block_diagonal_mask, "block_diagonal_mask", node_bool);
   r.apply(f.use_liger_kernel, "use_liger_kernel", node_bool);
   r.apply(f.loss_type, "loss_type", node_string);
+  resolve_vllm(r);
   r.apply(f.trust_remote_code, "trust_remote_code", node_bool);
   r.apply(f.deepspeed, "deepspeed", [](const Node& n) -> std::optional<bool> {
     if (n.is_null()) return false;

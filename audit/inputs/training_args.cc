@@ -36,6 +36,9 @@ constexpr Row kRows[] = {
     {"max_steps", "max_steps"},
     {"learning_rate", "learning_rate"},
     {"loss_type", "loss_type"},
+    {"use_vllm", "use_vllm"},
+    {"vllm_mode", "vllm_mode"},
+    {"vllm_enable_sleep_mode", "vllm_enable_sleep_mode"},
     {"max_length", "max_length"},
     {"max_seq_length", "max_length"},  // SFTConfig until TRL 0.20
     {"model_init_kwargs.dtype", "torch_dtype"},

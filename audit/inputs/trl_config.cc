@@ -33,6 +33,9 @@ constexpr Row kOwnRows[] = {
     {"max_length", "max_length", as_number},
     {"max_seq_length", "max_length", as_number},  // the name until TRL 0.20
     {"loss_type", "loss_type"},
+    {"use_vllm", "use_vllm"},
+    {"vllm_mode", "vllm_mode"},
+    {"vllm_enable_sleep_mode", "vllm_enable_sleep_mode"},
     {"router_aux_loss_coef", "trl.router_aux_loss_coef", as_number},
 };
 
