@@ -80,6 +80,7 @@ void add_input_options(CLI::App& app, Arguments& a) {
   a.engine.threads = std::max(1u, std::thread::hardware_concurrency());
   app.add_option("--threads", a.engine.threads, "Threads; the result does not depend on it")
       ->group(group)->type_name("N")->check(CLI::Range(1, 1024));
+  app.add_flag("-v,--verbose", a.verbose, "Text: say of every rule that was not applicable why")->group(group);
   app.add_flag("--no-progress", a.no_progress, "No progress bar on stderr")->group(group);
   app.add_option("--color", a.color, "auto, always or never (NO_COLOR is respected)")
       ->group(group)->check(CLI::IsMember({"auto", "always", "never"}))->type_name("WHEN");
@@ -144,6 +145,7 @@ void finish(Arguments& a) {
 WriterOptions terminal_options(const Arguments& a) {
   WriterOptions options;
   options.full = a.engine.full;
+  options.verbose = a.verbose;
   const char* no_color = std::getenv("NO_COLOR");
   const bool refused = no_color && *no_color;
   options.color = a.color == "always" || (a.color == "auto" && !refused && isatty(STDOUT_FILENO));

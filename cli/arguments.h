@@ -22,6 +22,7 @@ struct Arguments {
   std::vector<std::string> formats;      // "text", "json", "json=report.json"
   std::string baseline;                  // file
   std::string color = "auto";
+  bool verbose = false;
   bool no_progress = false;
 };
 

@@ -170,7 +170,8 @@ void write_base(const FactSheet& f, int width, std::ostream& out) {
   }
 }
 
-void write_checks(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
+void write_checks(const RunResult& run, const Paint& paint, const WriterOptions& options, std::ostream& out) {
+  const int width = options.width;
   std::vector<std::string> passed;
   std::vector<std::pair<std::string, std::string>> not_applicable;  // reason, rules
   int elsewhere = 0;  // advisories of releases and configurations that this run does not have
@@ -196,7 +197,15 @@ void write_checks(const RunResult& run, const Paint& paint, int width, std::ostr
   }
   out << "\n" << paint.bold("Checked") << "\n";
   fill(out, passed.empty() ? "nothing passed" : "passed: " + join(passed, " "), 2, width);
-  for (const auto& [reason, ids] : not_applicable) fill(out, "not applicable: " + ids + " (" + reason + ")", 2, width);
+  if (options.verbose) {
+    for (const auto& [reason, ids] : not_applicable) fill(out, "not applicable: " + ids + " (" + reason + ")", 2, width);
+  } else if (!not_applicable.empty()) {
+    std::vector<std::string> all;
+    for (const RuleResult& rule : run.rules) {
+      if (rule.outcome.kind == Outcome::Kind::kNotApplicable && !is_advisory(rule.id)) all.emplace_back(rule.id);
+    }
+    fill(out, "not applicable: " + join(all, " ") + " (--verbose says why)", 2, width);
+  }
   if (elsewhere > 0) {
     fill(out, "not applicable: " + plural(elsewhere, "advisory", "advisories") + " for other releases or configurations (AV)", 2, width);
   }
@@ -254,7 +263,7 @@ void write_run(const RunResult& run, const WriterOptions& options, std::ostream&
     }
   }
   write_suppressed(run, paint, options.width, out);
-  write_checks(run, paint, options.width, out);
+  write_checks(run, paint, options, out);
   write_keys(run, paint, options.width, out);
 }
 

@@ -314,7 +314,7 @@ class Coverage {
 
   void add_entry(std::size_t i, const TargetResolution& old, AdapterTargets* out) {
     const TargetEntry* best = nullptr;
-    bool certain = true;
+    bool certain = true, one_reason = true;
     std::string why;
     const TargetEntry& first = cases_.front().written.entries[i];
     TargetFault fault = first.fault;
@@ -324,7 +324,9 @@ class Coverage {
       if (fault != e.fault) fault = fault == TargetFault::kNone || e.fault == TargetFault::kNone ? TargetFault::kNone : TargetFault::kRefused;
       if (!best || e.hits > best->hits) best = &e;
       if (why.empty()) why = e.why;
+      one_reason &= e.why == first.why;
     }
+    if (best->hits == 0 && !one_reason) why.clear();  // it matches nothing under any version, for more than one reason
     const bool experts = names_experts(*best, i < old.entries.size() ? &old.entries[i] : nullptr);
     if (best->hits == 0 && why.empty() && experts && best->field == "target_modules") {
       why = "routed experts are 3-D parameters here, not modules: target_parameters reaches them";

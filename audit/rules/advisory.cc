@@ -1,5 +1,6 @@
 #include "audit/rules/advisory.h"
 
+#include <cctype>
 #include <algorithm>
 #include <charconv>
 #include <type_traits>
@@ -134,7 +135,11 @@ Outcome cannot_tell(Facts& facts, const Advisory& a) {
 std::string remedy(Facts& facts, const Advisory& a) {
   std::string text;
   if (!a.release.empty()) text = "Use a release without it:\n    pip install \"" + std::string(a.release) + "\"";
-  if (!a.advice.empty()) text += (text.empty() ? "" : "\nor: ") + std::string(a.advice);
+  if (!a.advice.empty()) {
+    std::string advice(a.advice);
+    if (text.empty()) advice[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(advice[0])));
+    text += (text.empty() ? "" : "\nor: ") + advice;
+  }
   if (!a.paste.empty()) text += "\n" + std::string(a.paste);
   using Paste = std::string (*)(Facts&, const say::Settings&);
   for (const auto& [where, paste] : {std::pair<PasteInto, Paste>{PasteInto::kTraining, say::training},

@@ -45,7 +45,11 @@ std::string cure(Facts& f, const AdapterTargets& targets, std::size_t i) {
 
 std::string remedy(Facts& f, const AdapterTargets& targets, std::size_t i) {
   if (std::string text = cure(f, targets, i); !text.empty()) return text;
-  const std::vector<std::string> rest = adapter::without(targets, targets.field[i], {targets.entry[i]});
+  std::vector<std::string> dead;  // all of them: a list that keeps another dead entry is no remedy
+  for (std::size_t j = 0; j < targets.entry.size(); ++j) {
+    if (targets.field[j] == targets.field[i] && targets.hits[j] == 0) dead.push_back(targets.entry[j]);
+  }
+  const std::vector<std::string> rest = adapter::without(targets, targets.field[i], dead);
   const std::string delete_it = rest.empty() ? "Delete it:\n    " + say::lora_key(f, targets.field[i]) + ": null"
                                              : say::lora(f, {{targets.field[i], say::list_literal(rest)}});
   const bool* linear = f.want(f->router_is_linear);

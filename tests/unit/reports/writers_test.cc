@@ -99,8 +99,11 @@ TEST(TextWriter, VerdictFirstThenFindingsThenWhatWasNotJudged) {
   EXPECT_LT(at("Change"), at("      k: 1"));  // code to paste keeps its own indentation
   EXPECT_LT(at("passed: ZZ002"), at("Could not be judged"));
   at("give --assume peft=VERSION to settle ZZ003");
-  at("not applicable: ZZ004 (no adapter)");
+  at("not applicable: ZZ004 (--verbose says why)");
   EXPECT_EQ(text.find('\033'), std::string::npos);
+  WriterOptions options;
+  options.verbose = true;
+  EXPECT_NE(render("text", sample(), options).find("not applicable: ZZ004 (no adapter)"), std::string::npos);
 }
 
 TEST(TextWriter, StaysWithinTheWidth) {
