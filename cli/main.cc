@@ -27,6 +27,13 @@ int run(int argc, char** argv) {
   } catch (const CLI::Success& e) {  // --help, --version
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
+    const std::string first = argc > 1 ? argv[1] : "";
+    if (app.get_subcommands().empty() && !first.empty() && first[0] != '-') {
+      std::cerr << "moe-audit: there is no command '" << first << "'; commands:";
+      for (const CLI::App* sub : app.get_subcommands({})) std::cerr << " " << sub->get_name();
+      std::cerr << "\nRun moe-audit --help for what is accepted.\n";
+      return kUsage;
+    }
     std::cerr << "moe-audit: " << e.what() << "\n" << "Run moe-audit --help for what is accepted.\n";
     return kUsage;
   }

@@ -256,6 +256,13 @@ TEST_F(Cli, ACommentInAConfigSuppressesWithItsReason) {
   EXPECT_EQ(run(arguments + " --no-suppressions").exit_code, 1);
 }
 
+TEST_F(Cli, AnUnknownCommandIsNamed) {
+  const Result r = run("chekc x");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(r.err, "there is no command 'chekc'; commands: ")) << r.err;
+  EXPECT_TRUE(contains(r.err, " check")) << r.err;
+}
+
 TEST_F(Cli, RulesAndExplain) {
   const auto rules = nlohmann::json::parse(run("rules --format json").out);
   EXPECT_GE(rules.size(), 25u);
