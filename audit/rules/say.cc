@@ -128,13 +128,28 @@ std::string list_literal(const std::vector<std::string>& items) {
   return "[" + text + "]";
 }
 
+/// "text_config" where the language model's config lies inside another; what is set outside does not reach it.
+static std::string inside(Facts& f) {
+  if (!f.want(f->model_type)) return {};
+  const std::string& key = f->model_type.source().key;
+  return key.find('.') == std::string::npos ? std::string() : key.substr(0, key.rfind('.'));
+}
+
 std::string model_config(Facts& f, const Settings& settings) {
-  if (dialect(f) == Dialect::kAxolotl)
+  const std::string outer = inside(f);
+  if (dialect(f) == Dialect::kAxolotl && outer.empty())
     return "In the Axolotl config:\n    model_config:" + yaml_lines(settings, "      ");
   if (const std::string text = trl_config(f, settings); !text.empty()) {
     return "In the training script (TRL sets flag and coefficient of the model from it):" + text;
   }
   std::string text = "In the config.json of the model that is trained:";
+  if (!outer.empty()) {
+    text += "\n    \"" + outer + "\": {";
+    for (std::size_t i = 0; i < settings.size(); ++i) {
+      text += (i > 0 ? ", \"" : "\"") + settings[i].first + "\": " + settings[i].second;
+    }
+    return text + "}";
+  }
   for (std::size_t i = 0; i < settings.size(); ++i) {
     text += "\n    \"" + settings[i].first + "\": " + settings[i].second + (i + 1 < settings.size() ? "," : "");
   }
