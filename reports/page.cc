@@ -58,7 +58,7 @@ void write_problems(const RunResult& run, const Paint& paint, int width, std::os
     where.line = p.line;
     std::string text = to_text(where);
     if (p.line > 0 && p.column > 0) text += ":" + std::to_string(p.column);
-    out << "\n" << (p.fatal ? paint.of(Severity::kError, "unreadable") : paint.of(Severity::kNote, "note")) << " " << text << "\n";
+    out << "\n" << (p.fatal ? paint.of(Severity::kError, "unreadable") : paint.of(Severity::kNote, "input")) << " " << text << "\n";
     fill(out, p.what, 2, width);
     if (!p.remedy.empty()) fill(out, p.remedy, 2, width);
   }

@@ -91,7 +91,9 @@ void write_finding(const RuleResult& rule, const Finding& f, const Paint& paint,
     if (!where.empty()) out << std::string(longest > text.size() ? longest - text.size() : 0, ' ') << "  " << paint.dim(where);
     out << "\n";
   }
-  for (const Location& l : f.locations) out << "  at " << place(l) << "\n";
+  for (const Location& l : f.locations) {
+    if (!l.file.empty()) out << "  at " << place(l) << "\n";
+  }
   if (!f.remedy.empty()) {
     out << "  " << paint.bold("Change") << "\n";
     fill(out, f.remedy, 4, width);
@@ -228,15 +230,28 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
   int advisories = 0;
+  std::vector<std::pair<std::string, std::string>> lacking;  // what is missing, and the rules that lack just that
   for (const RuleResult* rule : undecided) {
     std::vector<std::string> missing;
-    for (const Missing& m : rule->outcome.missing) missing.push_back(m.fact + (m.why.empty() ? "" : " (" + m.why + ")"));
-    if (is_advisory(rule->id)) ++advisories;
-    else fill(out, std::string(rule->id) + " " + std::string(rule->name) + ": unknown " + join(missing, ", "), 2, width);
+    std::string one_reason = rule->outcome.missing.empty() ? "" : rule->outcome.missing.front().why;
     for (const Missing& m : rule->outcome.missing) {
-      if (!m.supply.empty()) waiting[m.supply].push_back(std::string(rule->id));
+      missing.push_back(m.fact + (m.why.empty() ? "" : " (" + m.why + ")"));
+      if (m.why != one_reason) one_reason.clear();
+    }
+    if (is_advisory(rule->id)) {
+      ++advisories;
+    } else {
+      const std::string what = one_reason.empty() ? "unknown " + join(missing, ", ") : one_reason;
+      const auto same = std::find_if(lacking.begin(), lacking.end(), [&](const auto& l) { return l.first == what; });
+      if (same == lacking.end()) lacking.emplace_back(what, rule->id);
+      else same->second += " " + std::string(rule->id);
+    }
+    for (const Missing& m : rule->outcome.missing) {
+      const bool nobody_knows = m.why.rfind("nothing is recorded", 0) == 0;  // of this release, whatever else is given
+      if (!m.supply.empty() && !nobody_knows) waiting[m.supply].push_back(std::string(rule->id));
     }
   }
+  for (const auto& [what, rules] : lacking) fill(out, rules + ": " + what, 2, width);
   if (advisories > 0) {
     fill(out, plural(advisories, "advisory", "advisories") + " on faults of releases (AV): the report in JSON says what each lacks", 2, width);
   }

@@ -67,6 +67,21 @@ bool selects_nothing(std::string_view pattern) {
   return std::none_of(rules.begin(), rules.end(), [&](const Rule* rule) { return matches(pattern, *rule); });
 }
 
+/// Two facts may come from one line.
+static Outcome each_place_once(Outcome outcome) {
+  for (Finding& f : outcome.findings) {
+    std::vector<Location> places;
+    for (Location& l : f.locations) {
+      const bool there = std::any_of(places.begin(), places.end(), [&](const Location& p) {
+        return p.file == l.file && p.line == l.line && p.key == l.key && p.tensor == l.tensor;
+      });
+      if (!there) places.push_back(std::move(l));
+    }
+    f.locations = std::move(places);
+  }
+  return outcome;
+}
+
 RunResult audit_run(LoadedRun run, const EngineOptions& options) {
   RunResult result;
   result.name = std::move(run.name);
@@ -90,7 +105,7 @@ RunResult audit_run(LoadedRun run, const EngineOptions& options) {
     Names wanted;
     for (const Rule* rule : rules) {
       Facts facts(result.facts);
-      result.rules.push_back({rule->id, rule->name, rule->check(facts), rule->severity, rule->summary, rule->doc});
+      result.rules.push_back({rule->id, rule->name, each_place_once(rule->check(facts)), rule->severity, rule->summary, rule->doc});
       wanted.insert(facts.asked_unknown().begin(), facts.asked_unknown().end());
     }
     again = measures.run_for(wanted);

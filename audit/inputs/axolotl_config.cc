@@ -183,27 +183,6 @@ bool has_foreign_plugin(const Node& root) {
                      [](const Node& p) { return !p.is_string() || !p.text.starts_with("axolotl.integrations."); });
 }
 
-/// The value in YAML's flow style, on one line.
-std::string flow_style(const Node& n) {
-  constexpr std::string_view kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-+";
-  std::string out;
-  switch (n.kind) {
-    case Node::Kind::kNull: return "null";
-    case Node::Kind::kBool: return n.boolean ? "true" : "false";
-    case Node::Kind::kNumber: return n.text;
-    case Node::Kind::kString:
-      if (!n.text.empty() && n.text.find_first_not_of(kPlain) == std::string::npos) return n.text;
-      for (char c : n.text) out += c == '\'' ? "''" : std::string(1, c);
-      return "'" + out + "'";
-    case Node::Kind::kList:
-    case Node::Kind::kMap: break;
-  }
-  for (std::size_t i = 0; i < n.items.size(); ++i) {
-    out += (i ? ", " : "") + (n.is_map() ? n.keys[i] + ": " : std::string()) + flow_style(n.items[i]);
-  }
-  return n.is_map() ? "{" + out + "}" : "[" + out + "]";
-}
-
 /// The block that does what a misplaced model key was meant to do, with what the file's own block already has (PyYAML
 /// takes the last of two); "" where the key is none of the model config's.
 std::string model_config_block(const Node& root, std::string_view key) {

@@ -316,4 +316,24 @@ const ConfigReader* find_config_reader(const Node& root) {
   return generic;
 }
 
+std::string flow_style(const Node& n) {
+  constexpr std::string_view kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./-+";
+  std::string out;
+  switch (n.kind) {
+    case Node::Kind::kNull: return "null";
+    case Node::Kind::kBool: return n.boolean ? "true" : "false";
+    case Node::Kind::kNumber: return n.text;
+    case Node::Kind::kString:
+      if (!n.text.empty() && n.text.find_first_not_of(kPlain) == std::string::npos) return n.text;
+      for (char c : n.text) out += c == '\'' ? "''" : std::string(1, c);
+      return "'" + out + "'";
+    case Node::Kind::kList:
+    case Node::Kind::kMap: break;
+  }
+  for (std::size_t i = 0; i < n.items.size(); ++i) {
+    out += (i ? ", " : "") + (n.is_map() ? n.keys[i] + ": " : std::string()) + flow_style(n.items[i]);
+  }
+  return n.is_map() ? "{" + out + "}" : "[" + out + "]";
+}
+
 }  // namespace moeaudit

@@ -110,4 +110,7 @@ std::span<const Row> training_arguments_rows();
 /// Keys of TrainingArguments in `root` by which a file is recognised as one of its kind.
 int count_training_arguments(const Node& root);
 
+/// The value in YAML's flow style, on one line.
+std::string flow_style(const Node& n);
+
 }  // namespace moeaudit

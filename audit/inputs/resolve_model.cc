@@ -174,24 +174,33 @@ void resolve_routing(Resolver& r, const Source& source) {
   f.routing.set(std::move(routing), Origin::kFamily, source);
 }
 
-/// A list of one number a layer that are not all the same: no number stands for it, nor does the default of the class.
-bool explain_list(Resolver& r, const FamilyKey& row) {
+template <class T>
+constexpr std::string_view wanted_kind() {
+  if constexpr (std::is_same_v<T, bool>) return "neither true nor false";
+  else if constexpr (std::is_same_v<T, std::int64_t>) return "no whole number";
+  else if constexpr (std::is_same_v<T, double>) return "no number";
+  else return "not what this key holds";
+}
+
+/// The config has the key, and its value is of another kind; or a list of one number a layer that are not all the same. No
+/// default stands for it.
+bool explain_unreadable(Resolver& r, const FamilyKey& row) {
+  bool explained = false;
   for (const ModelConfig& c : r.material.configs) {
     for (std::string_view key : row.keys) {
       const Node* v = find_key(c.text ? *c.text : c.root, key);
-      if (!v || !v->is_list()) continue;
-      bool unset = false;
+      if (!v || v->is_null()) continue;
       r.facts.visit([&](auto& fact) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(fact.value())>, std::int64_t>) {
-          if (fact.info().name != row.fact || fact.known()) return;
-          fact.explain_unknown(std::string(key) + " in " + c.file + " differs from layer to layer");
-          unset = true;
-        }
+        using T = std::decay_t<decltype(fact.value())>;
+        if (fact.info().name != row.fact || fact.known() || convert<T>(*v)) return;
+        fact.explain_unknown(v->is_list() ? std::string(key) + " in " + c.file + " differs from layer to layer"
+                                          : std::string(key) + " is " + flow_style(*v) + " (" + c.file + ":" + std::to_string(v->line) +
+                                                "), which is " + std::string(wanted_kind<T>()));
+        explained = true;
       });
-      if (unset) return true;
     }
   }
-  return false;
+  return explained;
 }
 
 void apply_family(Resolver& r) {
@@ -201,7 +210,7 @@ void apply_family(Resolver& r) {
   FactSheet& f = r.facts;
   f.family.set(std::string(r.family->name), Origin::kFamily, source);
   for (const FamilyKey& row : r.family->keys) {
-    if (row.default_value.empty() || explain_list(r, row)) continue;
+    if (row.default_value.empty() || explain_unreadable(r, row)) continue;
     Source s = source;
     s.cite = std::string(row.cite);
     s.key = row.keys.empty() ? std::string() : std::string(row.keys[0]);

@@ -50,6 +50,13 @@ Outcome check(Facts& f) {
   if (*balance == Balance::kAuxLoss) return Outcome::pass("this family has a balance loss");
   if (*balance == Balance::kBiasUpdate) return Outcome::pass("this family's training code updates the selection bias");
 
+  // With trust_remote_code the code that comes with the model runs, where it comes with some; DeepSeek-V2's has a balance loss.
+  if (const bool* trusts = f.want(f->trust_remote_code); trusts && *trusts) {
+    const bool* comes = f.require(f->remote_code);
+    if (f.missing()) return f.cannot_tell();
+    if (*comes) return Outcome::not_applicable("the model's own code is trained (trust_remote_code), which is not described here");
+  }
+
   const double* imbalance = f.want(f->imbalance);
   const std::string* family = f.want(f->family);
   const std::string name = family ? *family : "this family";

@@ -56,6 +56,17 @@ TEST(ResolveModel, NonsenseInALayerRuleEndsWell) {
             (Layers{}));
 }
 
+TEST(ResolveModel, AValueOfAnotherKindIsUnknownAndNotTheDefault) {
+  const FactSheet f = facts_of(R"({"model_type": "mixtral", "num_local_experts": "eight", "num_experts_per_tok": 2.5,
+      "output_router_logits": "maybe", "router_aux_loss_coef": null})");
+  EXPECT_FALSE(f.num_experts.known());
+  EXPECT_NE(f.num_experts.why_unknown().find("num_local_experts is eight"), std::string::npos) << f.num_experts.why_unknown();
+  EXPECT_NE(f.top_k.why_unknown().find("num_experts_per_tok is 2.5"), std::string::npos) << f.top_k.why_unknown();
+  EXPECT_NE(f.aux_flag.why_unknown().find("neither true nor false"), std::string::npos) << f.aux_flag.why_unknown();
+  EXPECT_EQ(f.aux_coefficient.origin(), Origin::kFrameworkDefault);  // null is as good as absent
+  EXPECT_TRUE(f.hidden_size.known());
+}
+
 TEST(ResolveModel, KeysOfANestedConfig) {
   const FactSheet f = facts_of(R"({"model_type": "dbrx", "d_model": 6144, "ffn_config":
       {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 10752, "moe_loss_weight": 0.05}})");
