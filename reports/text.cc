@@ -103,7 +103,7 @@ void write_finding(const RuleResult& rule, const Finding& f, const Paint& paint,
 }
 
 /// One line a mode: the layer in which most tokens change experts.
-void write_precision(const PrecisionTable& t, int width, std::ostream& out) {
+void write_precision(const PrecisionTable& t, bool quantised, int width, std::ostream& out) {
   std::vector<std::string> modes;
   std::map<std::string, std::size_t> worst;  // mode -> row
   for (std::size_t i = 0; i < t.mode.size(); ++i) {
@@ -116,7 +116,8 @@ void write_precision(const PrecisionTable& t, int width, std::ostream& out) {
     char share[96];
     std::snprintf(share, sizeof share, "%.3g %% of %lld tokens change experts (95 %% interval %.3g to %.3g)", 100 * t.flipped[i],
                   static_cast<long long>(t.tokens[i]), 100 * t.low[i], 100 * t.high[i]);
-    fill(out, (mode == "executed" ? "router as executed: " : "router in " + mode + ": ") + share + ", layer " + std::to_string(t.layer[i]) + ", the worst of " +
+    const std::string as_executed = quantised ? "router as executed, its quantisation apart: " : "router as executed: ";
+    fill(out, (mode == "executed" ? as_executed : "router in " + mode + ": ") + share + ", layer " + std::to_string(t.layer[i]) + ", the worst of " +
                   std::to_string(t.mode.size() / modes.size()), 4, width);
   }
 }
@@ -225,7 +226,7 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
     }
     fill(out, text, 4, width);
   }
-  if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), width, out);
+  if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), run.facts.router_quantised.known() && run.facts.router_quantised.value(), width, out);
   write_base(run.facts, width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
