@@ -61,6 +61,7 @@ constexpr Row kRows[] = {
     {"max_grad_norm", "max_grad_norm", as_number},
     {"gradient_checkpointing", "gradient_checkpointing"},
     {"gradient_checkpointing_kwargs", "gradient_checkpointing_kwargs"},
+    {"activation_offloading", "activation_offloading"},
     {"deepspeed", "deepspeed"},
     {"fsdp", "fsdp"},
     {"fsdp_config", "fsdp"},  // FSDP2 needs no `fsdp:` list

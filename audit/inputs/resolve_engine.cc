@@ -115,6 +115,16 @@ void resolve_fsdp(Resolver& r) {
 
 void resolve_recomputation(Resolver& r) {
   FactSheet& f = r.facts;
+  const Setting* stated = r.last("gradient_checkpointing");
+  const Setting* offload = r.last("activation_offloading");
+  const bool by_arguments = stated && stated->source.role == Role::kTrainingArguments;
+  if (offload && !offload->value.is_null() && node_bool(offload->value) != false && !by_arguments) {
+    // Axolotl's offloader takes the place of checkpointing under an adapter and wraps the layers itself without one
+    // (core/builders/base.py, loaders/model.py @067b021c); earlier releases patched torch's function.
+    f.gradient_checkpointing.explain_unknown("activation_offloading (" + to_text(offload->source) + ") decides how layers are checkpointed, by release");
+    f.checkpointing_reentrant.explain_unknown(f.gradient_checkpointing.why_unknown());
+    return;
+  }
   r.apply(f.gradient_checkpointing, "gradient_checkpointing", node_bool);
   r.apply(f.checkpointing_reentrant, "checkpointing_reentrant", node_bool);
   r.apply(f.checkpointing_reentrant, "gradient_checkpointing_kwargs", [](const Node& n) -> std::optional<bool> {

@@ -22,7 +22,7 @@ AXOLOTL = {
     "quantize_moe_experts": "quantize_moe_experts", "tf32": "tf32", "micro_batch_size": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "sequence_len": "max_length", "max_steps": "max_steps",
     "warmup_steps": "warmup_steps", "warmup_ratio": "warmup_ratio", "learning_rate": "learning_rate",
-    "max_grad_norm": "max_grad_norm", "gradient_checkpointing": "gradient_checkpointing",
+    "max_grad_norm": "max_grad_norm", "gradient_checkpointing": "gradient_checkpointing", "activation_offloading": "activation_offloading",
     "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs", "deepspeed": "deepspeed", "fsdp_config": "fsdp",
     "fsdp": "fsdp", "fsdp_version": "fsdp_version", "unfrozen_parameters": "unfrozen_parameters", "revision_of_model": "base_model_revision",
     "sample_packing": "packing", "trust_remote_code": "trust_remote_code"}
