@@ -384,6 +384,11 @@ void resolve_precision(Resolver& r) {
   }
 
   if (!r.family) return;
+  if (f.trainer.known() && f.trainer.value() == "KTrainer") {  // LLaMA-Factory's use_kt
+    f.router_dtype.explain_unknown("KTransformers puts its own MoE block in the place of the family's");
+    f.router_undone.explain_unknown(f.router_dtype.why_unknown());
+    return;
+  }
   const DType written = r.family->routing.logits_dtype;  // kUnknown: the dtype of the activations
   if (written != DType::kUnknown) f.router_dtype_written.set(written, Origin::kFamily, f.family.source());
   if (!f.precision.known()) {
