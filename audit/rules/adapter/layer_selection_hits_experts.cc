@@ -73,7 +73,7 @@ extern const Rule rule_layer_selection_hits_experts;
 const Rule rule_layer_selection_hits_experts = {
     .id = "AD012",
     .name = "layer-selection-hits-experts",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "layers_to_transform was read as numbers of experts.",
     .doc = kDoc,

@@ -113,7 +113,7 @@ extern const Rule rule_correction_bias_damaged;
 const Rule rule_correction_bias_damaged = {
     .id = "BT003",
     .name = "correction-bias-damaged",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "The selection bias of the base was lost, zeroed, rounded, or not updated.",
     .doc = kDoc,

@@ -91,7 +91,7 @@ extern const Rule rule_experts_never_moved;
 const Rule rule_experts_never_moved = {
     .id = "BT004",
     .name = "experts-never-moved",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "Some experts are the base's while their siblings were trained.",
     .doc = kDoc,

@@ -69,7 +69,7 @@ extern const Rule rule_frozen_router_moved;
 const Rule rule_frozen_router_moved = {
     .id = "BT001",
     .name = "frozen-router-moved",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "The run does not train the router, and the router is not the base's.",
     .doc = kDoc,

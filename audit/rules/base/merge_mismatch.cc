@@ -123,7 +123,7 @@ extern const Rule rule_merge_mismatch;
 const Rule rule_merge_mismatch = {
     .id = "BT002",
     .name = "merge-mismatch",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "The merged model is not base + scale B A.",
     .doc = kDoc,

@@ -93,7 +93,7 @@ extern const Rule rule_moe_config_changed;
 const Rule rule_moe_config_changed = {
     .id = "BT006",
     .name = "moe-config-changed",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "The trained model routes by other numbers, or stores its routers in fewer bits, than the base.",
     .doc = kDoc,

@@ -94,7 +94,7 @@ extern const Rule rule_routing_changed;
 const Rule rule_routing_changed = {
     .id = "BT005",
     .name = "routing-changed",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "The trained routers no longer make the base's choices.",
     .doc = kDoc,

@@ -86,7 +86,7 @@ extern const Rule rule_trained_part_never_moved;
 const Rule rule_trained_part_never_moved = {
     .id = "BT007",
     .name = "trained-part-never-moved",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "The run trains routers or experts, and all of them are the base's.",
     .doc = kDoc,

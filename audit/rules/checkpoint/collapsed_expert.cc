@@ -118,7 +118,7 @@ extern const Rule rule_collapsed_expert;
 const Rule rule_collapsed_expert = {
     .id = "CK006",
     .name = "collapsed-expert",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kNote,
     .summary = "A matrix of an expert is close to rank 1 while its siblings are not.",
     .doc = kDoc,

@@ -275,7 +275,7 @@ extern const Rule rule_degenerate_router_row;
 const Rule rule_degenerate_router_row = {
     .id = "CK004",
     .name = "degenerate-router-row",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "A router row is exactly zero, the same as another, or of a norm far from its layer's.",
     .doc = kDoc,

@@ -263,7 +263,7 @@ extern const Rule rule_duplicate_experts;
 const Rule rule_duplicate_experts = {
     .id = "CK002",
     .name = "duplicate-experts",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "Experts of one layer are exact copies of each other.",
     .doc = kDoc,

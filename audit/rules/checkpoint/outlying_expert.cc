@@ -237,7 +237,7 @@ extern const Rule rule_outlying_expert;
 const Rule rule_outlying_expert = {
     .id = "CK005",
     .name = "outlying-expert",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "An expert is exactly zero, dead by norm, or of a size far from its layer's experts.",
     .doc = kDoc,

@@ -63,7 +63,7 @@ extern const Rule rule_deepspeed_disagrees_with_trainer;
 const Rule rule_deepspeed_disagrees_with_trainer = {
     .id = "CF002",
     .name = "deepspeed-disagrees-with-trainer",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "The DeepSpeed config and the trainer state one setting differently.",
     .doc = kDoc,

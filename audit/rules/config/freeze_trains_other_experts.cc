@@ -96,7 +96,7 @@ extern const Rule rule_freeze_trains_other_experts;
 const Rule rule_freeze_trains_other_experts = {
     .id = "CF003",
     .name = "freeze-trains-other-experts",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "Freezing by layer index unfreezes the expert of that index in every layer.",
     .doc = kDoc,

@@ -79,7 +79,7 @@ extern const Rule rule_unfrozen_pattern_matches_nothing;
 const Rule rule_unfrozen_pattern_matches_nothing = {
     .id = "CF004",
     .name = "unfrozen-pattern-matches-nothing",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "A pattern of unfrozen_parameters reaches no parameter.",
     .doc = kDoc,

@@ -73,7 +73,7 @@ extern const Rule rule_aux_loss_absent_from_log;
 const Rule rule_aux_loss_absent_from_log = {
     .id = "LG002",
     .name = "aux-loss-absent-from-log",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kError,
     .summary = "The trainer logs the balance loss at this release, and the log has none.",
     .doc = kDoc,

@@ -127,7 +127,7 @@ extern const Rule rule_loss_scaled_by_accumulation;
 const Rule rule_loss_scaled_by_accumulation = {
     .id = "LG003",
     .name = "loss-scaled-by-accumulation",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "Training loss over evaluation loss is the number of accumulation steps.",
     .doc = kDoc,

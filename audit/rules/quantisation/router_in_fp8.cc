@@ -61,7 +61,7 @@ extern const Rule rule_router_in_fp8;
 const Rule rule_router_in_fp8 = {
     .id = "QU004",
     .name = "router-in-fp8",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kWarning,
     .summary = "The conversion of linear layers to float8 takes the router along.",
     .doc = kDoc,

@@ -58,7 +58,7 @@ extern const Rule rule_jitter_on_expert_inputs;
 const Rule rule_jitter_on_expert_inputs = {
     .id = "RT004",
     .name = "jitter-on-expert-inputs",
-    .since = "0.1.0",
+    .since = "0.2.0",
     .severity = Severity::kNote,
     .summary = "The jitter of the router reaches the experts.",
     .doc = kDoc,
