@@ -1,7 +1,7 @@
 #include "audit/rules/advisory.h"
 
-#include <cctype>
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <type_traits>
 

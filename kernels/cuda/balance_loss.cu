@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/balance_loss.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/warp.cuh"
 
 namespace moeaudit::kernels::cuda {
@@ -11,7 +12,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr std::int64_t kMostBlocksY = 65535;
 
-__host__ __device__ std::int64_t runs_of(std::int64_t tokens, std::int64_t run) { return (tokens + run - 1) / run; }
 constexpr std::size_t padded(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
 
 /// Places in the workspace.
@@ -37,7 +37,7 @@ Scratch cut(void* workspace, std::int64_t tokens, std::int64_t experts, std::int
     return here;
   };
   Scratch s;
-  s.stretches = runs_of(tokens, kBalanceRun);
+  s.stretches = parts(tokens, kBalanceRun);
   s.counts = reinterpret_cast<unsigned long long*>(take(sets * experts));
   s.device_tokens = reinterpret_cast<unsigned long long*>(take(sets * devices));
   s.valid = reinterpret_cast<unsigned long long*>(take(sets));
@@ -107,7 +107,7 @@ __global__ void finish_sets(BalanceLossArgs<T> a, BalanceLossResult<T> r, Scratc
   double *mean = s.mean + set * a.experts, *weight = s.weight + set * a.experts;
   for (std::int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
     double sum = 0;
-    const std::int64_t stretches = runs_of(range.last - range.first, kBalanceRun);
+    const std::int64_t stretches = parts(range.last - range.first, kBalanceRun);
     for (std::int64_t i = 0; i < stretches; ++i) sum += s.stretch[(set * s.stretches + i) * a.experts + e];
     mean[e] = divisor == 0.0 ? 0.0 : sum / divisor;
     if (r.mean_probability != nullptr) r.mean_probability[set * a.experts + e] = mean[e];
@@ -190,7 +190,7 @@ __global__ void log_sum_exps(ZLossArgs<T> a, double* largest, double* sum, doubl
 template <class T>
 __global__ void add_squares(ZLossArgs<T> a, const double* lse, double* stretch, const unsigned long long* valid,
                             double* loss) {
-  const std::int64_t stretches = runs_of(a.tokens, kZLossRun);
+  const std::int64_t stretches = parts(a.tokens, kZLossRun);
   for (std::int64_t i = threadIdx.x; i < stretches; i += blockDim.x) {
     double sum = 0;
     for (std::int64_t t = i * kZLossRun; t < a.tokens && t < (i + 1) * kZLossRun; ++t) {
@@ -225,7 +225,7 @@ template <class T>
 Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, CUstream_st* stream) {
   if (const Status status = check_z_loss(a, r); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
-  const std::int64_t blocks = runs_of(a.tokens, kThreads / kLanes), elements = runs_of(a.tokens * a.experts, kThreads);
+  const std::int64_t blocks = parts(a.tokens, kThreads / kLanes), elements = parts(a.tokens * a.experts, kThreads);
   if (elements > 2147483647 || blocks > 2147483647) return Status::kBadShape;
   auto* valid = static_cast<unsigned long long*>(workspace);
   auto* largest = reinterpret_cast<double*>(valid + 1);
@@ -254,7 +254,7 @@ std::size_t balance_loss_workspace(std::int64_t tokens, std::int64_t experts, st
   return bytes;
 }
 std::size_t z_loss_workspace(std::int64_t tokens) {
-  return static_cast<std::size_t>(1 + 3 * tokens + runs_of(tokens, kZLossRun)) * 8;
+  return static_cast<std::size_t>(1 + 3 * tokens + parts(tokens, kZLossRun)) * 8;
 }
 
 Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result, void* workspace,
@@ -274,7 +274,7 @@ Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result, 
 Status bias_update(const BiasUpdateArgs& args, double* bias, CUstream_st* stream) {
   const Status status = check_bias_update(args, bias);
   if (status != Status::kOk || args.layers == 0) return status;
-  update_layers<<<static_cast<unsigned>(runs_of(args.layers, kThreads)), kThreads, 0, stream>>>(args, bias);
+  update_layers<<<static_cast<unsigned>(parts(args.layers, kThreads)), kThreads, 0, stream>>>(args, bias);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

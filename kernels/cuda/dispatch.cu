@@ -5,13 +5,12 @@
 #include <cfloat>
 
 #include "kernels/cuda/dispatch.h"
+#include "kernels/cuda/launch.h"
 
 namespace moeaudit::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-std::int64_t blocks_of(std::int64_t n) { return (n + kThreads - 1) / kThreads; }
 
 struct Scratch {
   unsigned long long* counts;   // [experts]
@@ -93,8 +92,8 @@ Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* wo
   const Scratch s = cut(workspace, a.experts);
   if (cudaMemsetAsync(workspace, 0, static_cast<std::size_t>(2 * a.experts + 2) * 8, stream) != cudaSuccess)
     return Status::kLaunchFailed;
-  const auto slots = static_cast<unsigned>(blocks_of(a.tokens * a.top_k)),
-             tokens = static_cast<unsigned>(blocks_of(a.tokens));
+  const auto slots = static_cast<unsigned>(parts(a.tokens * a.top_k, kThreads)),
+             tokens = static_cast<unsigned>(parts(a.tokens, kThreads));
   if (slots > 0) count<T><<<slots, kThreads, 0, stream>>>(a, s);
   begin<T><<<1, 1, 0, stream>>>(a, r, s);
   if (slots > 0) {

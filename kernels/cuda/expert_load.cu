@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/expert_load.h"
+#include "kernels/cuda/launch.h"
 
 namespace moeaudit::kernels::cuda {
 namespace {
@@ -33,7 +34,7 @@ __global__ void count_block(CountArgs<Id> a, unsigned long long* counts, unsigne
 template <class Id>
 Status launch(const CountArgs<Id>& a, std::int64_t* counts, std::int64_t* outside, CUstream_st* stream) {
   if (const Status status = check_count(a, counts, outside); status != Status::kOk) return status;
-  const std::int64_t blocks = (a.tokens * a.top_k + kChoicesOfABlock - 1) / kChoicesOfABlock;
+  const std::int64_t blocks = parts(a.tokens * a.top_k, kChoicesOfABlock);
   if (a.experts > kMostExperts || blocks > 2147483647) return Status::kBadShape;
   const std::size_t bytes = static_cast<std::size_t>(a.experts) * sizeof *counts;
   if (cudaMemsetAsync(counts, 0, bytes, stream) != cudaSuccess ||

@@ -1,14 +1,13 @@
 // Gradients of the router.
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/router_backward.h"
 
 namespace moeaudit::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-std::int64_t blocks_of(std::int64_t n) { return (n + kThreads - 1) / kThreads; }
 
 template <class T>
 __global__ void tokens(RouteBackwardArgs<T> a, double* scores, double* d_logits) {
@@ -43,7 +42,7 @@ template <class T>
 Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, CUstream_st* stream) {
   if (const Status status = check_route_backward(a, d_logits); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
-  const std::int64_t blocks = blocks_of(a.forward.tokens);
+  const std::int64_t blocks = parts(a.forward.tokens, kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
   if (blocks > 0)
     tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, static_cast<double*>(workspace), d_logits);
@@ -52,7 +51,7 @@ Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, 
 
 template <class T>
 Status launch(const GateBackwardArgs<T>& a, double* d_w, double* d_x, CUstream_st* stream) {
-  const std::int64_t inputs = blocks_of(a.tokens * a.hidden);
+  const std::int64_t inputs = parts(a.tokens * a.hidden, kThreads);
   if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.experts > 65535 || inputs > 2147483647)
     return Status::kBadShape;
   const bool some = a.tokens > 0;
@@ -60,7 +59,7 @@ Status launch(const GateBackwardArgs<T>& a, double* d_w, double* d_x, CUstream_s
     return Status::kNullPointer;
   if (d_w != nullptr)
     gate_weights<T>
-        <<<dim3(static_cast<unsigned>(blocks_of(a.hidden)), static_cast<unsigned>(a.experts)), kThreads, 0, stream>>>(
+        <<<dim3(static_cast<unsigned>(parts(a.hidden, kThreads)), static_cast<unsigned>(a.experts)), kThreads, 0, stream>>>(
             a, d_w);
   if (d_x != nullptr && inputs > 0) gate_inputs<T><<<static_cast<unsigned>(inputs), kThreads, 0, stream>>>(a, d_x);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;

@@ -1,6 +1,7 @@
 // Cross-entropy: a token a warp.
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/token_loss.h"
 #include "kernels/cuda/warp.cuh"
 
@@ -8,8 +9,6 @@ namespace moeaudit::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-std::int64_t parts(std::int64_t n, std::int64_t part) { return (n + part - 1) / part; }
 
 template <class T>
 __global__ void token_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, double* loss, unsigned long long* labels) {
@@ -37,7 +36,7 @@ __global__ void token_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, dou
 template <class T>
 __global__ void add_losses(CrossEntropyArgs<T> a, CrossEntropyResult<T> r, const double* loss, double* stretch,
                            const unsigned long long* labels) {
-  const std::int64_t stretches = (a.tokens + kZLossRun - 1) / kZLossRun;
+  const std::int64_t stretches = parts(a.tokens, kZLossRun);
   for (std::int64_t i = threadIdx.x; i < stretches; i += blockDim.x) {
     double sum = 0;
     for (std::int64_t t = i * kZLossRun; t < a.tokens && t < (i + 1) * kZLossRun; ++t) sum += loss[t];
