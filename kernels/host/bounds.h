@@ -151,4 +151,15 @@ inline double z_loss(std::int64_t tokens, double lse_error, double largest_lse, 
   return 2.0 * largest_lse * lse_error + lse_error * lse_error + gamma(static_cast<double>(tokens) + 4.0, unit_roundoff(Float::kF64)) * value;
 }
 
+/// |sum of products - exact| in arithmetic f: one rounding a product, which may underflow, and `additions` at most for any
+/// of them. absolute = the sum of the magnitudes of the products.
+inline double sum_of_products(std::int64_t terms, double additions, double absolute, Float f) {
+  return gamma(additions + 1.0, unit_roundoff(f)) * absolute + 0.5 * static_cast<double>(terms) * smallest(f);
+}
+/// Additions of combine() (k, the first onto 0) and of its gradient to the weights (a lane, then the lanes).
+inline double combine_additions(std::int64_t top_k) { return static_cast<double>(top_k - 1); }
+inline double lane_additions(std::int64_t count) {
+  return std::ceil(static_cast<double>(count) / kLanes) - 1.0 + static_cast<double>(kLanes - 1);
+}
+
 }  // namespace moeaudit::kernels::bounds
