@@ -2,13 +2,12 @@
 // 2^53, which round to nearest.
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "audit/tensors/tensor_store.h"
+#include "kernels/host/quantised_weights.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors is little-endian, and so is this reader");
 
@@ -46,18 +45,9 @@ float widen(F16 v) {
   return std::bit_cast<float>(bits | sign);
 }
 
-/// OCP 8-bit floating point, E4M3 without infinities (float8_e4m3fn): S.1111.111 is NaN.
-constexpr float e4m3(unsigned bits) {
-  const unsigned exponent = bits >> 3 & 15, mantissa = bits & 7;
-  if (exponent == 15 && mantissa == 7) return std::numeric_limits<float>::quiet_NaN();
-  float value = exponent == 0 ? static_cast<float>(mantissa) / 8 / 64 : (1 + static_cast<float>(mantissa) / 8) / 128;
-  for (unsigned e = 0; exponent != 0 && e < exponent; ++e) value *= 2;
-  return bits & 0x80 ? -value : value;
-}
-
 constexpr std::array<float, 256> table_of_e4m3() {
   std::array<float, 256> table{};
-  for (unsigned i = 0; i < 256; ++i) table[i] = e4m3(i);
+  for (unsigned i = 0; i < 256; ++i) table[i] = kernels::e4m3_value(i);
   return table;
 }
 constexpr std::array<float, 256> kE4M3 = table_of_e4m3();
@@ -65,10 +55,7 @@ constexpr std::array<float, 256> kE4M3 = table_of_e4m3();
 float widen(F8E4M3 v) { return kE4M3[v.bits]; }
 /// The upper half of a binary16.
 float widen(F8E5M2 v) { return widen(F16{static_cast<std::uint16_t>(v.bits << 8)}); }
-/// A power of two: 2^(bits - 127); 255 is NaN.
-float widen(F8E8M0 v) {
-  return v.bits == 255 ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0f, v.bits - 127);
-}
+float widen(F8E8M0 v) { return kernels::e8m0_value(v.bits); }
 float widen(Bool v) { return v.bits ? 1.0f : 0.0f; }
 template <class T>
 requires std::is_arithmetic_v<T> T widen(T v) { return v; }

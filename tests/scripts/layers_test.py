@@ -8,7 +8,7 @@ import sys
 ALLOWED = {
     "audit/facts": set(),
     "audit/text": set(),
-    "audit/tensors": {"audit/facts", "audit/text"},
+    "audit/tensors": {"audit/facts", "audit/text", "kernels"},
     "audit/families": {"audit/facts"},
     "audit/behaviours": {"audit/facts"},
     "audit/inputs": {"audit/facts", "audit/text", "audit/tensors", "audit/families", "audit/behaviours"},

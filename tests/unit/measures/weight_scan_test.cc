@@ -145,6 +145,20 @@ TEST(WeightScanMeasure, QuantisedTensorsAreTheValuesTheyStandFor) {
       << bench.records.back().note;
 }
 
+TEST(WeightScanMeasure, PowersOfTwoScaleEightBitFloats) {
+  for (const char* dtype : {"U8", "F8_E8M0"}) {
+    const TempTree tree;
+    WeightFile file;
+    file.add("a.weight", "F8_E4M3", {2, 64}, std::string(128, '\x38'));  // ones
+    file.add("a.weight_scale", dtype, {2, 2}, "\x7f\x80\x7e\x82");
+    const Bench bench = scan({}, open_weights(tree.write("model.safetensors", file.text())));
+    const WeightScan& t = bench.facts.weight_scan.value();
+    ASSERT_EQ(t.tensor, (std::vector<std::string>{"a.weight"}));
+    EXPECT_EQ(t.sum[0], 32 * (1 + 2 + 0.5 + 8));
+    EXPECT_EQ(t.max[0], 8);
+  }
+}
+
 /// Tensors that need several pieces and batches' worth of work, in an odd order of dtypes.
 WeightFile large() {
   WeightFile file;
