@@ -6,7 +6,6 @@
 #include "audit/tensors/tensor_store.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -17,6 +16,7 @@
 #include <limits>
 
 #include "audit/tensors/huge_pages.h"
+#include "audit/tensors/mapped_file.h"
 #include "audit/tensors/name_index.h"
 #include "audit/tensors/safetensors.h"
 #include "audit/tensors/shard_index.h"
@@ -28,29 +28,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::size_t kMaxReported = 20;  // faults of one kind that are listed one by one
-
-/// A read-only map of a whole file.
-class MappedFile {
- public:
-  MappedFile() = default;
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() {
-    if (data_) ::munmap(data_, static_cast<std::size_t>(size_));
-  }
-  bool map(int fd, std::int64_t size) {
-    void* data = ::mmap(nullptr, static_cast<std::size_t>(size), PROT_READ, MAP_PRIVATE, fd, 0);
-    if (data == MAP_FAILED) return false;
-    data_ = data;
-    size_ = size;
-    return true;
-  }
-  const std::byte* data() const { return static_cast<const std::byte*>(data_); }
-
- private:
-  void* data_ = nullptr;
-  std::int64_t size_ = 0;
-};
 
 /// One open weight file. Never moved: names and shapes point into it.
 struct WeightFile {

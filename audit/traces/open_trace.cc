@@ -1,0 +1,109 @@
+// What a path is, and which reader it goes to.
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <fstream>
+
+#include "audit/traces/fields.h"
+#include "audit/traces/formats.h"
+
+namespace moeaudit {
+namespace {
+
+namespace fs = std::filesystem;
+
+bool is_file(const fs::path& path) {
+  std::error_code ec;
+  return fs::is_regular_file(path, ec);
+}
+
+/// True if the folder has a file of this form: prefix, digits, suffix.
+bool holds(const fs::path& folder, std::string_view prefix, std::string_view suffix) {
+  std::error_code ec;
+  int looked = 0;
+  for (fs::directory_iterator it(folder, ec), end; !ec && it != end && looked++ < 100'000; it.increment(ec)) {
+    const std::string name = it->path().filename().string();
+    if (numbered(name, prefix, suffix) && is_file(it->path())) return true;
+  }
+  return false;
+}
+
+std::string first_bytes(const std::string& path) {
+  std::string text(std::size_t{64} << 10, '\0');
+  std::ifstream in(path, std::ios::binary);
+  in.read(text.data(), static_cast<std::streamsize>(text.size()));
+  text.resize(static_cast<std::size_t>(std::max<std::streamsize>(in.gcount(), 0)));
+  return text;
+}
+
+TraceFormat of_folder(const std::string& path) {
+  const fs::path folder(path);
+  if (is_file(folder / "trace.json")) return TraceFormat::kTrace;
+  if (holds(folder, "router_trace_rank", ".jsonl")) return TraceFormat::kMegatronRouterTrace;
+  if (folder.filename() == "tokens_per_expert" && holds(folder, "rank", ".jsonl")) return TraceFormat::kMegatronCounts;
+  if (holds(folder / "tokens_per_expert", "rank", ".jsonl")) return TraceFormat::kMegatronCounts;
+  return TraceFormat::kNone;
+}
+
+}  // namespace
+
+std::optional<std::int64_t> numbered(std::string_view name, std::string_view prefix, std::string_view suffix) {
+  if (name.size() <= prefix.size() + suffix.size() || !name.starts_with(prefix) || !name.ends_with(suffix)) return std::nullopt;
+  return plain_number(name.substr(prefix.size(), name.size() - prefix.size() - suffix.size()));
+}
+
+std::optional<std::int64_t> plain_number(std::string_view text) {
+  std::int64_t value = 0;
+  if (text.empty() || text.size() > 9 || (text.size() > 1 && text[0] == '0')) return std::nullopt;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 0) return std::nullopt;
+  return value;
+}
+
+void ProblemList::add(int line, int column, std::string what, std::string remedy, bool fatal) {
+  if (++count_ < kMaxTraceProblems) {
+    problems_->push_back({file_, line, column, std::move(what), std::move(remedy), fatal});
+  } else if (count_ == kMaxTraceProblems) {
+    problems_->push_back({file_, line, 0, "more faults than are listed: the rest of the file is not read", std::move(remedy)});
+  }
+}
+
+TraceFormat recognise_trace(const std::string& path) {
+  std::error_code ec;
+  const fs::file_status status = fs::status(path, ec);
+  if (fs::is_directory(status)) return of_folder(path);
+  if (!fs::is_regular_file(status)) return TraceFormat::kNone;
+  const fs::path file(path);
+  if (file.filename() == "trace.json") {
+    return first_bytes(path).find("\"moe-audit-trace\"") != std::string::npos ? TraceFormat::kTrace : TraceFormat::kNone;
+  }
+  if (numbered(file.filename().string(), "router_trace_rank", ".jsonl")) return TraceFormat::kMegatronRouterTrace;
+  if (path.ends_with(".npy")) return TraceFormat::kRoutedExperts;
+  if (path.ends_with(".json")) {
+    const std::string text = first_bytes(path);
+    const auto has = [&](const char* key) { return text.find(key) != std::string::npos; };
+    if (has("\"num_experts\"") && has("\"layers\"") && has("\"top_k\"")) return TraceFormat::kExpertCounts;
+  }
+  return TraceFormat::kNone;
+}
+
+std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& options,
+                                  std::vector<InputProblem>* problems) {
+  const fs::path file(path);
+  std::error_code ec;
+  const std::string folder = fs::is_directory(path, ec) ? path : file.has_parent_path() ? file.parent_path().string() : ".";
+  switch (recognise_trace(path)) {
+    case TraceFormat::kTrace: return open_moe_audit_trace(folder, problems);
+    case TraceFormat::kMegatronRouterTrace: return open_megatron_router_trace(folder, options, problems);
+    case TraceFormat::kMegatronCounts: return open_megatron_counts(folder, options, problems);
+    case TraceFormat::kRoutedExperts: return open_routed_experts(path, options, problems);
+    case TraceFormat::kExpertCounts: return open_expert_counts(path, options, problems);
+    case TraceFormat::kNone: break;
+  }
+  problems->push_back({path, 0, 0, "is no trace that moe-audit knows",
+                       "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
+                       "routed-experts array (.npy), and the JSON of expert counts; see docs/trace.md"});
+  return nullptr;
+}
+
+}  // namespace moeaudit
