@@ -14,6 +14,7 @@
 
 #include "kernels/host/balance_loss.h"
 #include "kernels/host/low_precision.h"
+#include "kernels/host/moe_layer.h"
 #include "kernels/host/router.h"
 #include "kernels/host/weight_scan.h"
 #include "kernels/host/z_loss.h"
@@ -160,6 +161,37 @@ inline double sum_of_products(std::int64_t terms, double additions, double absol
 inline double combine_additions(std::int64_t top_k) { return static_cast<double>(top_k - 1); }
 inline double lane_additions(std::int64_t count) {
   return std::ceil(static_cast<double>(count) / kLanes) - 1.0 + static_cast<double>(kLanes - 1);
+}
+
+/// One sum of products on tensor cores, bfloat16 to float32. Products are exact; a step adds 16 of them and what was there
+/// before, aligned to the largest and cut off below its last place, 2^-23 of it (Fasi, Higham, Mikaitis, Pranesh, Numerical
+/// behavior of NVIDIA tensor cores, 2021: truncation, no fixed order): 17 terms a step, each cut by at most 2^-23 of the
+/// largest, which is no more than the sum of the magnitudes; one more rounding where alpha, `add` or a bias follow.
+inline double tensor_core_sum(std::int64_t terms, double absolute) {
+  return gamma(17.0 * std::ceil(static_cast<double>(terms) / 16.0) + 3.0, 1.0 / 8388608.0) * absolute;
+}
+
+/// What activation_curve() is off by. d phi / d z stays within 1.13 (kSilu 1.10, at alpha z = 2.4; kGeluTanh 1.13), its own
+/// slope within 1.13 max(1, alpha) (at most alpha / 2 and 0.8); for the two of max(z, 0) see the code. A sigmoid
+/// counts 4 roundings, its argument 6, each of which moves it by no more than |argument| of them; the products 3 more. 1 - s
+/// is off by one unit of 1, which the bound without the factor 1 - s covers.
+struct CurveError {
+  double value, slope;
+};
+inline CurveError activation(const ExpertForm& f, double z, double z_error, Float arithmetic = Float::kF64) {
+  const Curve c = activation_curve(f, z);
+  const double u = unit_roundoff(arithmetic);
+  if (f.activation == Activation::kRelu || f.activation == Activation::kRelu2) {
+    const bool kink = std::fabs(z) <= z_error;  // either side
+    if (f.activation == Activation::kRelu) return {z_error, kink ? 1.0 : 0.0};
+    return {2.0 * (std::fabs(z) + z_error) * z_error + u * c.value, 2.0 * z_error};
+  }
+  const bool silu = f.activation == Activation::kSilu;
+  const double steep = silu ? std::fabs(f.alpha) : 1.6 * (1.0 + 0.14 * z * z);
+  const double argument = silu ? std::fabs(f.alpha * z) : 1.6 * (std::fabs(z) + 0.045 * std::fabs(z * z * z));
+  const double s = z != 0.0 ? c.value / z : 0.5, n = 10.0 + 7.0 * argument;
+  return {1.13 * z_error + gamma(n, u) * std::fabs(c.value),
+          1.13 * std::max(1.0, std::fabs(f.alpha)) * z_error + gamma(n + 8.0, u) * s * (1.0 + std::fabs(z) * steep)};
 }
 
 }  // namespace moeaudit::kernels::bounds
