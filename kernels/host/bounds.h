@@ -194,4 +194,60 @@ inline CurveError activation(const ExpertForm& f, double z, double z_error, Floa
           1.13 * std::max(1.0, std::fabs(f.alpha)) * z_error + gamma(n + 8.0, u) * s * (1.0 + std::fabs(z) * steep)};
 }
 
+/// Relative error of normal_tail_exact_order(), far underflow apart, in half places (1 + e): t = (u - 4) / (u + 4)
+/// takes 3 roundings and (u + 4) M(u) changes by at most 1.1 times as much, relatively: 4. Clenshaw's recurrence over
+/// coefficients c_k, sum_k (k + 1) (4 |b_(k+1)| + |b_(k+2)| + |b_k|) with |b_k| <= sum_(j >= k) (j - k + 1) |c_j|, is
+/// 33 times the unit roundoff, over a value of at least 1. Quotient and u + 4: 2; each exponential 2; the constant, its
+/// product, that of the exponentials and the last one: 4. 33 + 4 + 2 + 4 + 4 = 47.
+inline double normal_cdf() { return gamma(47.0, unit_roundoff(Float::kF64)); }
+
+/// Additions that one sum over tokens goes through in router_regularisers.h, and in any order.
+inline double token_additions(std::int64_t tokens) {
+  return static_cast<double>(std::min(tokens, kBalanceRun)) +
+         std::ceil(static_cast<double>(tokens) / static_cast<double>(kBalanceRun));
+}
+inline double token_sum(std::int64_t tokens) {
+  return gamma(token_additions(tokens) + 1.0, unit_roundoff(Float::kF64));
+}
+inline double token_sum_in_any_order(std::int64_t tokens) {
+  return gamma(static_cast<double>(tokens) + 1.0, unit_roundoff(Float::kF64));
+}
+
+/// First-order errors of cv_squared() of n values, each off by `value_error`; `off` the largest distance from the mean.
+struct CvError {
+  double value, slope;
+};
+inline CvError cv_squared(std::int64_t n, double value_error, double mean, double off, double eps, double cv) {
+  const double u = unit_roundoff(Float::kF64), count = static_cast<double>(n), by = n > 1 ? count - 1.0 : 1.0;
+  const double below = mean * mean + eps;
+  const double mean_error = value_error + gamma(count + 1.0, u) * (std::fabs(mean) + off);
+  const double off_error = value_error + mean_error + u * off;
+  const double below_relative = 2.0 * std::fabs(mean) * mean_error / below + 3.0 * u;
+  const double value = count / by * (2.0 * off * off_error + off_error * off_error) / below +
+                       cv * (below_relative + gamma(count + 6.0, u));
+  const double slope =
+      2.0 / (by * below) * (off_error + off * (below_relative + 6.0 * u)) +
+      2.0 / (count * below) *
+          (std::fabs(mean) * value + cv * mean_error + cv * std::fabs(mean) * (below_relative + 8.0 * u));
+  return {value, slope};
+}
+
+/// |margin - exact| of load_margin(): `size` the largest |clean| + |noise stddev| of the row, stddev with 8 roundings
+/// (a softplus takes 6, its exponential 2 of them, and one sum), the noisy logit 2 more and those of stddev, the
+/// difference one, the quotient one.
+inline double load_margin(double size, double stddev, double margin) {
+  const double u = unit_roundoff(Float::kF64);
+  return 13.0 * u * size / stddev + 11.0 * u * std::fabs(margin);
+}
+
+/// |entropy - exact| of entropy_token() in nats, logits within `range` of their largest: ln of the sum as in
+/// log_sum_exp(); every p (m - l) >= 0 has the relative error of p and 2 roundings, and E additions.
+inline double entropy(std::int64_t experts, double range, double value) {
+  const double u = unit_roundoff(Float::kF64);
+  const double p = softmax_relative(experts, 0.0, range, Float::kF64);
+  return gamma(4.0 + static_cast<double>(experts), u) + 2.0 * range * u +
+         4.0 * u * std::log(static_cast<double>(experts) + 1.0) +
+         value * (p + gamma(static_cast<double>(experts) + 4.0, u));
+}
+
 }  // namespace moeaudit::kernels::bounds
