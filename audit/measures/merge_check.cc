@@ -18,6 +18,7 @@
 #include "audit/measures/router_inputs.h"
 #include "audit/measures/weight_pairs.h"
 #include "kernels/host/bounds.h"
+#include "kernels/host/lora.h"
 #include "kernels/host/router.h"
 
 namespace moeaudit {
@@ -104,16 +105,11 @@ std::int64_t delta_row(Layout layout, std::int64_t row, std::int64_t all) {
 }
 
 Update update_of(const AdapterFileModule& m, const Factors& f, const Target& t, Layout layout) {
-  const std::int64_t r = m.rank, wide = m.copies * r;
-  auto a_at = [&](std::int64_t i, std::int64_t in) {
-    const std::int64_t row = layout == Layout::kFactorsFast ? i * m.copies + t.copy : t.copy * r + i;
-    return f.a[static_cast<std::size_t>(row * m.in + in)];
-  };
-  auto b_at = [&](std::int64_t out, std::int64_t i) {
-    const bool slow = layout == Layout::kStackSlow;
-    return f.b[static_cast<std::size_t>(out * wide + (slow ? t.copy * r + i : i * m.copies + t.copy))];
-  };
-  const bool swapped = t.swapped != (layout == Layout::kTransposed);
+  const std::int64_t r = m.rank;
+  k::LoraStack stack{f.a.data(), f.b.data(), m.in, m.out, r, m.copies};
+  if (layout == Layout::kFactorsFast) stack.a_order = k::StackOrder::kExpertFast;
+  if (layout == Layout::kStackSlow) stack.b_order = k::StackOrder::kExpertSlow;
+  stack.transposed = t.swapped != (layout == Layout::kTransposed);
   Update u;
   u.rank = r;
   u.rows = t.pair->trained.matrix.rows;
@@ -125,14 +121,14 @@ Update update_of(const AdapterFileModule& m, const Factors& f, const Target& t, 
   for (std::int64_t row = 0; row < u.rows; ++row) {
     const std::int64_t from = delta_row(layout, t.row + row, t.all_rows);
     for (std::int64_t i = 0; i < r; ++i) {
-      const float v = swapped ? a_at(i, from) : b_at(from, i);
+      const float v = stack.left(t.copy, from, i);
       u.left[static_cast<std::size_t>(row * r + i)] = v;
       u.left_norm[static_cast<std::size_t>(row)] += static_cast<double>(v) * v;
     }
   }
   for (std::int64_t i = 0; i < r; ++i) {
     for (std::int64_t c = 0; c < u.columns; ++c) {
-      const float v = swapped ? b_at(c, i) : a_at(i, c);
+      const float v = stack.right(t.copy, i, c);
       u.right[static_cast<std::size_t>(i * u.columns + c)] = v;
       u.right_norm[static_cast<std::size_t>(c)] += static_cast<double>(v) * v;
     }
@@ -201,8 +197,10 @@ class Checker {
   bool check_rows(const Target& t, const Form& form, const Update& u, std::int64_t first, std::int64_t count, Fit* out) const {
     const Matrix &base = t.pair->base.matrix, &merged = t.pair->trained.matrix;
     const std::size_t n = static_cast<std::size_t>(count * u.columns);
-    std::vector<double> w(n), m(n), row(static_cast<std::size_t>(u.columns));
+    std::vector<double> w(n), m(n), product(n);
     if (!read_rows(base, first, count, w.data()) || !read_rows(merged, first, count, m.data())) return false;
+    const k::LoraUpdate rows{u.left.data() + first * u.rank, u.right.data(), count, u.columns, u.rank};
+    if (k::lora_product(rows, product.data()) != k::Status::kOk) return false;
     const Float stored = float_of(merged.tensor->dtype).value_or(Float::kF32);
     const Float summed = form.through.value_or(stored);
     const Float low = coarser(adapter_, summed);
@@ -210,17 +208,10 @@ class Checker {
     const double factors = k::format_of(adapter_).bits > k::format_of(low).bits ? 2 * unit : 0;
     const double per_norm = std::fabs(form.scale) * (factors + k::bounds::gamma(static_cast<double>(u.rank) + 2, k::unit_roundoff(Float::kF32)));
     for (std::int64_t r = 0; r < count; ++r) {
-      std::fill(row.begin(), row.end(), 0.0);
-      const float* left = u.left.data() + (first + r) * u.rank;
-      for (std::int64_t i = 0; i < u.rank; ++i) {
-        const double l = left[i];
-        const float* right = u.right.data() + i * u.columns;
-        for (std::int64_t c = 0; c < u.columns; ++c) row[static_cast<std::size_t>(c)] += l * static_cast<double>(right[c]);
-      }
       const double norm = u.left_norm[static_cast<std::size_t>(first + r)];
       for (std::int64_t c = 0; c < u.columns; ++c) {
-        const double wv = w[static_cast<std::size_t>(r * u.columns + c)], mv = m[static_cast<std::size_t>(r * u.columns + c)];
-        const double d = row[static_cast<std::size_t>(c)];
+        const auto at = static_cast<std::size_t>(r * u.columns + c);
+        const double wv = w[at], mv = m[at], d = product[at];
         if (!std::isfinite(wv) || !std::isfinite(mv) || !std::isfinite(d)) continue;  // CK001 and its like speak of these
         const double y = mv - wv, step = 0.5 * form.roundings * k::spacing(mv, summed);
         const double loaded = k::round_to(wv, summed) == wv ? 0.0 : 0.5 * k::spacing(wv, summed);
@@ -268,8 +259,8 @@ std::vector<Form> wrong_forms(const Scales& s, const Target& t, const AdapterFil
   scale("not merged at all (scale 0)", 0);
   scale("merged twice (2 x the scale)", 2 * s.expected, 2);
   scale(s.rslora ? "scale alpha / r instead of alpha / sqrt(r)" : "scale alpha / sqrt(r) instead of alpha / r",
-        s.rslora ? s.alpha / s.rank : s.alpha / std::sqrt(s.rank));
-  if (s.plain_alpha != s.alpha) scale("alpha_pattern ignored", s.plain_alpha / (s.rslora ? std::sqrt(s.rank) : s.rank));
+        k::lora_scale(s.alpha, m.rank, !s.rslora));
+  if (s.plain_alpha != s.alpha) scale("alpha_pattern ignored", k::lora_scale(s.plain_alpha, m.rank, s.rslora));
   scale("alpha and r ignored (scale 1)", 1);
   scale("r ignored (scale alpha)", s.alpha);
   scale("scale r / alpha", s.rank / s.alpha);
@@ -399,7 +390,7 @@ class MergeCheck {
     s.plain_alpha = ctx_.facts.adapter_alpha.value();
     s.alpha = alpha_of(m.path, patterns_, s.plain_alpha);
     s.rslora = ctx_.facts.adapter_rslora.known() && ctx_.facts.adapter_rslora.value();
-    s.expected = s.alpha / (s.rslora ? std::sqrt(s.rank) : s.rank);
+    s.expected = k::lora_scale(s.alpha, m.rank, s.rslora);
     bool all = checker.load();
     for (std::int64_t copy = 0; copy < m.copies; ++copy) {
       // What cannot be compared is still adapted: it does not have to equal the base.
