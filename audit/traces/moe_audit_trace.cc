@@ -206,7 +206,7 @@ class RecordsReader {
   std::vector<MicroBatchRecord> micro_batches;
   std::vector<StepRecord> steps;
 
-  void read() {
+  void read(std::size_t most) {
     LineReader lines;
     std::string why;
     if (!lines.open(file_, &why)) return list_.add(0, 0, why, "a trace holds records.jsonl beside trace.json");
@@ -225,8 +225,8 @@ class RecordsReader {
       }
       take(root, lines.number());
       if (list_.count() >= kMaxTraceProblems) return;
-      if (micro_batches.size() + steps.size() > kMaxRecords) {
-        return list_.add(lines.number(), 0, "more than 4,000,000 records: the rest is left out", "split the trace");
+      if (micro_batches.size() + steps.size() > most) {
+        return list_.add(lines.number(), 0, "more than 4,000,000 records in the trace: the rest is left out", "split the trace");
       }
     }
     if (!lines.error().empty()) list_.add(lines.number(), 0, lines.error(), "make the file readable");
@@ -542,16 +542,29 @@ std::unique_ptr<Trace> open_moe_audit_trace(const std::string& folder, std::vect
   facts.path = folder;
   facts.head = in("trace.json");
   if (!HeadReader(facts.head, problems).read(&facts)) return nullptr;
-  RecordsReader records(in("records.jsonl"), problems);
-  records.read();
-  if (records.micro_batches.empty() && records.steps.empty()) {
+  std::vector<std::pair<std::int64_t, std::string>> files = {{0, in("records.jsonl")}};  // rank 0; each other rank has its own
+  std::error_code ec;
+  for (std::filesystem::directory_iterator it(folder, ec), end; !ec && it != end && files.size() < 100'000; it.increment(ec)) {
+    if (const auto rank = numbered(it->path().filename().string(), "records_rank", ".jsonl")) {
+      files.emplace_back(*rank, it->path().string());
+    }
+  }
+  std::sort(files.begin(), files.end());
+  std::vector<MicroBatchRecord> micro_batches;
+  std::vector<StepRecord> steps;
+  for (const auto& [rank, file] : files) {
+    RecordsReader records(file, problems);
+    records.read(kMaxRecords - std::min(kMaxRecords, micro_batches.size() + steps.size()));
+    std::move(records.micro_batches.begin(), records.micro_batches.end(), std::back_inserter(micro_batches));
+    std::move(records.steps.begin(), records.steps.end(), std::back_inserter(steps));
+  }
+  if (micro_batches.empty() && steps.empty()) {
     problems->push_back({in("records.jsonl"), 0, 0, "holds no record that can be used",
                          "record at least one step: the recorder writes a line after each micro-batch"});
     return nullptr;
   }
   auto source = std::make_unique<FolderSource>(folder, facts);
-  return std::make_unique<Trace>(std::move(facts), std::move(records.micro_batches), std::move(records.steps),
-                                 std::move(source), problems);
+  return std::make_unique<Trace>(std::move(facts), std::move(micro_batches), std::move(steps), std::move(source), problems);
 }
 
 }  // namespace moeaudit

@@ -492,6 +492,8 @@ class Recorder:
         if rows.shape[0] != current.tokens:
             self._warn("rows", f"{layer.name} saw {rows.shape[0]} of the batch's {current.tokens} tokens: its rows are not recorded")
             return
+        if name.endswith("selected_experts") and layer.num_experts < 1 << 15:
+            rows = rows.to(torch.int16)
         current.keep(f"layer.{layer.number}.{name}", rows)
 
     def _block_ends(self, layer, block, args, output):
@@ -573,6 +575,8 @@ class Recorder:
             current.keep("token_mask", (mask.reshape(-1) != 0).to(torch.uint8))
         items = call.get("num_items_in_batch")
         current.record["num_items_in_batch"] = _number(items)
+        if getattr(getattr(self._inner(), "config", None), "is_encoder_decoder", False):
+            return  # the labels are another sequence's
         labels = call.get("shift_labels")
         if labels is None and isinstance(call.get("labels"), torch.Tensor) and tuple(call["labels"].shape) == current.batch:
             labels = torch.nn.functional.pad(call["labels"], (0, 1), value=-100)[..., 1:]
@@ -779,7 +783,7 @@ class Recorder:
     def _write(self, name, tensors):
         self._open()
         path = os.path.join(self.dir, name)
-        save_file(tensors, path + ".part")
+        save_file(tensors, path + ".part")  # named by its rank
         os.replace(path + ".part", path)
 
     def _append(self, record):
@@ -790,7 +794,7 @@ class Recorder:
 
     def _describe(self, current=None):
         """trace.json: at the start, and again once a forward has shown what the model's files do not say."""
-        if self.rank != 0:
+        if self.rank != 0 and os.environ.get("LOCAL_RANK") != "0":  # one a node: nodes may not share the folder
             return
         self._open()
         config = _config_dict(self.model)
@@ -809,7 +813,7 @@ class Recorder:
                       "hidden_size": _deep(config, "hidden_size", "d_model"), "num_experts": first.num_experts, "top_k": first.top_k, "config": config},
             "training": {"framework": "torch", "world_size": self.world_size, "gradient_checkpointing": checkpointing, **self.training},
             "coefficients": {"router_aux_loss_coef": _number(coefficient) if coefficient is not None else _deep(
-                                 config, "router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha"),
+                                 config, "router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight"),
                              "router_z_loss_coef": _deep(config, "router_z_loss_coef"), "bias_update_rate": None},
             "output_router_logits": asked if asked is not None else _deep(config, "output_router_logits"),
             "layers": [self._layer_facts(layer) for layer in self.layers],
@@ -818,9 +822,10 @@ class Recorder:
         if text != self.static:
             self.static = text
             path = os.path.join(self.dir, "trace.json")
-            with open(path + ".part", "w", encoding="utf-8") as f:
+            part = f"{path}.{self.rank}.part"
+            with open(part, "w", encoding="utf-8") as f:
                 f.write(text)
-            os.replace(path + ".part", path)
+            os.replace(part, path)
 
     def _inner(self):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

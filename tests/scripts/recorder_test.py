@@ -35,6 +35,7 @@ from safetensors.torch import load_file  # noqa: E402
 transformers.logging.set_verbosity_error()
 TRAINER = importlib.util.find_spec("accelerate") is not None
 PEFT = importlib.util.find_spec("peft") is not None
+MASKS = ("switch_transformers", "nllb_moe")  # encoder and decoder, and routers that return masks: less is recorded
 failures, done = [], []
 
 
@@ -100,11 +101,12 @@ def one_step(family, folder, rows=3, **options):
 
 
 def what_was_routed(family):
-    coefficient = getattr(small(family).config, "router_aux_loss_coef", 0)
     with tempfile.TemporaryDirectory() as folder:
         layers, seen, outputs, grads, before = one_step(family, folder)
         check(bool(layers), f"{family}: routers found")
         rows = records(folder)
+        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as f:
+            coefficient = json.load(f)["coefficients"]["router_aux_loss_coef"] or 0
         check([r["micro_batch"] for r in rows] == [0, 1], f"{family}: two micro-batches")
         step = records(folder, "step")
         check(len(step) == 1, f"{family}: one step")
@@ -121,6 +123,8 @@ def what_was_routed(family):
                     p = f"layer.{layer.number}."
                     mine = t.get(p + "returned_router_logits", t[p + "router_logits"])
                     check(same(mine, theirs.detach().reshape(mine.shape)), f"{family}: logits of layer {layer.number} as the model returned them")
+            if family in MASKS:
+                continue
             per_label = t["token_loss"][t["label_mask"].bool()].double().mean().item()
             without = out.loss.item() - coefficient * (r["aux_loss"] or 0)
             check(abs(per_label - without) < 2e-5, f"{family}: mean token loss {per_label} is the model's {without}")
@@ -130,6 +134,8 @@ def what_was_routed(family):
             name = f"{layer.name}.{layer.weight_name}"
             check(same(applied[p + "router_weight"], before[name]) and same(applied[p + "router_grad"], grads[name]),
                   f"{family}: weight and gradient of {name}")
+            if family in MASKS:
+                continue
             counts = sum(t[p + "tokens_per_expert"] for t in mine)
             chosen = torch.cat([t[p + "selected_experts"] for t in mine]).reshape(-1)
             check(torch.equal(torch.bincount(chosen, minlength=layer.num_experts), counts), f"{family}: counts")
@@ -372,12 +378,14 @@ def two_ranks():
         s.bind(("127.0.0.1", 0))
         os.environ["MOE_AUDIT_PORT"] = str(s.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [subprocess.Popen([sys.executable, "-W", "ignore", __file__, root, "rank", folder, str(n)]) for n in range(2)]
+        ranks = [subprocess.Popen([sys.executable, "-W", "ignore", __file__, root, "rank", folder, str(n)], stderr=subprocess.PIPE) for n in range(2)]
         try:
             check([r.wait(120) for r in ranks] == [0, 0], "two ranks: both ran, and with the same parameters as without the recorder")
         finally:
             for r in ranks:
                 r.kill()
+                if r.returncode:
+                    print(r.stderr.read().decode())
         a, b = records(folder), records(folder, file="records_rank1.jsonl")
         check([r["rank"] for r in a + b] == [0, 0, 1, 1] and len(glob.glob(os.path.join(folder, "step*_rank1.safetensors"))) == 4, "two ranks: files of each")
         x, y = (tensors(folder, records(folder, "step", f)[0]) for f in ("records.jsonl", "records_rank1.jsonl"))
@@ -387,9 +395,13 @@ def two_ranks():
 if len(sys.argv) > 2 and sys.argv[2] == "rank":
     rank(sys.argv[3], int(sys.argv[4]))
     sys.exit(0)
-families = sys.argv[3:] or [f for f in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe") if exists(f)]
+families = [f for f in sys.argv[3:] or ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe") if exists(f)]
 for family in families:
-    if exists(family):
+    try:
+        small(family)(**collate(Tokens(1).rows))
+    except Exception as e:  # noqa: BLE001
+        print(f"left out: {family}: transformers {transformers.__version__} itself fails, {type(e).__name__}: {str(e)[:90]}")
+    else:
         what_was_routed(family)
 if not sys.argv[3:]:
     output_of_the_block()

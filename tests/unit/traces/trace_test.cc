@@ -256,6 +256,20 @@ TEST_F(TraceTest, ARunThatDiedLeavesAUsableTrace) {
   EXPECT_NE(o.problems[0].what.find("cut short"), std::string::npos);
 }
 
+TEST_F(TraceTest, EachRankHasItsRecords) {
+  tree.write("records_rank10.jsonl", R"({"kind": "micro_batch", "step": 0, "micro_batch": 0, "rank": 10})" "\n");
+  tree.write("records_rank2.jsonl", R"({"kind": "micro_batch", "step": 0, "micro_batch": 0, "rank": 2})" "\noops\n");
+  const Opened o = open(tree.path());
+  ASSERT_TRUE(o.trace);
+  std::vector<std::int64_t> ranks;
+  for (const MicroBatchRecord& r : o.trace->micro_batches()) {
+    if (r.step == 0 && r.micro_batch == 0) ranks.push_back(r.rank);
+  }
+  EXPECT_EQ(ranks, (std::vector<std::int64_t>{0, 2, 10}));
+  ASSERT_EQ(o.problems.size(), 1u);
+  EXPECT_NE(o.problems[0].file.find("records_rank2.jsonl"), std::string::npos) << "an error names the rank's file";
+}
+
 TEST_F(TraceTest, ARepeatedRecordCountsOnce) {
   tree.write("records.jsonl", std::string(kRecords) + R"({"kind": "micro_batch", "step": 0, "micro_batch": 0, "tokens": 16})" + "\n");
   const Opened o = open(tree.path());
