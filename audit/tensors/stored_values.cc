@@ -216,6 +216,24 @@ bool StoredValues::lay_out(std::int64_t rows, std::int64_t columns, const Tensor
          !__builtin_mul_overflow(matrices, scale_rows * scale_columns, &expected) && expected == n;
 }
 
+/// Two FP4 codes in an int8, the low half first, 32 of them a scale: experts of DeepSeek-V4 in transformers
+/// (5.23.0 integrations/finegrained_fp8.py, Fp8Dequantize).
+bool StoredValues::try_packed_fp4(const TensorView& scales) {
+  if (columns_ % 16 != 0 || scales.elements() != elements_ / 16) return false;
+  scheme_ = "mxfp4";
+  elements_ *= 2;
+  columns_ *= 2;
+  coded_ = {.codes = codes_of(*tensor_),
+            .code = k::WeightCode::kE2M1,
+            .rows = 1,
+            .columns = elements_,
+            .column_block = 32,
+            .scales = scales.bytes.data(),
+            .scale_type = scale_type_of(scales.dtype)};
+  side_ = {&scales};
+  return true;
+}
+
 bool StoredValues::try_scaled(const TensorStore& store) {
   const DType d = tensor_->dtype;
   const std::string name(tensor_->name);
@@ -229,9 +247,13 @@ bool StoredValues::try_scaled(const TensorStore& store) {
                                           : k::WeightCode::kE5M2};
   for (const char* end : {"_scale_inv", "_scale"}) {
     const TensorView* scales = store.find(name + end);
-    if (scales == nullptr || !lay_out(rows, columns_, *scales)) continue;
-    // Powers of two beside 8-bit floats are MXFP8; beside int8 they would scale two FP4 codes a byte.
-    const bool powers = is_float8(d) && (scales->dtype == DType::kF8E8M0 || scales->dtype == DType::kU8);
+    if (scales == nullptr) continue;
+    if (d == DType::kI8 && scales->dtype == DType::kF8E8M0) {
+      if (!try_packed_fp4(*scales)) continue;
+      return true;
+    }
+    if (!lay_out(rows, columns_, *scales)) continue;
+    const bool powers = is_float8(d) && (scales->dtype == DType::kF8E8M0 || scales->dtype == DType::kU8);  // MXFP8
     if (!powers && !is_value_type(scales->dtype)) continue;
     scheme_ = d == DType::kI8 ? "int8" : "float8";
     coded_.scales = scales->bytes.data();

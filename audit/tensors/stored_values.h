@@ -18,7 +18,7 @@ namespace moeaudit {
 ///   coded     value = code * scale by kernels/host/quantised_weights.h, both taken exactly to float64 and multiplied
 ///   there:
 ///               nf4, fp4  bitsandbytes, with and without double quantisation
-///               mxfp4     gpt-oss X_blocks, X_scales
+///               mxfp4     gpt-oss X_blocks, X_scales; int8 X with E8M0 X_scale_inv
 ///               nvfp4     weight_scale_2 (ModelOpt) or weight_global_scale (compressed-tensors)
 ///               float8    one scale a tensor, a row, or a block of rows and columns (weight_scale_inv: 128 x 128)
 ///               int8      the same, or bitsandbytes' SCB, row-major weights only
@@ -49,6 +49,7 @@ class StoredValues {
   bool try_mxfp4(const TensorStore& store);
   bool try_nvfp4(const TensorStore& store);
   bool try_scaled(const TensorStore& store);
+  bool try_packed_fp4(const TensorView& scales);
   bool lay_out(std::int64_t rows, std::int64_t columns, const TensorView& scale);
 
   Kind kind_ = Kind::kOpaque;

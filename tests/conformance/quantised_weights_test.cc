@@ -395,6 +395,8 @@ BOOST_AUTO_TEST_CASE(the_libraries_make_the_same_of_the_same_bytes) {
       w.divisor = 127;
     } else if (name == "mxfp4") {
       w.code = WeightCode::kE2M1, w.scale_type = ScaleType::kE8M0, w.column_block = 16;
+    } else if (name == "fp4 in int8") {
+      w.code = WeightCode::kE2M1, w.scale_type = ScaleType::kE8M0, w.column_block = 32;
     } else if (name == "nvfp4") {
       w.code = WeightCode::kE2M1, w.scale_type = ScaleType::kE4M3, w.column_block = 16,
       w.divisor = c.find("divisor")->as_double().value();
@@ -422,7 +424,7 @@ BOOST_AUTO_TEST_CASE(the_libraries_make_the_same_of_the_same_bytes) {
     }
     ++seen;
   }
-  BOOST_CHECK(seen == 12);
+  BOOST_CHECK(seen == 13);
 }
 
 }  // namespace

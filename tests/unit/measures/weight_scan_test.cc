@@ -159,6 +159,19 @@ TEST(WeightScanMeasure, PowersOfTwoScaleEightBitFloats) {
   }
 }
 
+TEST(WeightScanMeasure, Fp4InInt8) {
+  const TempTree tree;
+  WeightFile file;
+  file.add("experts.down_proj", "I8", {2, 2, 16}, std::string(64, '\x21'));  // 0.5, then 1
+  file.add("experts.down_proj_scale_inv", "F8_E8M0", {2, 2, 1}, "\x7f\x80\x7e\x82");
+  const Bench bench = scan({}, open_weights(tree.write("model.safetensors", file.text())));
+  const WeightScan& t = bench.facts.weight_scan.value();
+  ASSERT_EQ(t.tensor, (std::vector<std::string>{"experts.down_proj"}));
+  EXPECT_EQ(t.elements[0], 128);
+  EXPECT_EQ(t.sum[0], 16 * 1.5 * (1 + 2 + 0.5 + 8));
+  EXPECT_EQ(t.max[0], 8);
+}
+
 /// Tensors that need several pieces and batches' worth of work, in an odd order of dtypes.
 WeightFile large() {
   WeightFile file;
