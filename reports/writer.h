@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "audit/facts/finding.h"
+#include "audit/facts/health.h"
 
 namespace moeaudit {
 
@@ -27,5 +28,9 @@ extern const int kNumWriters;
 /// `moe-audit facts`: every fact with its origin and what it shadowed.
 void write_facts_text(const AuditResult&, const WriterOptions&, std::ostream&);
 void write_facts_json(const AuditResult&, const WriterOptions&, std::ostream&);
+
+/// `moe-audit health`: text, and JSON as reports/health.schema.json has it.
+void write_health_text(const HealthReport&, const WriterOptions&, std::ostream&);
+void write_health_json(const HealthReport&, const WriterOptions&, std::ostream&);
 
 }  // namespace moeaudit

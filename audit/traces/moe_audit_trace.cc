@@ -278,6 +278,7 @@ class RecordsReader {
     f.number("z_loss", &r.z_loss);
     f.number("returned_loss", &r.returned_loss);
     f.number("loss_grad", &r.loss_grad);
+    f.flag("aux_loss_requires_grad", &r.aux_loss_requires_grad);
     f.number("aux_loss_grad", &r.aux_loss_grad);
     r.rank = *rank;
     r.tokens = tokens.value_or(0);

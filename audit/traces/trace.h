@@ -73,6 +73,7 @@ struct MicroBatchRecord {
   std::optional<double> loss, ce, aux_loss, z_loss, returned_loss;
   /// Gradient of the back-propagated loss with respect to what the model returned as loss and as aux_loss.
   std::optional<double> loss_grad, aux_loss_grad;
+  std::optional<bool> aux_loss_requires_grad;  // false: it was computed and cannot train anything
   int line = 0;  // of records.jsonl (or of the file that the record came from)
 
   /// Rows of the per-token tensors of its layers.

@@ -103,6 +103,7 @@ Spread spread_of(const std::vector<std::int64_t>& counts) {
 }
 
 Interval middle_95(std::vector<double> v) {
+  if (v.empty()) return {kNan, kNan};
   std::sort(v.begin(), v.end());
   const auto at = [&](double share) { return v[static_cast<std::size_t>(share * static_cast<double>(v.size() - 1))]; };
   return {at(0.025), at(0.975)};
@@ -195,10 +196,10 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
 }
 
 Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws,
-                      std::uint64_t seed, Interval* max_violation, Interval* cv) {
+                      std::uint64_t seed, LoadIntervals* out) {
   if (blocks < 2 || blocks >= (std::int64_t{1} << 31) || experts < 1 || draws < 40) return Status::kBadShape;
-  if (counts == nullptr || max_violation == nullptr || cv == nullptr) return Status::kNullPointer;
-  std::vector<double> violations, cvs;
+  if (counts == nullptr || out == nullptr) return Status::kNullPointer;
+  std::vector<double> most, least, cvs, entropies, ginis;
   std::vector<std::int64_t> sum(static_cast<std::size_t>(experts));
   for (std::int64_t d = 0; d < draws; ++d) {
     std::fill(sum.begin(), sum.end(), 0);
@@ -209,12 +210,17 @@ Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int6
       const auto drawn = static_cast<std::int64_t>(static_cast<double>(r) * 0x1p-32 * static_cast<double>(blocks));
       for (std::int64_t e = 0; e < experts; ++e) sum[static_cast<std::size_t>(e)] += counts[drawn * experts + e];
     }
-    const Spread s = spread_of(sum);
-    violations.push_back(s.max_violation);
-    cvs.push_back(s.cv);
+    LoadStatistics s;
+    if (const Status status = load_statistics(sum.data(), experts, 1, 1, &s); status != Status::kOk) return status;
+    if (s.choices == 0) continue;
+    most.push_back(s.max_violation);
+    least.push_back(s.min_violation);
+    cvs.push_back(s.cv_population);
+    entropies.push_back(s.normalised_entropy);
+    ginis.push_back(s.gini);
   }
-  *max_violation = middle_95(std::move(violations));
-  *cv = middle_95(std::move(cvs));
+  *out = {middle_95(std::move(most)), middle_95(std::move(least)), middle_95(std::move(cvs)),
+          middle_95(std::move(entropies)), middle_95(std::move(ginis))};
   return Status::kOk;
 }
 

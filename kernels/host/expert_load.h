@@ -69,12 +69,16 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
 struct Interval {
   double low = 0, high = 0;
 };
-/// 95 % intervals of MaxVio and of cv_population by resampling blocks (documents, micro-batches), since the tokens of
-/// one are alike: counts [blocks, experts]; `draws` times as many blocks are drawn with replacement, and the 2.5
-/// and 97.5 % order statistics taken. Philox numbers of `seed` alone decide. kBadShape for fewer than 2 blocks or 40
-/// draws, or 2^31 blocks.
+/// 95 % intervals by resampling blocks (documents, micro-batches), since the tokens of one are alike: counts [blocks,
+/// experts]; `draws` times as many blocks are drawn with replacement, and the 2.5 and 97.5 % order statistics of each
+/// statistic of their sum taken (as load_statistics() defines it; draws without any choice are left out, NaN if none
+/// has one). Philox numbers of `seed` alone decide. kBadShape for fewer than 2 blocks or 40 draws, 2^31 blocks, or
+/// negative counts.
+struct LoadIntervals {
+  Interval max_violation, min_violation, cv_population, normalised_entropy, gini;
+};
 Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws,
-                      std::uint64_t seed, Interval* max_violation, Interval* cv);
+                      std::uint64_t seed, LoadIntervals* out);
 
 // ---- statistics of probabilities
 // ------------------------------------------------------------------------------------------

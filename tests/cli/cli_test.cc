@@ -299,4 +299,38 @@ TEST_F(Cli, TheReportSumsUpAdvisoriesThatHaveNothingToSay) {
   EXPECT_TRUE(contains(one.out, "error AV001 balance-loss-softmaxed-twice")) << one.out;
 }
 
+TEST_F(Cli, HealthOfPublishedCounts) {
+  const Result r = run("health fixtures/expert_counts/olmoe-1b-7b_c4.json");
+  EXPECT_EQ(r.exit_code, 0) << r.err;
+  EXPECT_TRUE(contains(r.out, "2.017")) << r.out;
+  EXPECT_TRUE(contains(unwrapped(r.out), "64 experts, top-8")) << r.out;
+  const auto json = nlohmann::json::parse(run("health fixtures/expert_counts/olmoe-1b-7b_c4.json --format json").out);
+  EXPECT_NEAR(json["layers"][2]["metrics"]["normalised_entropy"]["value"].get<double>(), 0.968, 0.0005);
+  EXPECT_EQ(json["layers"][0]["metrics"]["max_violation_pooled"]["outcome"], "measured");
+  EXPECT_FALSE(json["layers"][0]["metrics"].contains("token_entropy")) << "counts say nothing of it";
+}
+
+TEST_F(Cli, HealthIsTheSameForAnyNumberOfThreads) {
+  const Result one = run("health fixtures/traces/megatron-router-trace --format json --threads 1 --co-activation");
+  const Result many = run("health fixtures/traces/megatron-router-trace --format json --threads 8 --co-activation");
+  EXPECT_EQ(one.exit_code, 0);
+  EXPECT_EQ(one.out, many.out);
+  EXPECT_NE(one.out, "");
+}
+
+TEST_F(Cli, HealthNamesWhatItCannotRead) {
+  Result r = run("health no/such/trace");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(unwrapped(r.out), "known are folders with trace.json")) << r.out;
+  write("t/trace.json", R"({"format": "moe-audit-trace", "version": 1, "layers": [{"layer": 0, "num_experts": 4, "top_k": 2}]})");
+  write("t/records.jsonl", R"({"kind": "micro_batch", "step": 0, "micro_batch": 0, "file": "gone.safetensors"})");
+  r = run("health " + dir_.string() + "/t");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(r.out, "gone.safetensors")) << r.out;
+  r = run("health fixtures/expert_counts/README.md");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_EQ(run("health").exit_code, 2);
+  EXPECT_EQ(run("health fixtures/expert_counts/olmoe-1b-7b_c4.json --expert-parallel 1").exit_code, 2);
+}
+
 }  // namespace

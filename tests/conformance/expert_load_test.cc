@@ -157,15 +157,27 @@ BOOST_AUTO_TEST_CASE(intervals) {
       apart.push_back(b % 4 == e ? 80 : 10);
     }
   }
-  k::Interval violation, cv, again, again_cv;
-  BOOST_REQUIRE(k::load_intervals(alike.data(), 20, 4, 200, 1, &violation, &cv) == k::Status::kOk);
-  BOOST_CHECK_CLOSE(violation.low, 0.6, 1e-9);
-  BOOST_CHECK_CLOSE(violation.high, 0.6, 1e-9);
-  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &violation, &cv) == k::Status::kOk);
-  BOOST_CHECK(violation.low < violation.high && violation.low >= 0 && cv.low < cv.high);
-  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &again, &again_cv) == k::Status::kOk);
-  BOOST_CHECK(again.low == violation.low && again.high == violation.high);
-  BOOST_CHECK(k::load_intervals(apart.data(), 1, 4, 200, 1, &again, &again_cv) == k::Status::kBadShape);
+  k::LoadIntervals of_alike, of_apart, again;
+  BOOST_REQUIRE(k::load_intervals(alike.data(), 20, 4, 200, 1, &of_alike) == k::Status::kOk);
+  k::LoadStatistics pooled;
+  const Longs sum = {800, 400, 400, 400};
+  BOOST_REQUIRE(k::load_statistics(sum.data(), 4, 1, 2000, &pooled) == k::Status::kOk);
+  BOOST_CHECK_CLOSE(of_alike.max_violation.low, 0.6, 1e-9);
+  for (const auto& [interval, value] : {std::pair{of_alike.max_violation, pooled.max_violation}, {of_alike.min_violation, pooled.min_violation},
+                                        {of_alike.cv_population, pooled.cv_population}, {of_alike.normalised_entropy, pooled.normalised_entropy},
+                                        {of_alike.gini, pooled.gini}}) {
+    BOOST_CHECK_CLOSE(interval.low, value, 1e-9);
+    BOOST_CHECK_CLOSE(interval.high, value, 1e-9);
+  }
+  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &of_apart) == k::Status::kOk);
+  for (const k::Interval& i : {of_apart.max_violation, of_apart.cv_population, of_apart.gini}) BOOST_CHECK(i.low < i.high && i.low >= 0);
+  BOOST_CHECK(of_apart.normalised_entropy.low < of_apart.normalised_entropy.high && of_apart.normalised_entropy.high <= 1 + 1e-12);
+  BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &again) == k::Status::kOk);
+  BOOST_CHECK(again.max_violation.low == of_apart.max_violation.low && again.max_violation.high == of_apart.max_violation.high);
+  BOOST_CHECK(k::load_intervals(apart.data(), 1, 4, 200, 1, &again) == k::Status::kBadShape);
+  const Longs nothing(8);
+  BOOST_REQUIRE(k::load_intervals(nothing.data(), 2, 4, 40, 1, &again) == k::Status::kOk);
+  BOOST_CHECK(std::isnan(again.max_violation.low) && std::isnan(again.gini.high));
 }
 
 template <class Id>

@@ -1,0 +1,122 @@
+// What `moe-audit health` reports. Types only; audit/measures/expert_health.cc fills them, docs/health.md defines every
+// number.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "audit/facts/finding.h"
+#include "audit/facts/values.h"
+
+namespace moeaudit {
+
+/// One number, and what to hold beside it. NaN: there is no such thing, or it was not measured.
+struct HealthMetric {
+  static constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  std::string name;        // "max_violation_pooled": the scope is in the name
+  double value = kNone;
+  double chance = kNone;   // of a router that spreads tokens at random, with tokens without end
+  double floor = kNone;    // what independent tokens of such a router show in so few tokens
+  double low = kNone, high = kNone;  // 95 % interval
+  std::string cannot_tell;  // why the value must not be judged; empty: it may
+};
+
+/// Two experts that are chosen together. lift: how often, relative to independent choices at the same loads.
+struct CoActivation {
+  int first = 0, second = 0;
+  std::int64_t together = 0;
+  double lift = 0;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("first", s.first);
+    f("second", s.second);
+    f("together", s.together);
+    f("lift", s.lift);
+  }
+};
+
+struct LayerHealth {
+  int layer = 0;
+  std::string module;
+  std::int64_t experts = 0, top_k = 0;  // top_k 0: unknown
+  std::int64_t tokens = 0;              // without padding; 0: not known, counts without k
+  std::int64_t choices = 0;             // that are an expert
+  std::int64_t blocks = 0;              // that the intervals were drawn from
+  std::string choices_from;             // "selected_experts", "tokens_per_expert", "top k of the logits"
+  std::vector<HealthMetric> metrics;    // in the order of docs/health.md
+  // one value an expert
+  std::vector<std::int64_t> load;       // n_e
+  std::vector<double> utilisation;      // u_e = n_e / fair share
+  std::vector<double> importance;       // router probability of e over all tokens / fair share; empty without logits
+  std::vector<double> gate_mass;        // routing weight that e got / fair share; empty without weights
+  std::vector<CoActivation> together;   // the pairs of the largest lift
+  std::vector<std::int64_t> co_activation;  // [E, E]; the diagonal is n_e; only where asked for
+
+  const HealthMetric* find(std::string_view name) const {
+    for (const HealthMetric& m : metrics) {
+      if (m.name == name) return &m;
+    }
+    return nullptr;
+  }
+};
+
+/// One metric over the layers, those that may be judged. Percentiles are nearest ranks.
+struct AcrossLayers {
+  std::string name;
+  std::int64_t layers = 0;
+  double mean = 0, p50 = 0, p75 = 0, p90 = 0, p95 = 0, worst = 0;
+  int worst_layer = -1;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("name", s.name);
+    f("layers", s.layers);
+    f("mean", s.mean);
+    f("p50", s.p50);
+    f("p75", s.p75);
+    f("p90", s.p90);
+    f("p95", s.p95);
+    f("worst", s.worst);
+    f("worst_layer", s.worst_layer);
+  }
+};
+
+/// Measured loads on `ranks` expert-parallel ranks, experts in contiguous runs.
+struct PlacementForecast {
+  std::int64_t ranks = 0;             // 0: not asked for
+  double straggler_factor = 0;        // sum over layers of the busiest rank's load / sum of the mean loads
+  double worst = 0;                   // max / mean load of a rank in the worst layer
+  int worst_layer = -1;
+  double bytes_per_token = 0;         // sent to other ranks a token, dispatch and combine, all layers; NaN without d
+  std::vector<std::vector<double>> load;  // [layers][ranks], relative to the mean
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("ranks", s.ranks);
+    f("straggler_factor", s.straggler_factor);
+    f("worst", s.worst);
+    f("worst_layer", s.worst_layer);
+    f("bytes_per_token", s.bytes_per_token);
+    f("load", s.load);
+  }
+};
+
+struct HealthReport {
+  std::string path, format, recorder;
+  std::string model;                  // class or type of the model; empty if unknown
+  std::string score, score_from;      // "softmax"; "family", "given", "assumed"
+  std::string note;                   // what was supposed
+  std::string compared_with;          // the other trace, if one was given
+  std::int64_t steps = 0, micro_batches = 0, ranks = 0;
+  std::vector<LayerHealth> layers;
+  std::vector<AcrossLayers> across;
+  PlacementForecast placement;
+  std::vector<InputProblem> problems;         // of trace.json and records
+  std::vector<WeightProblem> weight_problems;  // of tensors
+};
+
+}  // namespace moeaudit

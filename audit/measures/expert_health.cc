@@ -1,0 +1,804 @@
+// One pass over a trace. Each layer has its own sums, filled in the order of records and rows, so the result depends
+// neither on threads nor on how a file is cut into pieces.
+#include "audit/measures/expert_health.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "audit/families/family.h"
+#include "audit/measures/router_inputs.h"
+#include "audit/measures/router_precision.h"
+#include "audit/tensors/guarded_read.h"
+#include "kernels/host/elementary.h"
+#include "kernels/host/expert_load.h"
+#include "kernels/host/low_precision.h"
+#include "kernels/host/router.h"
+
+namespace moeaudit {
+namespace {
+
+namespace k = kernels;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr std::int64_t kValues = 1 << 18;   // logits read at a time
+constexpr std::int64_t kMostBlocks = 256;   // that intervals are drawn from
+constexpr std::int64_t kFewestBlocks = 10;  // below it there is no interval
+constexpr std::int64_t kDraws = 1000;
+constexpr std::uint64_t kSeed = 20250117;
+constexpr std::int64_t kMostPaired = 512;  // experts: beyond it no table of pairs is kept
+constexpr std::size_t kPairsShown = 10;
+
+// ---- small collectors ------------------------------------------------------------------------------------------------
+
+/// Counts of blocks of tokens. When there are too many, neighbours become one.
+class Blocks {
+ public:
+  void add(const std::vector<std::int64_t>& counts) {
+    if (pending_.empty()) pending_.resize(counts.size());
+    for (std::size_t e = 0; e < counts.size(); ++e) pending_[e] += counts[e];
+    if (++pending_size_ < stride_) return;
+    counts_.insert(counts_.end(), pending_.begin(), pending_.end());
+    std::fill(pending_.begin(), pending_.end(), 0);
+    pending_size_ = 0;
+    if (size() == 2 * kMostBlocks) halve(counts.size());
+  }
+  std::int64_t size() const { return pending_.empty() ? 0 : static_cast<std::int64_t>(counts_.size() / pending_.size()); }
+  const std::int64_t* data() const { return counts_.data(); }
+
+ private:
+  void halve(std::size_t experts) {
+    for (std::size_t b = 0; b < static_cast<std::size_t>(kMostBlocks); ++b) {
+      for (std::size_t e = 0; e < experts; ++e) counts_[b * experts + e] = counts_[2 * b * experts + e] + counts_[(2 * b + 1) * experts + e];
+    }
+    counts_.resize(static_cast<std::size_t>(kMostBlocks) * experts);
+    stride_ *= 2;
+  }
+
+  std::vector<std::int64_t> counts_, pending_;
+  std::int64_t pending_size_ = 0, stride_ = 1;
+};
+
+/// Order statistics of non-negative numbers to within 0.6 %: 128 bins a power of two.
+class LogHistogram {
+ public:
+  void add(double v) {
+    ++n_;
+    least_ = std::min(least_, v);
+    if (v < 0x1p-40) return ++zero_, void();
+    const auto bits = std::bit_cast<std::uint64_t>(std::min(v, 0x1p23));
+    ++bins_[static_cast<std::size_t>((bits >> 45) - (std::bit_cast<std::uint64_t>(0x1p-40) >> 45))];
+  }
+  std::int64_t size() const { return n_; }
+  double least() const { return n_ > 0 ? least_ : kNan; }
+  /// The nearest rank's bin, at its lower end; 0 where that is below 2^-40.
+  double percentile(double share) const {
+    if (n_ == 0) return kNan;
+    const auto rank = static_cast<std::int64_t>(std::ceil(share * static_cast<double>(n_)));
+    std::int64_t seen = zero_;
+    if (seen >= rank) return std::max(0.0, least_);
+    for (std::size_t i = 0; i < bins_.size(); ++i) {
+      seen += bins_[i];
+      if (seen >= rank) return std::max(least_, std::bit_cast<double>(((std::bit_cast<std::uint64_t>(0x1p-40) >> 45) + i) << 45));
+    }
+    return kNan;
+  }
+
+ private:
+  std::array<std::int64_t, 128 * 64> bins_{};
+  std::int64_t n_ = 0, zero_ = 0;
+  double least_ = std::numeric_limits<double>::infinity();
+};
+
+/// MaxVio of many windows.
+struct Windows {
+  std::int64_t n = 0;
+  double sum = 0, worst = -1, floor_sum = 0, least_share = std::numeric_limits<double>::infinity();
+
+  void add(const k::LoadStatistics& s) {
+    if (s.choices == 0) return;
+    ++n;
+    sum += s.max_violation;
+    worst = std::max(worst, s.max_violation);
+    floor_sum += s.max_violation_floor;
+    least_share = std::min(least_share, s.fair_share);
+  }
+};
+
+std::string number(double v) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g", v);
+  return text;
+}
+
+// ---- one layer -------------------------------------------------------------------------------------------------------
+
+/// What of a micro-batch all layers share.
+struct Frame {
+  std::vector<std::uint8_t> valid;  // [rows]; empty: no mask, all count
+  std::vector<std::int64_t> cuts;   // ends of the blocks, ascending, the last is rows
+};
+
+/// One worker's memory for a piece of rows.
+struct Scratch {
+  std::vector<std::int32_t> ids, top, runner_up, other_ids;
+  std::vector<std::uint8_t> valid, usable, flags;
+  std::vector<float> logits, probabilities, weights;
+};
+
+class LayerSums {
+ public:
+  LayerSums(const TraceLayer& layer, Scoring score) : layer_(layer), score_(score) {}
+
+  /// Adds the rows of a micro-batch. `other`: the same tokens in another trace, or null.
+  void add(const Frame& frame, const LayerTensors& t, const LayerTensors* other, Scratch* piece,
+           std::vector<WeightProblem>* problems) {
+    const auto fault = [&](std::string what) { problems->push_back({"", -1, "layer." + std::to_string(layer_.layer) + ".*", std::move(what)}); };
+    if (experts_ == 0) experts_ = t.experts;
+    if (top_k_ == 0) top_k_ = t.top_k > 0 ? t.top_k : layer_.top_k;
+    if (experts_ < 1) return;
+    if (t.experts != experts_ || (t.selected_experts && t.top_k != top_k_) || top_k_ > experts_) {
+      return fault("has " + std::to_string(t.experts) + " experts and " + std::to_string(t.top_k) + " choices a token, the layer before had " +
+                   std::to_string(experts_) + " and " + std::to_string(top_k_));
+    }
+    if (counts_.empty()) start();
+    piece_ = piece;
+    const bool from_logits = !t.selected_experts && !t.tokens_per_expert && t.router_logits && top_k_ > 0;
+    const bool rows = (t.selected_experts && top_k_ > 0) || from_logits;
+    if (!rows && t.tokens_per_expert) add_counts(*t.tokens_per_expert, problems);
+    if (!rows) return;
+    choices_from_ = from_logits ? "top k of the logits" : "selected_experts";
+    std::int64_t begin = 0;
+    for (const std::int64_t end : frame.cuts) {
+      std::fill(block_.begin(), block_.end(), 0);
+      const std::int64_t most = std::clamp<std::int64_t>(kValues / experts_, 16, 1024);
+      for (std::int64_t first = begin; first < end; first += most) {
+        if (!add_rows(frame, t, other, first, std::min(most, end - first))) return fault("a tensor could not be read: its file became shorter or the disk failed");
+      }
+      finish_block();
+      begin = end;
+    }
+  }
+
+  void end_micro_batch() { end_window(&micro_, &micro_tokens_, &micro_windows_); }
+  void end_step() { end_window(&step_, &step_tokens_, &step_windows_); }
+
+  LayerHealth report(bool keep_pairs) const;
+  bool any() const { return !counts_.empty(); }
+
+ private:
+  void start() {
+    const auto e = static_cast<std::size_t>(experts_);
+    counts_.resize(e), micro_.resize(e), step_.resize(e), block_.resize(e), chunk_.resize(e), stamp_.resize(e, -1);
+    if (experts_ <= kMostPaired) pairs_.resize(e * e), pair_chunk_.resize(e * e);
+  }
+
+  std::int64_t k_or_one() const { return std::clamp<std::int64_t>(top_k_, 1, experts_); }
+
+  k::LoadStatistics statistics(const std::vector<std::int64_t>& counts, std::int64_t tokens) const {
+    k::LoadStatistics s;
+    k::load_statistics(counts.data(), experts_, k_or_one(), tokens, &s);
+    return s;
+  }
+
+  void end_window(std::vector<std::int64_t>* counts, std::int64_t* tokens, Windows* windows) {
+    if (counts->empty() || *tokens == 0) return;
+    windows->add(statistics(*counts, *tokens));
+    std::fill(counts->begin(), counts->end(), 0);
+    *tokens = 0;
+  }
+
+  void add_tokens(std::int64_t tokens) {
+    tokens_ += tokens;
+    micro_tokens_ += tokens;
+    step_tokens_ += tokens;
+  }
+
+  void finish_block() {
+    for (std::size_t e = 0; e < block_.size(); ++e) {
+      counts_[e] += block_[e];
+      micro_[e] += block_[e];
+      step_[e] += block_[e];
+    }
+    blocks_.add(block_);
+  }
+
+  void add_counts(const TensorView& view, std::vector<WeightProblem>* problems) {
+    choices_from_ = "tokens_per_expert";
+    std::int64_t sum = 0;
+    bool sound = read_counts(view, 0, experts_, block_.data());
+    for (const std::int64_t n : block_) sound = sound && n >= 0 && !__builtin_add_overflow(sum, n, &sum);
+    if (!sound || sum > (std::int64_t{1} << 50)) {
+      problems->push_back({"", view.offset, std::string(view.name), "holds a count that is no count"});
+      return;
+    }
+    add_tokens(sum / k_or_one());
+    finish_block();
+  }
+
+  bool add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n);
+  bool add_logits(const TensorView& logits, std::int64_t first, std::int64_t n);
+  void compare_with_logits(std::int64_t n, k::Float dtype);
+  double set_overlap(const std::int32_t* a, const std::int32_t* b);
+
+  TraceLayer layer_;
+  Scoring score_;
+  std::int64_t experts_ = 0, top_k_ = 0;
+  std::string choices_from_;
+  // counts
+  std::vector<std::int64_t> counts_, micro_, step_, block_, chunk_;
+  std::int64_t tokens_ = 0, micro_tokens_ = 0, step_tokens_ = 0, outside_ = 0;
+  Blocks blocks_;
+  Windows micro_windows_, step_windows_;
+  std::vector<std::int64_t> pairs_, pair_chunk_;
+  // probabilities
+  std::vector<double> importance_, gate_;
+  double entropy_sum_ = 0, confidence_sum_ = 0;
+  std::int64_t scored_tokens_ = 0, logit_tokens_ = 0, not_finite_ = 0;
+  bool gates_ = false;
+  // the choice against the logits
+  LogHistogram margins_;
+  double agreement_sum_ = 0;
+  std::int64_t compared_ = 0, not_top_k_ = 0, near_recorded_ = 0, near_bf16_ = 0;
+  // other choices of the same tokens
+  std::int64_t recomputed_ = 0, recompute_changed_ = 0, against_ = 0, against_changed_ = 0;
+  double against_overlap_ = 0;
+  std::int64_t drop_choices_ = 0, dropped_ = 0, drop_tokens_ = 0, all_dropped_ = 0;
+  std::vector<int> stamp_;
+  int now_ = 0;
+  Scratch* piece_ = nullptr;  // while add() runs
+};
+
+/// |A and B| of two choices of k experts.
+double LayerSums::set_overlap(const std::int32_t* a, const std::int32_t* b) {
+  ++now_;
+  const auto inside = [&](std::int32_t id) { return id >= 0 && id < experts_; };
+  for (std::int64_t j = 0; j < top_k_; ++j) {
+    if (inside(a[j])) stamp_[static_cast<std::size_t>(a[j])] = now_;
+  }
+  int both = 0;
+  for (std::int64_t j = 0; j < top_k_; ++j) {
+    if (!inside(b[j]) || stamp_[static_cast<std::size_t>(b[j])] != now_) continue;
+    ++both;
+    stamp_[static_cast<std::size_t>(b[j])] = now_ - 1;  // an id that stands twice counts once
+  }
+  ++now_;
+  return both;
+}
+
+bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n) {
+  const auto size = static_cast<std::size_t>(n * top_k_);
+  piece_->valid.assign(static_cast<std::size_t>(n), 1);
+  if (!frame.valid.empty()) std::copy_n(frame.valid.begin() + first, n, piece_->valid.begin());
+  const bool logits = t.router_logits.has_value();
+  if (logits && !add_logits(*t.router_logits, first, n)) return false;
+  piece_->ids.resize(size);
+  if (t.selected_experts) {
+    if (!read_ids(*t.selected_experts, first * top_k_, n * top_k_, piece_->ids.data())) return false;
+  } else {
+    piece_->ids = piece_->top;
+    for (std::int64_t i = 0; i < n; ++i) piece_->valid[static_cast<std::size_t>(i)] &= piece_->usable[static_cast<std::size_t>(i)];
+  }
+  std::int64_t outside = 0, tokens = 0;
+  k::count_choices(k::CountArgs<std::int32_t>{piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_}, chunk_.data(), &outside);
+  for (std::size_t e = 0; e < chunk_.size(); ++e) block_[e] += chunk_[e];
+  for (const std::uint8_t v : piece_->valid) tokens += v;
+  add_tokens(tokens);
+  outside_ += outside;
+  if (!pairs_.empty()) {
+    k::co_activation({piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_}, pair_chunk_.data());
+    for (std::size_t i = 0; i < pairs_.size(); ++i) pairs_[i] += pair_chunk_[i];
+  }
+  if (logits) {
+    const DType d = t.router_logits->dtype;
+    compare_with_logits(n, d == DType::kBF16 ? k::Float::kBF16 : d == DType::kF16 ? k::Float::kF16 : d == DType::kF32 ? k::Float::kF32 : k::Float::kF64);
+  }
+  if (t.routing_weights) {
+    piece_->weights.resize(size);
+    if (!read_values(*t.routing_weights, first * top_k_, n * top_k_, piece_->weights.data())) return false;
+    gates_ = true;
+    gate_.resize(static_cast<std::size_t>(experts_));
+    for (std::size_t i = 0; i < size; ++i) {
+      const std::int32_t id = piece_->ids[i];
+      if (piece_->valid[i / static_cast<std::size_t>(top_k_)] && id >= 0 && id < experts_ && std::isfinite(piece_->weights[i])) gate_[static_cast<std::size_t>(id)] += static_cast<double>(piece_->weights[i]);
+    }
+  }
+  const auto each_other = [&](const TensorView& view, auto&& f) {
+    piece_->other_ids.resize(size);
+    if (!read_ids(view, first * top_k_, n * top_k_, piece_->other_ids.data())) return false;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (piece_->valid[static_cast<std::size_t>(i)]) f(set_overlap(piece_->ids.data() + i * top_k_, piece_->other_ids.data() + i * top_k_));
+    }
+    return true;
+  };
+  if (t.recomputed_selected_experts && !each_other(*t.recomputed_selected_experts, [&](double both) {
+        ++recomputed_;
+        recompute_changed_ += both < static_cast<double>(top_k_);
+      })) {
+    return false;
+  }
+  if (other && other->selected_experts && other->top_k == top_k_ && !each_other(*other->selected_experts, [&](double both) {
+        ++against_;
+        against_overlap_ += both;
+        against_changed_ += both < static_cast<double>(top_k_);
+      })) {
+    return false;
+  }
+  if (t.dropped) {
+    piece_->flags.resize(size);
+    if (!read_flags(*t.dropped, first * top_k_, n * top_k_, piece_->flags.data())) return false;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (!piece_->valid[static_cast<std::size_t>(i)]) continue;
+      std::int64_t gone = 0;
+      for (std::int64_t j = 0; j < top_k_; ++j) gone += piece_->flags[static_cast<std::size_t>(i * top_k_ + j)];
+      drop_choices_ += top_k_;
+      dropped_ += gone;
+      ++drop_tokens_;
+      all_dropped_ += gone == top_k_;
+    }
+  }
+  return true;
+}
+
+/// Reads the logits, and makes of them probabilities, the top k and the runner-up. piece_->usable: valid rows of finite logits.
+bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int64_t n) {
+  const std::int64_t e = experts_, top_k = k_or_one();
+  const auto size = static_cast<std::size_t>(n * e);
+  piece_->logits.resize(size), piece_->probabilities.resize(size);
+  if (!read_values(view, first * e, n * e, piece_->logits.data())) return false;
+  piece_->usable = piece_->valid;
+  for (std::int64_t i = 0; i < n; ++i) {
+    logit_tokens_ += piece_->valid[static_cast<std::size_t>(i)];
+    const bool finite = std::all_of(piece_->logits.begin() + i * e, piece_->logits.begin() + (i + 1) * e, [](float z) { return std::isfinite(z); });
+    if (finite) continue;
+    not_finite_ += piece_->valid[static_cast<std::size_t>(i)];
+    piece_->usable[static_cast<std::size_t>(i)] = 0;
+  }
+  piece_->top.resize(static_cast<std::size_t>(n * top_k)), piece_->runner_up.resize(static_cast<std::size_t>(n));
+  k::RouteArgs<float> args;
+  args.logits = piece_->logits.data();
+  args.tokens = n;
+  args.experts = e;
+  args.top_k = top_k;
+  args.score = score_ == Scoring::kSoftmax ? k::Score::kSoftmax : score_ == Scoring::kSigmoid ? k::Score::kSigmoid : k::Score::kSqrtSoftplus;
+  k::RouteResult<float> result;
+  result.chosen = piece_->top.data();
+  result.runner_up = piece_->runner_up.data();
+  result.choice = piece_->probabilities.data();
+  if (k::route(args, result) != k::Status::kOk) return false;
+  if (score_ != Scoring::kSoftmax) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      float* p = piece_->probabilities.data() + i * e;
+      double sum = 0;
+      for (std::int64_t j = 0; j < e; ++j) sum += static_cast<double>(p[j]);
+      for (std::int64_t j = 0; sum > 0 && j < e; ++j) p[j] = static_cast<float>(static_cast<double>(p[j]) / sum);
+    }
+  }
+  return true;
+}
+
+/// piece_->ids against piece_->logits, for the rows of piece_->usable.
+void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
+  const std::int64_t e = experts_;
+  importance_.resize(static_cast<std::size_t>(e));
+  if (top_k_ < 1) return;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (!piece_->usable[static_cast<std::size_t>(i)]) continue;
+    const std::int32_t* chosen = piece_->ids.data() + i * top_k_;
+    const bool inside = std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
+    if (!inside) {
+      piece_->usable[static_cast<std::size_t>(i)] = 0;
+      continue;
+    }
+    const float* p = piece_->probabilities.data() + i * e;
+    for (std::int64_t j = 0; j < e; ++j) importance_[static_cast<std::size_t>(j)] += static_cast<double>(p[j]);
+    if (top_k_ >= e) continue;
+    const double both = set_overlap(chosen, piece_->top.data() + i * top_k_);
+    agreement_sum_ += both / (2 * static_cast<double>(top_k_) - both);
+    ++compared_;
+    const float* z = piece_->logits.data() + i * e;
+    double least_in = z[chosen[0]], most_out = -std::numeric_limits<double>::infinity();
+    for (std::int64_t j = 1; j < top_k_; ++j) least_in = std::min(least_in, static_cast<double>(z[chosen[j]]));
+    if (both == static_cast<double>(top_k_)) {
+      most_out = z[piece_->runner_up[static_cast<std::size_t>(i)]];
+    } else {
+      ++now_;
+      for (std::int64_t j = 0; j < top_k_; ++j) stamp_[static_cast<std::size_t>(chosen[j])] = now_;
+      for (std::int64_t j = 0; j < e; ++j) {
+        if (stamp_[static_cast<std::size_t>(j)] != now_) most_out = std::max(most_out, static_cast<double>(z[j]));
+      }
+      ++now_;
+    }
+    const double margin = least_in - most_out;
+    not_top_k_ += margin < 0;
+    if (margin < 0) continue;
+    margins_.add(margin);
+    near_recorded_ += margin < k::spacing(least_in, dtype);
+    near_bf16_ += margin < k::spacing(least_in, k::Float::kBF16);
+  }
+  std::int64_t usable = 0;
+  for (const std::uint8_t u : piece_->usable) usable += u;
+  k::RoutingStatistics s;
+  if (usable == 0 || k::routing_statistics(k::RoutingStatisticsArgs<float>{piece_->probabilities.data(), piece_->ids.data(), piece_->usable.data(), n, e, top_k_}, &s) != k::Status::kOk) return;
+  scored_tokens_ += usable;
+  entropy_sum_ += s.token_entropy * static_cast<double>(usable);
+  confidence_sum_ += s.confidence * static_cast<double>(usable);
+}
+
+// ---- from sums to metrics --------------------------------------------------------------------------------------------
+
+double entropy_of(const std::vector<double>& masses, double sum) {
+  double h = 0;
+  for (const double m : masses) h += m > 0 ? -(m / sum) * k::log_exact_order(m / sum) : 0;
+  return h;
+}
+
+double cv_of(const std::vector<double>& relative) {  // of values relative to their mean
+  double squares = 0;
+  for (const double u : relative) squares += (u - 1) * (u - 1);
+  return std::sqrt(squares / static_cast<double>(relative.size()));
+}
+
+std::vector<double> relative_to_fair(const std::vector<double>& mass) {
+  double sum = 0;
+  for (const double m : mass) sum += m;
+  std::vector<double> out;
+  for (const double m : mass) out.push_back(m / (sum / static_cast<double>(mass.size())));
+  return out;
+}
+
+HealthMetric share(std::string name, std::int64_t hits, std::int64_t n) {
+  HealthMetric m;
+  m.name = std::move(name);
+  if (n == 0) return m;
+  m.value = static_cast<double>(hits) / static_cast<double>(n);
+  std::tie(m.low, m.high) = wilson_interval(hits, n);
+  return m;
+}
+
+LayerHealth LayerSums::report(bool keep_pairs) const {
+  LayerHealth out;
+  out.layer = layer_.layer;
+  out.module = layer_.module;
+  out.experts = experts_;
+  out.top_k = top_k_;
+  out.tokens = top_k_ > 0 ? tokens_ : 0;
+  out.choices_from = choices_from_;
+  out.load = counts_;
+  const k::LoadStatistics s = statistics(counts_, tokens_);
+  out.choices = s.choices;
+  const double e = static_cast<double>(experts_), n = static_cast<double>(s.choices), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
+  std::string few;
+  if (s.choices == 0) few = "no choice was recorded";
+  else if (!s.can_judge) few = "fair share of " + number(s.fair_share) + " choices an expert; below 100 chance alone looks like this";
+
+  const auto add = [&](const char* name, double value) -> HealthMetric& {
+    HealthMetric& m = out.metrics.emplace_back();
+    m.name = name;
+    m.value = value;
+    return m;
+  };
+  const auto load_metric = [&](const char* name, double value, double chance, double floor) {
+    HealthMetric& m = add(name, value);
+    m.chance = chance;
+    m.floor = floor;
+    m.cannot_tell = few;
+  };
+  load_metric("max_violation_pooled", s.max_violation, 0, s.max_violation_floor);
+  load_metric("min_violation_pooled", s.min_violation, 0, std::min(1.0, s.max_violation_floor));
+  load_metric("cv_population", s.cv_population, 0, s.cv_floor);
+  load_metric("cv_sample", s.cv_sample, 0, experts_ > 1 ? s.cv_floor * std::sqrt(e / (e - 1)) : kNan);
+  // An even router's q_e deviates by CV_0; to second order its entropy falls short by CV_0^2 / 2, and the Gini index of a
+  // normal deviation is CV / sqrt(pi).
+  const double short_of = s.cv_floor * s.cv_floor / 2;
+  load_metric("normalised_entropy", s.normalised_entropy, 1, 1 - short_of / log_e);
+  load_metric("effective_experts", s.effective_experts, e, e * (1 - short_of));
+  load_metric("kl_to_uniform", s.kl_to_uniform, 0, short_of);
+  load_metric("gini", s.gini, 0, s.cv_floor / std::sqrt(3.14159265358979323846));
+  add("idle_experts", static_cast<double>(s.idle)).chance = 0;
+  HealthMetric& dead = add("dead_experts", static_cast<double>(s.idle));
+  dead.chance = 0;
+  if (!s.idle_is_dead) {
+    dead.cannot_tell = "fair share of " + number(s.fair_share) + " choices an expert; below 69 an expert with a tenth of it is idle by chance more often than once in 1000";
+  }
+  HealthMetric& cold = add("cold_experts", static_cast<double>(s.below_tenth));
+  cold.chance = 0;
+  cold.cannot_tell = few;
+
+  const auto windows = [&](const char* mean, const char* worst, const Windows& w) {
+    if (w.n < 2) return;  // one window is all tokens together
+    const double count = static_cast<double>(w.n);
+    std::string why;
+    if (w.least_share < 100) why = "fair share of " + number(w.least_share) + " choices an expert in the smallest; below 100 chance alone looks like this";
+    for (const bool of_worst : {false, true}) {
+      HealthMetric& m = add(of_worst ? worst : mean, of_worst ? w.worst : w.sum / count);
+      m.chance = 0;
+      m.floor = w.floor_sum / count;
+      m.cannot_tell = why;
+    }
+  };
+  windows("max_violation_step_mean", "max_violation_step_worst", step_windows_);
+  windows("max_violation_micro_batch_mean", "max_violation_micro_batch_worst", micro_windows_);
+
+  out.blocks = blocks_.size();
+  k::LoadIntervals intervals;
+  if (out.blocks >= kFewestBlocks && k::load_intervals(blocks_.data(), out.blocks, experts_, kDraws, kSeed, &intervals) == k::Status::kOk) {
+    for (HealthMetric& m : out.metrics) {
+      const auto set = [&](const k::Interval& i, double factor) { m.low = i.low * factor, m.high = i.high * factor; };
+      if (m.name == "max_violation_pooled") set(intervals.max_violation, 1);
+      if (m.name == "min_violation_pooled") set(intervals.min_violation, 1);
+      if (m.name == "cv_population") set(intervals.cv_population, 1);
+      if (m.name == "cv_sample" && experts_ > 1) set(intervals.cv_population, std::sqrt(e / (e - 1)));
+      if (m.name == "normalised_entropy") set(intervals.normalised_entropy, 1);
+      if (m.name == "gini") set(intervals.gini, 1);
+    }
+  }
+  for (const std::int64_t c : counts_) out.utilisation.push_back(static_cast<double>(c) / s.fair_share);
+
+  if (scored_tokens_ > 0) {
+    const double t = static_cast<double>(scored_tokens_);
+    out.importance = relative_to_fair(importance_);
+    double mass = 0;
+    for (const double m : importance_) mass += m;
+    const double mean_entropy = entropy_of(importance_, mass);
+    add("importance_cv_population", cv_of(out.importance)).chance = 0;
+    add("token_entropy", entropy_sum_ / t).chance = kNan;
+    add("mean_entropy", mean_entropy / log_e).chance = 1;
+    add("mutual_information", mean_entropy - entropy_sum_ / t * log_e).chance = 0;
+    add("confidence", confidence_sum_ / t).chance = static_cast<double>(top_k_) / e;
+  }
+  if (gates_ && s.choices > 0) {
+    out.gate_mass = relative_to_fair(gate_);
+    add("gate_mass_cv_population", cv_of(out.gate_mass)).chance = 0;
+  }
+  if (compared_ > 0) {
+    const std::string other = not_top_k_ == 0 ? "" : number(100 * static_cast<double>(not_top_k_) / static_cast<double>(compared_)) +
+                                                       " % of the choices are not the top k of the logits (correction bias, groups, jitter): their margin lies elsewhere";
+    const bool mostly = not_top_k_ * 1000 > compared_;
+    HealthMetric agreement = share("choices_off_the_top_k", not_top_k_, compared_);
+    out.metrics.push_back(agreement);
+    const double kk = static_cast<double>(top_k_), expected = kk * kk / e;
+    add("choice_jaccard", agreement_sum_ / static_cast<double>(compared_)).chance = expected / (2 * kk - expected);
+    const auto margin = [&](const char* name, double value) { add(name, value).cannot_tell = mostly ? other : ""; };
+    margin("margin_min", margins_.least());
+    margin("margin_p01", margins_.percentile(0.01));
+    margin("margin_p10", margins_.percentile(0.10));
+    margin("margin_p50", margins_.percentile(0.50));
+    for (const auto& [name, hits] : {std::pair{"near_ties_as_recorded", near_recorded_}, {"near_ties_in_bf16", near_bf16_}}) {
+      HealthMetric m = share(name, hits, margins_.size());
+      if (mostly) m.cannot_tell = other;
+      out.metrics.push_back(std::move(m));
+    }
+  }
+  if (logit_tokens_ > 0) out.metrics.push_back(share("tokens_with_non_finite_logits", not_finite_, logit_tokens_));
+  if (choices_from_ == "selected_experts") out.metrics.push_back(share("choices_of_no_expert", outside_, outside_ + s.choices));
+  if (recomputed_ > 0) {
+    out.metrics.push_back(share("recompute_changed", recompute_changed_, recomputed_));
+    out.metrics.back().chance = 0;
+  }
+  if (drop_choices_ > 0) {
+    out.metrics.push_back(share("dropped_choices", dropped_, drop_choices_));
+    out.metrics.push_back(share("tokens_with_all_dropped", all_dropped_, drop_tokens_));
+  }
+  if (against_ > 0) {
+    const double kk = static_cast<double>(top_k_);
+    add("saturation", against_overlap_ / (static_cast<double>(against_) * kk)).chance = kk / e;
+    out.metrics.push_back(share("routing_changed", against_changed_, against_));
+  }
+
+  if (!pairs_.empty() && tokens_ > 0 && n > 0) {
+    const double t = static_cast<double>(tokens_);
+    for (std::int64_t a = 0; a < experts_; ++a) {
+      for (std::int64_t b = a + 1; b < experts_; ++b) {
+        const std::int64_t both = pairs_[static_cast<std::size_t>(a * experts_ + b)];
+        const double by_chance = static_cast<double>(counts_[static_cast<std::size_t>(a)]) * static_cast<double>(counts_[static_cast<std::size_t>(b)]) / t;
+        if (both < 30) continue;  // the lift of fewer is noise: its deviation is about 1 / sqrt(both)
+        out.together.push_back({static_cast<int>(a), static_cast<int>(b), both, static_cast<double>(both) / by_chance});
+      }
+    }
+    std::stable_sort(out.together.begin(), out.together.end(), [](const auto& x, const auto& y) { return x.lift > y.lift; });
+    if (out.together.size() > kPairsShown) out.together.resize(kPairsShown);
+    if (keep_pairs) out.co_activation = pairs_;
+  }
+  return out;
+}
+
+// ---- the pass --------------------------------------------------------------------------------------------------------
+
+/// Blocks of alike tokens: sequences, where the file says where they end; else a sixteenth of the micro-batch.
+Frame frame_of(const MicroBatch& mb, std::int64_t rows) {
+  Frame frame;
+  const MicroBatchRecord& r = *mb.record;
+  if (mb.token_mask) {
+    frame.valid.resize(static_cast<std::size_t>(rows));
+    if (mb.token_mask->elements() != rows || !read_flags(*mb.token_mask, 0, rows, frame.valid.data())) frame.valid.clear();
+  }
+  if (r.sequences > 1 && r.sequence_length > 0 && (rows == r.tokens || mb.sampled)) {
+    std::vector<std::int64_t> at;
+    if (mb.sampled) {
+      at.resize(static_cast<std::size_t>(rows));
+      if (mb.sampled->elements() != rows || !read_counts(*mb.sampled, 0, rows, at.data())) at.clear();
+    }
+    for (std::int64_t s = 1; s <= r.sequences; ++s) {
+      const std::int64_t end = s * r.sequence_length;
+      const std::int64_t cut = mb.sampled ? std::lower_bound(at.begin(), at.end(), end) - at.begin() : end;
+      if (frame.cuts.empty() ? cut > 0 : cut > frame.cuts.back()) frame.cuts.push_back(std::min(cut, rows));
+    }
+  } else {
+    const std::int64_t piece = std::max<std::int64_t>(64, (rows + 15) / 16);
+    for (std::int64_t end = piece; end < rows; end += piece) frame.cuts.push_back(end);
+  }
+  if (rows > 0 && (frame.cuts.empty() || frame.cuts.back() != rows)) frame.cuts.push_back(rows);
+  return frame;
+}
+
+std::int64_t rows_of(const LayerTensors& t) {
+  for (const auto* view : {&t.selected_experts, &t.router_logits}) {
+    if (*view) return (*view)->shape[0];
+  }
+  return 0;
+}
+
+AcrossLayers across(std::string name, const std::vector<LayerHealth>& layers, bool large_is_bad) {
+  AcrossLayers out;
+  out.name = std::move(name);
+  std::vector<std::pair<double, int>> values;
+  for (const LayerHealth& l : layers) {
+    const HealthMetric* m = l.find(out.name);
+    if (m && m->cannot_tell.empty() && std::isfinite(m->value)) values.emplace_back(m->value, l.layer);
+  }
+  out.layers = static_cast<std::int64_t>(values.size());
+  if (values.empty()) return out;
+  for (const auto& [value, layer] : values) out.mean += value / static_cast<double>(values.size());
+  std::sort(values.begin(), values.end(), [&](const auto& a, const auto& b) {
+    return a.first != b.first ? (a.first < b.first) == large_is_bad : a.second > b.second;
+  });
+  const auto rank = [&](double share) {
+    return values[static_cast<std::size_t>(std::max(1.0, std::ceil(share * static_cast<double>(values.size())))) - 1].first;
+  };
+  out.p50 = rank(0.50), out.p75 = rank(0.75), out.p90 = rank(0.90), out.p95 = rank(0.95);
+  std::tie(out.worst, out.worst_layer) = values.back();
+  return out;
+}
+
+PlacementForecast forecast(const std::vector<LayerHealth>& layers, std::int64_t ranks, const TraceFacts& facts) {
+  PlacementForecast out;
+  out.ranks = ranks;
+  double busiest = 0, mean = 0, choices = 0, tokens = 0;
+  for (const LayerHealth& l : layers) {
+    std::vector<double> load(static_cast<std::size_t>(ranks));
+    const std::int64_t each = (l.experts + ranks - 1) / ranks;
+    double sum = 0;
+    for (std::int64_t e = 0; e < l.experts; ++e) {
+      load[static_cast<std::size_t>(e / each)] += static_cast<double>(l.load[static_cast<std::size_t>(e)]);
+      sum += static_cast<double>(l.load[static_cast<std::size_t>(e)]);
+    }
+    const double fair = sum / static_cast<double>(ranks), most = *std::max_element(load.begin(), load.end());
+    if (fair > 0) {
+      for (double& x : load) x /= fair;
+      busiest += most, mean += fair;
+      if (most / fair > out.worst) out.worst = most / fair, out.worst_layer = l.layer;
+    }
+    choices += sum;
+    tokens = std::max(tokens, static_cast<double>(l.tokens));
+    out.load.push_back(std::move(load));
+  }
+  out.straggler_factor = mean > 0 ? busiest / mean : kNan;
+  out.bytes_per_token = facts.hidden_size && tokens > 0 ? choices / tokens * static_cast<double>(*facts.hidden_size) * 2 * 2 *
+                                                              (1 - 1 / static_cast<double>(ranks))
+                                                        : kNan;
+  return out;
+}
+
+class Pass {
+ public:
+  Pass(const Trace& trace, const HealthOptions& options) : trace_(trace), options_(options) {}
+
+  HealthReport run() {
+    const TraceFacts& f = trace_.facts();
+    report_.path = f.path;
+    report_.format = f.format;
+    report_.recorder = f.recorder + (f.recorder_version.empty() ? "" : " " + f.recorder_version);
+    report_.model = !f.model_class.empty() ? f.model_class : f.model_type;
+    report_.note = f.note;
+    const Scoring score = scoring();
+    for (const TraceLayer& layer : f.layers) sums_.emplace_back(layer, score);
+    if (options_.against) report_.compared_with = options_.against->facts().path;
+    read();
+    for (const LayerSums& sums : sums_) {
+      if (sums.any()) report_.layers.push_back({});
+    }
+    std::vector<const LayerSums*> used;
+    for (const LayerSums& sums : sums_) {
+      if (sums.any()) used.push_back(&sums);
+    }
+    parallel_for(options_.threads, static_cast<std::int64_t>(used.size()), [&](std::int64_t i, int) {
+      report_.layers[static_cast<std::size_t>(i)] = used[static_cast<std::size_t>(i)]->report(options_.co_activation);
+    });
+    const bool scored = std::any_of(report_.layers.begin(), report_.layers.end(), [](const LayerHealth& l) { return !l.importance.empty(); });
+    if (!scored) report_.score = report_.score_from = "";
+    for (const auto& [name, large_is_bad] : {std::pair{"max_violation_pooled", true}, {"max_violation_step_mean", true}, {"max_violation_micro_batch_mean", true}, {"min_violation_pooled", true}, {"cv_population", true},
+                                             {"normalised_entropy", false}, {"gini", true}, {"token_entropy", false}, {"mutual_information", false}, {"near_ties_in_bf16", true}, {"dropped_choices", true},
+                                             {"recompute_changed", true}, {"saturation", false}}) {
+      AcrossLayers a = across(name, report_.layers, large_is_bad);
+      if (a.layers > 1) report_.across.push_back(std::move(a));
+    }
+    if (options_.ranks > 0) report_.placement = forecast(report_.layers, options_.ranks, f);
+    return std::move(report_);
+  }
+
+ private:
+  Scoring scoring() {
+    Scoring score = Scoring::kSoftmax;
+    report_.score_from = "assumed";
+    const Family* family = find_family_by_model_type(trace_.facts().model_type);
+    if (family) score = family->routing.scoring, report_.score_from = "family";
+    if (options_.score) score = *options_.score, report_.score_from = "given";
+    report_.score = name_of(score);
+    return score;
+  }
+
+  void read() {
+    const ReadGuard guard;  // one for all of the reads below
+    std::set<std::int64_t> ranks;
+    std::size_t done = 0;
+    for (const TraceStep& step : trace_.steps()) {
+      for (const MicroBatchRecord& record : trace_.micro_batches_of(step)) {
+        ranks.insert(record.rank);
+        if (record.training.value_or(true)) micro_batch(record);
+        if (options_.progress) options_.progress("expert health", static_cast<double>(++done) / static_cast<double>(trace_.micro_batches().size()));
+      }
+      for (LayerSums& sums : sums_) sums.end_step();
+      report_.steps += step.micro_batches > 0;
+    }
+    report_.ranks = static_cast<std::int64_t>(ranks.size());
+  }
+
+  void micro_batch(const MicroBatchRecord& record) {
+    ++report_.micro_batches;
+    std::vector<WeightProblem> problems;
+    const MicroBatch mb = trace_.open(record, &problems);
+    MicroBatch other;
+    if (options_.against) {
+      const auto index = static_cast<std::size_t>(&record - trace_.micro_batches().data());
+      const auto theirs = options_.against->micro_batches();
+      if (index < theirs.size()) other = options_.against->open(theirs[index], &problems);
+    }
+    std::map<std::int64_t, Frame> frames;  // by rows: those of a layer that saw fewer tokens are its own
+    for (const LayerTensors& t : mb.layers) {
+      const std::int64_t rows = rows_of(t);
+      if (!frames.contains(rows)) frames.emplace(rows, frame_of(mb, rows));
+    }
+    std::vector<std::vector<WeightProblem>> found(mb.layers.size());
+    parallel_for(options_.threads, static_cast<std::int64_t>(mb.layers.size()), [&](std::int64_t i, int worker) {
+      const LayerTensors& t = mb.layers[static_cast<std::size_t>(i)];
+      const auto at = std::lower_bound(trace_.facts().layers.begin(), trace_.facts().layers.end(), t.layer,
+                                       [](const TraceLayer& l, int number) { return l.layer < number; });
+      LayerSums& sums = sums_[static_cast<std::size_t>(at - trace_.facts().layers.begin())];
+      const LayerTensors* theirs = other.layer(t.layer);
+      if (theirs && rows_of(*theirs) != rows_of(t)) theirs = nullptr;
+      sums.add(frames.at(rows_of(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)], &found[static_cast<std::size_t>(i)]);
+      sums.end_micro_batch();
+    });
+    for (auto& list : found) problems.insert(problems.end(), list.begin(), list.end());
+    for (WeightProblem& p : problems) {
+      if (p.file.empty()) p.file = record.file.empty() ? trace_.facts().path : trace_.facts().path + "/" + record.file;
+      if (report_.weight_problems.size() < 100) report_.weight_problems.push_back(std::move(p));
+    }
+  }
+
+  const Trace& trace_;
+  const HealthOptions& options_;
+  HealthReport report_;
+  std::vector<LayerSums> sums_;
+  std::vector<Scratch> scratch_{static_cast<std::size_t>(std::max(options_.threads, 1))};
+};
+
+}  // namespace
+
+HealthReport measure_health(const Trace& trace, const HealthOptions& options) { return Pass(trace, options).run(); }
+
+}  // namespace moeaudit

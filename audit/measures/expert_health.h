@@ -1,0 +1,27 @@
+// Expert health: how a trace's tokens spread over the experts, and how sure the router was. docs/health.md defines every
+// number.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "audit/facts/health.h"
+#include "audit/traces/trace.h"
+
+namespace moeaudit {
+
+struct HealthOptions {
+  int threads = 1;                    // results do not depend on it
+  std::optional<Scoring> score;       // what makes probabilities of logits; else the family's, else softmax, and it says so
+  bool co_activation = false;         // keep the whole [E, E]
+  std::int64_t ranks = 0;             // of the placement forecast; 0: none
+  const Trace* against = nullptr;     // the same tokens, routed by another checkpoint
+  std::function<void(std::string_view stage, double done)> progress;
+};
+
+/// Reads the trace once, a micro-batch at a time. What could not be read is in weight_problems, and left out.
+HealthReport measure_health(const Trace& trace, const HealthOptions& options);
+
+}  // namespace moeaudit
