@@ -112,6 +112,7 @@ class HeadReader {
     constexpr std::int64_t kMost = std::int64_t{1} << 31;
     f.text("framework", &facts->framework);
     f.text("trainer", &facts->trainer);
+    f.text("arguments_class", &facts->arguments_class);
     f.text("mixed_precision", &facts->mixed_precision);
     f.integer("gradient_accumulation_steps", &facts->accumulation, 1, kMost);
     f.integer("world_size", &facts->world_size, 1, kMost);

@@ -43,7 +43,7 @@ struct TraceFacts {
   std::optional<std::int64_t> hidden_size, experts, top_k;
   Node config;  // config.json of the model; a null node if it is not there
   // training
-  std::string framework, trainer;
+  std::string framework, trainer, arguments_class;  // class of the trainer's arguments: "SFTConfig"
   std::optional<std::int64_t> accumulation, world_size, micro_batch_size, tensor_parallel, context_parallel,
       expert_parallel, pipeline_parallel;
   std::string mixed_precision;  // "bf16", "fp16", "no"
