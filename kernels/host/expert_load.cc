@@ -111,38 +111,27 @@ Interval middle_95(std::vector<double> v) {
 
 template <class T>
 Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* out) {
-  if (a.tokens < 0 || a.experts < 1) return Status::kBadShape;
-  if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (out == nullptr || (a.tokens > 0 && (a.probabilities == nullptr || a.chosen == nullptr)))
-    return Status::kNullPointer;
-  const auto entropy_term = [](double p) { return p == 0.0 ? 0.0 : -p * log_exact_order(p); };
-  std::vector<double> sums(static_cast<std::size_t>(a.experts));
-  double entropies = 0, mass = 0;
-  std::int64_t tokens = 0;
-  for (std::int64_t t = 0; t < a.tokens; ++t) {
-    if (a.valid != nullptr && a.valid[t] == 0) continue;
-    ++tokens;
-    double entropy = 0, chosen = 0;
-    for (std::int64_t e = 0; e < a.experts; ++e) {
-      const double p = static_cast<double>(a.probabilities[t * a.experts + e]);
-      entropy += entropy_term(p);
-      sums[static_cast<std::size_t>(e)] += p;
-    }
-    for (std::int64_t j = 0; j < a.top_k; ++j) {
-      const std::int32_t e = a.chosen[t * a.top_k + j];
-      if (e < 0 || e >= a.experts) return Status::kBadShape;
-      chosen += static_cast<double>(a.probabilities[t * a.experts + e]);
-    }
-    entropies += entropy;
-    mass += chosen;
+  if (const Status status = check_routing_statistics(a, out); status != Status::kOk) return status;
+  for (std::int64_t i = 0; i < a.tokens * a.top_k; ++i) {
+    const bool counts = a.valid == nullptr || a.valid[i / a.top_k] != 0;
+    if (counts && (a.chosen[i] < 0 || a.chosen[i] >= a.experts)) return Status::kBadShape;
   }
-  *out = {kNan, kNan, kNan, kNan};
-  if (tokens == 0) return Status::kOk;
-  const double n = static_cast<double>(tokens),
-               most = a.experts == 1 ? 1.0 : log_exact_order(static_cast<double>(a.experts));
-  double mean_entropy = 0;
-  for (const double s : sums) mean_entropy += entropy_term(s / n);
-  *out = {entropies / n / most, mean_entropy / most, mean_entropy - entropies / n, mass / n};
+  const auto experts = static_cast<std::size_t>(a.experts);
+  std::vector<double> sums(experts + 2), stretch(experts + 2);  // and those of entropy and mass
+  std::int64_t tokens = 0;
+  for (std::int64_t t = 0; t < a.tokens;) {
+    std::fill(stretch.begin(), stretch.end(), 0.0);
+    for (const std::int64_t end = std::min(a.tokens, t + kBalanceRun); t < end; ++t) {
+      if (a.valid != nullptr && a.valid[t] == 0) continue;
+      ++tokens;
+      const T* p = a.probabilities + t * a.experts;
+      for (std::size_t e = 0; e < experts; ++e) stretch[e] += static_cast<double>(p[e]);
+      stretch[experts] += token_entropy(a, t);
+      stretch[experts + 1] += chosen_mass(a, t);
+    }
+    for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += stretch[i];
+  }
+  *out = finish_routing_statistics(sums.data(), a.experts, sums[experts], sums[experts + 1], tokens);
   return Status::kOk;
 }
 
@@ -240,8 +229,7 @@ Status co_activation(const CountArgs<std::int32_t>& a, std::int64_t* together) {
     const std::int32_t* chosen = a.chosen + t * a.top_k;
     for (std::int64_t i = 0; i < a.top_k; ++i) {
       for (std::int64_t j = 0; j < a.top_k; ++j) {
-        const bool both = chosen[i] >= 0 && chosen[i] < a.experts && chosen[j] >= 0 && chosen[j] < a.experts;
-        if (both && (i == j || chosen[i] != chosen[j])) ++together[chosen[i] * a.experts + chosen[j]];
+        if (is_pair(chosen, i, j, a.experts)) ++together[chosen[i] * a.experts + chosen[j]];
       }
     }
   }

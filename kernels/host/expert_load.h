@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/host/balance_loss.h"
+#include "kernels/host/elementary.h"
 #include "kernels/host/router.h"
 
 namespace moeaudit::kernels {
@@ -89,8 +91,9 @@ struct RoutingStatistics {
   double mutual_information = 0;  // H(mean p) - mean H(p), in nats: near 0 for a collapsed and for an undecided router
   double confidence = 0;          // mean_t sum of the chosen probabilities
 };
-/// probabilities [tokens, experts], rows that sum to 1; chosen [tokens, top_k]; valid [tokens] or null. Token sums in
-/// the order of the tokens, float64. NaN without valid tokens. kBadShape also for an id that is no expert.
+/// probabilities [tokens, experts], rows that sum to 1; chosen [tokens, top_k]; valid [tokens] or null. Float64; sums
+/// over tokens in stretches of kBalanceRun tokens, each from 0, then the stretches in their order. NaN without valid
+/// tokens. kBadShape also for an id that is no expert.
 template <class T>
 struct RoutingStatisticsArgs {
   const T* probabilities = nullptr;
@@ -103,8 +106,53 @@ struct RoutingStatisticsArgs {
 Status routing_statistics(const RoutingStatisticsArgs<float>& args, RoutingStatistics* out);
 Status routing_statistics(const RoutingStatisticsArgs<double>& args, RoutingStatistics* out);
 
+template <class T>
+Status check_routing_statistics(const RoutingStatisticsArgs<T>& a, const RoutingStatistics* out) {
+  if (a.tokens < 0 || a.experts < 1) return Status::kBadShape;
+  if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
+  const bool some = a.tokens > 0 && (a.probabilities == nullptr || a.chosen == nullptr);
+  return out == nullptr || some ? Status::kNullPointer : Status::kOk;
+}
+
+MOE_AUDIT_HOST_DEVICE inline double entropy_term(double p) { return p == 0.0 ? 0.0 : -p * log_exact_order(p); }
+
+/// Entropy of a token in nats; its chosen mass.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline double token_entropy(const RoutingStatisticsArgs<T>& a, std::int64_t t) {
+  double sum = 0;
+  for (std::int64_t e = 0; e < a.experts; ++e)
+    sum += entropy_term(static_cast<double>(a.probabilities[t * a.experts + e]));
+  return sum;
+}
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline double chosen_mass(const RoutingStatisticsArgs<T>& a, std::int64_t t) {
+  double sum = 0;
+  for (std::int64_t j = 0; j < a.top_k; ++j) {
+    const std::int32_t e = a.chosen[t * a.top_k + j];
+    if (e >= 0 && e < a.experts) sum += static_cast<double>(a.probabilities[t * a.experts + e]);
+  }
+  return sum;
+}
+/// From the sums over tokens of the probabilities [experts], of entropy and of mass.
+MOE_AUDIT_HOST_DEVICE inline RoutingStatistics finish_routing_statistics(const double* sums, std::int64_t experts,
+                                                                         double entropies, double mass,
+                                                                         std::int64_t tokens) {
+  const double n = static_cast<double>(tokens);  // 0 / 0 is NaN
+  const double most = experts == 1 ? 1.0 : log_exact_order(static_cast<double>(experts));
+  double mean_entropy = 0;
+  for (std::int64_t e = 0; e < experts; ++e) mean_entropy += entropy_term(sums[e] / n);
+  return {entropies / n / most, mean_entropy / most, mean_entropy - entropies / n, mass / n};
+}
+
 /// together [experts, experts]: tokens that chose both, the diagonal holds n_e. Rows over the diagonal are the
 /// co-activation of OLMoE (arXiv 2409.02060), from all pairs of a token's choices.
 Status co_activation(const CountArgs<std::int32_t>& args, std::int64_t* together);
+
+/// Choices i and j of a token are two experts, or one of them by itself.
+MOE_AUDIT_HOST_DEVICE inline bool is_pair(const std::int32_t* chosen, std::int64_t i, std::int64_t j,
+                                          std::int64_t experts) {
+  const bool both = chosen[i] >= 0 && chosen[i] < experts && chosen[j] >= 0 && chosen[j] < experts;
+  return both && (i == j || chosen[i] != chosen[j]);
+}
 
 }  // namespace moeaudit::kernels

@@ -1,0 +1,76 @@
+// Metrics of routing in float64 on LibTorch.
+#include "reference/routing_metrics.h"
+
+#include <ATen/ATen.h>
+
+#include <bitset>
+#include <limits>
+
+namespace moeaudit::reference {
+namespace {
+
+/// 1 where an expert is in a token's set: [T, E].
+at::Tensor members(const at::Tensor& chosen, std::int64_t experts) {
+  return (at::one_hot(chosen.clamp_min(0), experts) * chosen.ge(0).unsqueeze(-1)).sum(1).to(at::kDouble);
+}
+
+double entropy(const at::Tensor& counts) {
+  const at::Tensor q = counts.to(at::kDouble) / counts.sum();
+  return -(q * at::log(at::where(q.gt(0), q, at::ones_like(q)))).sum().item<double>();
+}
+
+}  // namespace
+
+at::Tensor routing_margins(const at::Tensor& choice, const at::Tensor& chosen) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  const at::Tensor v = choice.to(at::kDouble), in = members(chosen, v.size(1)).gt(0);
+  const at::Tensor least = v.masked_fill(in.logical_not(), kInf).amin(1), most = v.masked_fill(in, -kInf).amax(1);
+  return least - most;
+}
+
+std::map<std::string, double> agreement(const at::Tensor& now, const at::Tensor& then, std::int64_t experts,
+                                        bool with_chance) {
+  const at::Tensor a = members(now, experts), b = members(then, experts);
+  const at::Tensor both = (a * b).sum(1), either = at::maximum(a, b).sum(1), some = either.gt(0);
+  std::map<std::string, double> s;
+  s["saturation"] = both.sum().item<double>() / b.sum().item<double>();
+  s["changed"] = 1 - s["saturation"];
+  s["jaccard"] = (both.index({some}) / either.index({some})).mean().item<double>();
+  s["identical"] = a.eq(b).all(1).to(at::kDouble).mean().item<double>();
+  const at::Tensor first = now.select(1, 0), other = then.select(1, 0);
+  s["same_first"] = first.eq(other).logical_and(first.ge(0)).to(at::kDouble).mean().item<double>();
+  if (!with_chance) return s;
+  double pairs = 0, jaccard = 0, retained = 0;
+  for (std::uint64_t x = 0; x < std::uint64_t{1} << experts; ++x) {
+    for (std::uint64_t y = 0; y < std::uint64_t{1} << experts; ++y) {
+      const auto size = [](std::uint64_t v) { return static_cast<std::int64_t>(std::bitset<64>(v).count()); };
+      if (size(x) != now.size(1) || size(y) != then.size(1)) continue;
+      pairs += 1;
+      jaccard += static_cast<double>(size(x & y)) / static_cast<double>(size(x | y));
+      retained += static_cast<double>(size(x & y)) / static_cast<double>(size(y));
+    }
+  }
+  s["jaccard_chance"] = jaccard / pairs;
+  s["saturation_chance"] = retained / pairs;
+  return s;
+}
+
+at::Tensor count_by_label(const at::Tensor& chosen, const at::Tensor& labels, std::int64_t num_labels,
+                          std::int64_t experts) {
+  const at::Tensor known = labels.ge(0).logical_and(labels.lt(num_labels));
+  const at::Tensor by = at::one_hot(labels.clamp(0, num_labels - 1), num_labels) * known.unsqueeze(-1);  // [T, L]
+  const at::Tensor in = chosen.ge(0).logical_and(chosen.lt(experts));
+  const at::Tensor of = (at::one_hot(chosen.clamp(0, experts - 1), experts) * in.unsqueeze(-1)).sum(1);  // [T, E]
+  return at::mm(by.t().to(at::kDouble), of.to(at::kDouble)).to(at::kLong);
+}
+
+double mutual_information(const at::Tensor& table) {
+  return entropy(table.sum(1)) + entropy(table.sum(0)) - entropy(table.reshape({-1}));
+}
+
+at::Tensor lift(const at::Tensor& table) {
+  const at::Tensor n = table.to(at::kDouble);
+  return n * n.sum() / (n.sum(1, true) * n.sum(0, true));
+}
+
+}  // namespace moeaudit::reference

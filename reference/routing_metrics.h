@@ -1,0 +1,31 @@
+// Metrics of routing in float64 on LibTorch: the truth that kernels/host/routing_metrics.h answers to, by one-hot
+// matrices and sorts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace moeaudit::reference {
+
+/// Least chosen minus largest other of choice [T, E]; chosen int64 [T, k], negative: dropped. [T].
+at::Tensor routing_margins(const at::Tensor& choice, const at::Tensor& chosen);
+
+/// saturation, changed, jaccard, identical, same_first of the sets now [T, k] and reference [T, j], int64, negative:
+/// dropped; and their _chance for `experts`, by counting all pairs of subsets of sizes k and j (small numbers alone).
+std::map<std::string, double> agreement(const at::Tensor& now, const at::Tensor& reference, std::int64_t experts,
+                                        bool with_chance);
+
+/// counts int64 [L, E] of chosen [T, k] by labels [T].
+at::Tensor count_by_label(const at::Tensor& chosen, const at::Tensor& labels, std::int64_t num_labels,
+                          std::int64_t experts);
+
+/// H(labels) + H(experts) - H(both), nats, of a table of counts.
+double mutual_information(const at::Tensor& table);
+
+/// n_rc N / (n_r n_c).
+at::Tensor lift(const at::Tensor& table);
+
+}  // namespace moeaudit::reference
