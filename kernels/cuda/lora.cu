@@ -42,14 +42,24 @@ __global__ void losses_of_rows(LoraMergeArgs a, MergeDtypes back, MergeLoss* row
   for (int l = 0; l < kLanes; ++l) append(lanes[threadIdx.x + l], &sum);
   rows[row] = sum;
 }
+/// One warp: a stretch of rows at a time is fetched by all lanes and added by the first.
 __global__ void add_rows(std::int64_t rows, const MergeLoss* row, MergeLoss* loss) {
+  __shared__ MergeLoss fetched[kLanes];
   MergeLoss sum;
-  for (std::int64_t r = 0; r < rows; ++r) append(row[r], &sum);
-  *loss = sum;
+  for (std::int64_t first = 0; first < rows; first += kLanes) {
+    const std::int64_t mine = first + threadIdx.x;
+    if (mine < rows) fetched[threadIdx.x] = row[mine];
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      for (int l = 0; l < kLanes && first + l < rows; ++l) append(fetched[l], &sum);
+    }
+    __syncwarp();
+  }
+  if (threadIdx.x == 0) *loss = sum;
 }
 
-/// A x by the lanes of a warp, and B^T grad_y, of one token and one i.
-__global__ void projections(LoraGradientArgs g, double* h, double* back) {
+/// A x by the lanes of a warp, of one token and one i of the rank.
+__global__ void through_a(LoraGradientArgs g, double* h) {
   __shared__ double lanes[kThreads];
   const std::int64_t i = thread_number() / kLanes;
   if (i >= g.tokens * g.rank) return;  // whole warps
@@ -63,10 +73,16 @@ __global__ void projections(LoraGradientArgs g, double* h, double* back) {
   double all = 0;
   for (int l = 0; l < kLanes; ++l) all += lanes[threadIdx.x + l];
   h[i] = all;
-  double through_b = 0;
+}
+/// B^T grad_y, one token and one i of the rank a thread.
+__global__ void through_b(LoraGradientArgs g, double* back) {
+  const std::int64_t i = thread_number();
+  if (i >= g.tokens * g.rank) return;
+  const std::int64_t t = i / g.rank, r = i % g.rank;
+  double sum = 0;
   for (std::int64_t o = 0; o < g.out; ++o)
-    through_b += static_cast<double>(g.grad_y[t * g.out + o]) * static_cast<double>(g.b[o * g.rank + r]);
-  back[i] = through_b;
+    sum += static_cast<double>(g.grad_y[t * g.out + o]) * static_cast<double>(g.b[o * g.rank + r]);
+  back[i] = sum;
 }
 /// Elements of the gradients, A's first, then B's, then x's.
 __global__ void gradients(LoraGradientArgs g, LoraGradient r, const double* h, const double* back) {
@@ -132,7 +148,7 @@ Status lora_merge_loss(const LoraMergeArgs& a, const MergeDtypes& unmerge, Merge
   if (blocks == 0) return Status::kBadShape;
   auto* rows = static_cast<MergeLoss*>(workspace);
   losses_of_rows<<<blocks, kThreads, 0, stream>>>(a, unmerge, rows);
-  add_rows<<<1, 1, 0, stream>>>(a.update.rows, rows, loss);
+  add_rows<<<1, kLanes, 0, stream>>>(a.update.rows, rows, loss);
   return launched();
 }
 
@@ -145,7 +161,10 @@ Status lora_gradient(const LoraGradientArgs& args, const LoraGradient& result, v
   if (second == 0 || (first == 0 && args.tokens > 0)) return Status::kBadShape;
   auto* h = static_cast<double*>(workspace);
   auto* back = h + args.tokens * args.rank;
-  if (first > 0) projections<<<first, kThreads, 0, stream>>>(args, h, back);
+  if (first > 0) {
+    through_a<<<first, kThreads, 0, stream>>>(args, h);
+    through_b<<<blocks_for(args.tokens * args.rank), kThreads, 0, stream>>>(args, back);
+  }
   gradients<<<second, kThreads, 0, stream>>>(args, result, h, back);
   return launched();
 }
