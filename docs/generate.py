@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Writes docs/generated/ and the rule table of README.md from the binary's own rules. Usage: generate.py ROOT BINARY [--check]"""
+"""Writes docs/generated/ and the rule table of README.md from the binary's own rules and the headers of kernels/host.
+Usage: generate.py ROOT BINARY [--check]"""
+import glob
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -65,6 +68,129 @@ def detection(root, rules, advisories):
     return "\n".join(lines).rstrip() + "\n"
 
 
+# --- kernels: one page a stem, from the contract in its header -------------------------------------------------------
+
+def read(root, path):
+    with open(os.path.join(root, path), encoding="utf-8") as f:
+        return f.read()
+
+
+def head(text):
+    """The comment that a file begins with, as lines."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("//"):
+            break
+        lines.append(line[2:].removeprefix(" "))
+    return lines
+
+
+def prose(lines):
+    """Comment lines as Markdown: what is indented is a formula or a table, and stays as it is."""
+    out, fenced = [], False
+    for line in lines:
+        formula = line.startswith("  ") or (fenced and not line.strip())
+        if formula and not fenced:
+            out.append("```text")
+        elif fenced and not formula:
+            blank = not out[-1].strip()
+            out[-1:] = ["```", ""] if blank else [out[-1], "```"]
+        fenced = formula
+        out.append(line if formula else line.replace("<", "\\<"))
+    return out + (["```"] if fenced else [])
+
+
+def without_bodies(lines):
+    """Declarations of functions whose bodies are in the header, and everything else as it is."""
+    out, start, end = [], 0, None  # `start`: where the current declaration begins; `end`: how the line ends that closes a body
+    for line in lines:
+        if end is not None:
+            if line.startswith(end):
+                start, end = len(out), None
+            continue
+        out.append(line)
+        code = [o.split("//")[0].rstrip() for o in out[start:]]
+        if code[-1].endswith("{") and any("(" in c for c in code) and not re.match(r"\s*(struct|enum)\b", code[0]):
+            out[-1] = code[-1][:-1].rstrip() + ";"
+            end = out[start][: len(out[start]) - len(out[start].lstrip())] + "}"
+        elif not code[-1] or code[-1].endswith((";", "{", "}")):
+            start = len(out)
+    return out
+
+
+def contract(text):
+    """The public parts of a header: its documented declarations in their order, with sections."""
+    out, block = [], []
+    body = text[text.index("namespace moeaudit::kernels {"):text.rindex("}  // namespace")]
+    depth = 0
+    for line in body.splitlines()[1:] + [""]:
+        section = re.match(r"// -+ (.*?) ?-*$", line)
+        if section:
+            out += ["", f"## {section[1][0].upper()}{section[1][1:]}"]
+        elif line or depth > 0:
+            block.append(line)
+            if not line.lstrip().startswith("//"):
+                depth += line.count("{") - line.count("}")
+        elif block:
+            items = [([], [])]  # comment and code
+            for b in block:
+                if b.startswith("///") and items[-1][1]:
+                    items.append(([], []))
+                if b.startswith("///"):
+                    items[-1][0].append(b[3:].removeprefix(" "))
+                elif not b.startswith("//"):
+                    items[-1][1].append(b)
+            documented = any(comment for comment, _ in items)
+            for comment, code in items:  # what is not a function needs no comment
+                if code and (documented or not any("(" in c.split("//")[0] for c in code)):
+                    out += [""] + prose(comment) + ([""] if comment else []) + ["```cpp"] + without_bodies(code) + ["```"]
+            block = []
+    return out
+
+
+def kernel_pages(root):
+    """A stem is a header of kernels/host that a reference or a conformance test of its own answers for."""
+    names = lambda pattern: sorted(os.path.relpath(p, root) for p in glob.glob(os.path.join(root, pattern)))
+    texts = {p: read(root, p) for pattern in ("kernels/*/*.h", "reference/*.h", "tests/conformance/*.cc", "tests/unit/kernels/*.cc")
+             for p in names(pattern)}
+
+    def of(folder, stem):
+        """Its header in that folder: that of its name, or the one that names it in its first comment."""
+        own = f"{folder}/{stem}.h"
+        named = [p for p in texts if p.startswith(folder + "/") and re.search(rf"\b{stem}\.h\b", " ".join(head(texts[p])))]
+        return [own] if own in texts else named[:1]
+
+    def including(stem, folder, ending=""):
+        return [p for p in texts if p.startswith(folder) and p.endswith(ending) and
+                re.search(rf'#include "kernels/(host|cuda)/{stem}\.h"', texts[p])]
+
+    code = lambda paths: ", ".join(f"`{p}`" for p in paths) or "none"
+    pages, rows = {}, []
+    for header in names("kernels/host/*.h"):
+        stem = os.path.basename(header)[:-2]
+        reference, cuda = of("reference", stem), of("kernels/cuda", stem)
+        tests = [t for t in (f"tests/conformance/{stem}_test.cc", f"tests/conformance/{stem}_golden_test.cc") if t in texts]
+        if not reference and not tests:
+            continue
+        tests = tests or including(stem, "tests/conformance/")
+        reference = reference or re.findall(r'#include "(reference/\w+\.h)"', texts[tests[0]])
+        about = head(texts[header])
+        if not about:
+            sys.exit(f"{header} begins without saying what it is")
+        on_device = including(stem, "tests/unit/kernels/", "_cuda_test.cc") if cuda else []
+        implementations = [("host", [header]), ("reference (LibTorch, float64)", reference), ("CUDA", cuda), ("conformance", tests),
+                           ("device against host", on_device)]
+        pages[f"docs/generated/kernels/{stem}.md"] = "\n".join(
+            [f"# {stem}", ""] + prose(about) + ["", "| | |", "|---|---|"] +
+            [f"| {what} | {code(paths)} |" for what, paths in implementations] + contract(texts[header])) + "\n"
+        what = (" ".join(about) + " ").split(". ")[0]
+        rows.append(f"| [{stem}]({stem}.md) | {what} | {'yes' if cuda else 'no'} | {code(map(os.path.basename, tests))} |")
+    pages["docs/generated/kernels/README.md"] = "\n".join(
+        ["# Kernels", "", "What is computed, by stem: the contract of each header of `kernels/host`, and what holds it. Generated by",
+         "docs/generate.py.", "", "| stem | what | CUDA | conformance |", "|---|---|---|---|"] + rows) + "\n"
+    return pages
+
+
 def ask(binary, *arguments):
     return json.loads(subprocess.run([binary, *arguments, "--format", "json"], check=True, capture_output=True, text=True).stdout)
 
@@ -74,6 +200,7 @@ def pages(root, binary):
     out = {f"docs/generated/rules/{r['id']}.md": rule_page(r) for r in rules}
     out["docs/generated/advisories.md"] = advisory_table(advisories)
     out["docs/detection.md"] = detection(root, rules, advisories)
+    out |= kernel_pages(root)
     with open(os.path.join(root, "README.md"), encoding="utf-8") as f:
         readme = f.read()
     before, _, rest = readme.partition(BEGIN)
@@ -85,8 +212,7 @@ def pages(root, binary):
 def main():
     root, binary, check = sys.argv[1], sys.argv[2], "--check" in sys.argv
     wanted = pages(root, binary)
-    folder = os.path.join(root, "docs/generated/rules")
-    have = {f"docs/generated/rules/{n}" for n in os.listdir(folder)} if os.path.isdir(folder) else set()
+    have = {os.path.relpath(p, root) for p in glob.glob(os.path.join(root, "docs/generated/*/*.md"))}
     stale = sorted(have - set(wanted))
     for path, text in wanted.items():
         full = os.path.join(root, path)

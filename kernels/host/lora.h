@@ -89,8 +89,9 @@ Status lora_product(const LoraUpdate& update, double* out);
 // ------------------------------------------------------------------------------------------------
 
 /// What each step is rounded to, to nearest even, one after the other; kF64: not beyond float64.
-///   p = product(left right), d = delta(scaled(scale(s) p)), merged = stored(sum(W + d)), un-merged = stored(sum(W -
-///   d))
+///   p = product(left right)
+///   d = delta(scaled(scale(s) p))
+///   merged = stored(sum(W + d)), un-merged = stored(sum(W - d))
 struct MergeDtypes {
   Float scale = Float::kF64, product = Float::kF64, scaled = Float::kF64, delta = Float::kF64, sum = Float::kF64,
         stored = Float::kF64;
