@@ -411,7 +411,7 @@ BOOST_AUTO_TEST_CASE(peft_merges_and_unmerges) {
   Node root;
   moeaudit::TextError where;
   BOOST_REQUIRE_MESSAGE(moeaudit::parse_json(text, &root, nullptr, &where), where.what);
-  int seen = 0, stacks = 0, swapped = 0, not_restored = 0;
+  int seen = 0, stacks = 0, swapped = 0, not_restored = 0, unlike = 0;
   const Node& releases = at(root, "releases");
   for (std::size_t r = 0; r < releases.keys.size(); ++r) {
     const std::string& release = releases.keys[r];
@@ -421,7 +421,8 @@ BOOST_AUTO_TEST_CASE(peft_merges_and_unmerges) {
                         what = release + ": " + model + " " + *at(c, "module").as_string();
       const Float stored = float_of(*at(c, "stored").as_string()), adapter = float_of(*at(c, "adapter").as_string());
       const Floats a = values(c, "a", adapter), b = values(c, "b", adapter), w = values(c, "w", stored),
-                   merged = values(c, "merged", stored), unmerged = values(c, "unmerged", stored);
+                   merged = values(c, "merged", stored), unmerged = values(c, "unmerged", stored),
+                   safe_merged = values(c, "safe_merged", stored);
       k::LoraStack stack{a.data(), b.data(), 0, 0, integer(c, "rank"), integer(c, "copies")};
       stack.in = at(c, "a_shape").items[1].as_int().value(), stack.out = at(c, "b_shape").items[0].as_int().value();
       const bool is_stack = stack.copies > 1;
@@ -448,6 +449,14 @@ BOOST_AUTO_TEST_CASE(peft_merges_and_unmerges) {
             {left.data(), right.data(), stack.rows(), stack.columns(), stack.rank}, mine.data(), scale, {}};
         args.dtypes = k::peft_dtypes(adapter, stored, layer, true, k::PeftCall::kMerge);
         BOOST_REQUIRE(k::lora_merge(args, false, there.data()) == k::Status::kOk);
+        k::LoraMergeArgs safe = args;
+        Doubles safely(mine.size());
+        safe.dtypes = k::peft_dtypes(adapter, stored, layer, true, k::PeftCall::kSafeMerge);
+        BOOST_REQUIRE(k::lora_merge(safe, false, safely.data()) == k::Status::kOk);
+        BOOST_CHECK_MESSAGE(
+            same_bits(safely, Doubles(safe_merged.begin() + e * each, safe_merged.begin() + (e + 1) * each)),
+            what << " merged safely");
+        unlike += safely != there;
         k::LoraMergeArgs undo = args;
         undo.w = there.data(), undo.dtypes = k::peft_dtypes(adapter, stored, layer, true, k::PeftCall::kUnmerge);
         BOOST_REQUIRE(k::lora_merge(undo, true, back.data()) == k::Status::kOk);
@@ -468,7 +477,7 @@ BOOST_AUTO_TEST_CASE(peft_merges_and_unmerges) {
     }
   }
   BOOST_CHECK(seen == 96 && stacks == 48 && swapped == 8);
-  BOOST_CHECK(not_restored > 0);
+  BOOST_CHECK(not_restored > 0 && unlike > 0);
 }
 
 }  // namespace
