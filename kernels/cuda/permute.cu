@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/packs.cuh"
 #include "kernels/cuda/permute.h"
 
 namespace moeaudit::kernels::cuda {
@@ -78,38 +79,46 @@ __global__ void to_places(PermuteArgs a, Permutation r) {
 
 Status launched() { return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed; }
 
-template <class T>
+/// Block: a row. V values a thread at a time, 16 bytes where the rows allow it.
+template <class T, int V>
 __global__ void gather_rows(Permutation p, RowShape s, const T* x, T* rows) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= s.rows * s.hidden) return;
-  const std::int64_t slot = p.slot_of_row[i / s.hidden];
-  rows[i] = slot < 0 ? T{} : x[slot / s.top_k * s.hidden + i % s.hidden];
+  const std::int64_t row = blockIdx.x, slot = p.slot_of_row[row];
+  for (std::int64_t i = threadIdx.x; i < s.hidden / V; i += blockDim.x) {
+    const Pack<T, V> v = slot < 0 ? Pack<T, V>{} : load_pack<V>(x + slot / s.top_k * s.hidden + i * V);
+    store_pack(rows + row * s.hidden + i * V, v);
+  }
 }
 
 template <class T>
-Status launch_gather(const Permutation& p, RowShape s, const T* x, T* rows, CUstream_st* stream) {
+Status launch_gather(const Permutation& p, const RowShape& s, const T* x, T* rows, CUstream_st* stream) {
   if (const Status status = check_rows(p, s); status != Status::kOk) return status;
   if (s.rows == 0 || s.hidden == 0) return Status::kOk;
   if (rows == nullptr || x == nullptr) return Status::kNullPointer;
-  const std::int64_t bytes = s.hidden * static_cast<std::int64_t>(sizeof(T));
-  const auto aligned = (reinterpret_cast<std::uintptr_t>(x) | reinterpret_cast<std::uintptr_t>(rows)) % 16 == 0;
-  const bool wide = bytes % 16 == 0 && aligned;  // then 16 bytes a thread
-  if (wide) s.hidden = bytes / 16;
-  const std::int64_t blocks = parts(s.rows * s.hidden, kThreads);
-  if (blocks > 2147483647) return Status::kBadShape;
-  const auto grid = static_cast<unsigned>(blocks);
-  if (wide)
-    gather_rows<int4>
-        <<<grid, kThreads, 0, stream>>>(p, s, reinterpret_cast<const int4*>(x), reinterpret_cast<int4*>(rows));
-  else
-    gather_rows<T><<<grid, kThreads, 0, stream>>>(p, s, x, rows);
+  if (s.rows > 2147483647) return Status::kBadShape;
+  in_packs<T>(s.hidden, {x, rows}, [&](auto v) {
+    gather_rows<T, v><<<static_cast<unsigned>(s.rows), kThreads, 0, stream>>>(p, s, x, rows);
+  });
   return launched();
 }
 
-template <class T>
+/// Block: a token.
+template <class T, int V>
 __global__ void combine_rows(Permutation p, RowShape s, const T* rows, const Wide<T>* weights, T* y) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < s.tokens * s.hidden) y[i] = combined(p, s, rows, weights, i / s.hidden, i % s.hidden);
+  const std::int64_t t = blockIdx.x;
+  for (std::int64_t i = threadIdx.x; i < s.hidden / V; i += blockDim.x) {
+    Wide<T> sum[V] = {};
+    for (std::int64_t slot = t * s.top_k; slot < (t + 1) * s.top_k; ++slot) {
+      const std::int64_t row = p.row_of_slot[slot];
+      if (row < 0) continue;
+      const Pack<T, V> from = load_pack<V>(rows + row * s.hidden + i * V);
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[j] = add_choice(sum[j], weights == nullptr ? nullptr : weights + slot, from.v[j]);
+    }
+    Pack<T, V> out;
+#pragma unroll
+    for (int j = 0; j < V; ++j) out.v[j] = narrow<T>(sum[j]);
+    store_pack(y + t * s.hidden + i * V, out);
+  }
 }
 
 template <class T>
@@ -118,23 +127,27 @@ Status launch_combine(const Permutation& p, const RowShape& s, const T* rows, co
   if (const Status status = check_rows(p, s); status != Status::kOk) return status;
   if (s.tokens == 0 || s.hidden == 0) return Status::kOk;
   if (y == nullptr || (s.rows > 0 && rows == nullptr)) return Status::kNullPointer;
-  const std::int64_t blocks = parts(s.tokens * s.hidden, kThreads);
-  if (blocks > 2147483647) return Status::kBadShape;
-  combine_rows<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, s, rows, weights, y);
+  if (s.tokens > 2147483647) return Status::kBadShape;
+  in_packs<T>(s.hidden, {rows, y}, [&](auto v) {
+    combine_rows<T, v><<<static_cast<unsigned>(s.tokens), kThreads, 0, stream>>>(p, s, rows, weights, y);
+  });
   return launched();
 }
 
-template <class T>
+/// Block: a row.
+template <class T, int V>
 __global__ void spread_gradient(Permutation p, RowShape s, const Wide<T>* weights, const T* d_y, T* d_rows) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= s.rows * s.hidden) return;
-  const std::int64_t slot = p.slot_of_row[i / s.hidden];
-  if (slot < 0) {
-    d_rows[i] = T{};
-    return;
+  const std::int64_t row = blockIdx.x, slot = p.slot_of_row[row];
+  for (std::int64_t i = threadIdx.x; i < s.hidden / V; i += blockDim.x) {
+    Pack<T, V> out{};
+    if (slot >= 0) {
+      const Pack<T, V> d = load_pack<V>(d_y + slot / s.top_k * s.hidden + i * V);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        out.v[j] = narrow<T>(weights == nullptr ? widen(d.v[j]) : weights[slot] * widen(d.v[j]));
+    }
+    store_pack(d_rows + row * s.hidden + i * V, out);
   }
-  const Wide<T> d = widen(d_y[slot / s.top_k * s.hidden + i % s.hidden]);
-  d_rows[i] = narrow<T>(weights == nullptr ? d : weights[slot] * d);
 }
 
 /// A slot a warp.
@@ -142,12 +155,10 @@ template <class T>
 __global__ void weight_gradient(Permutation p, RowShape s, const T* rows, const T* d_y, Wide<T>* d_weights) {
   const std::int64_t slot = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   if (slot >= s.tokens * s.top_k) return;
-  const int lane = threadIdx.x % kLanes;
   const std::int64_t row = p.row_of_slot[slot];
-  Wide<T> mine = 0, sum = 0;
-  if (row >= 0) mine = dot_of_lane(d_y + slot / s.top_k * s.hidden, rows + row * s.hidden, s.hidden, lane);
-  for (int i = 0; i < kLanes; ++i) sum += __shfl_sync(kAll, mine, i);
-  if (lane == 0) d_weights[slot] = row < 0 ? Wide<T>(0) : sum;
+  Wide<T> sum = 0;
+  if (row >= 0) sum = warp_dot(d_y + slot / s.top_k * s.hidden, rows + row * s.hidden, s.hidden);
+  if (threadIdx.x % kLanes == 0) d_weights[slot] = sum;
 }
 
 template <class T>
@@ -156,10 +167,12 @@ Status launch_combine_backward(const Permutation& p, const RowShape& s, const T*
   if (const Status status = check_rows(p, s); status != Status::kOk) return status;
   const bool some = s.tokens > 0 && s.hidden > 0;
   if (some && (d_y == nullptr || (d_weights != nullptr && s.rows > 0 && rows == nullptr))) return Status::kNullPointer;
-  const std::int64_t blocks = parts(s.rows * s.hidden, kThreads), warps = parts(s.tokens * s.top_k, kThreads / kLanes);
-  if (blocks > 2147483647 || warps > 2147483647) return Status::kBadShape;
-  if (d_rows != nullptr && blocks > 0)
-    spread_gradient<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, s, weights, d_y, d_rows);
+  const std::int64_t warps = parts(s.tokens * s.top_k, kThreads / kLanes);
+  if (s.rows > 2147483647 || warps > 2147483647) return Status::kBadShape;
+  if (d_rows != nullptr && s.rows > 0 && s.hidden > 0)
+    in_packs<T>(s.hidden, {d_y, d_rows}, [&](auto v) {
+      spread_gradient<T, v><<<static_cast<unsigned>(s.rows), kThreads, 0, stream>>>(p, s, weights, d_y, d_rows);
+    });
   if (d_weights != nullptr && warps > 0)
     weight_gradient<T><<<static_cast<unsigned>(warps), kThreads, 0, stream>>>(p, s, rows, d_y, d_weights);
   return launched();

@@ -179,7 +179,7 @@ struct CurveError {
   double value, slope;
 };
 inline CurveError activation(const ExpertForm& f, double z, double z_error, Float arithmetic = Float::kF64) {
-  const Curve c = activation_curve(f, z);
+  const Curve<double> c = activation_curve(f, z);
   const double u = unit_roundoff(arithmetic);
   if (f.activation == Activation::kRelu || f.activation == Activation::kRelu2) {
     const bool kink = std::fabs(z) <= z_error;  // either side

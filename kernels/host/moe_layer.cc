@@ -36,13 +36,21 @@ struct HostOps {
   void one_group(std::int64_t tokens, std::int64_t* offsets) { offsets[0] = 0, offsets[1] = tokens; }
   void activate(const ExpertForm& f, const std::int64_t* offsets, std::int64_t experts, std::int64_t,
                 std::int64_t width, const T* before, T* activated) {
-    for (std::int64_t i = 0; ok() && i < offsets[experts] * width; ++i)
-      activate_element(f, width, before, i, activated);
+    for (std::int64_t r = 0; ok() && r < offsets[experts]; ++r) {
+      const T* row = before + r * first_outputs(f, width);
+      for (std::int64_t i = 0; i < width; ++i)
+        activated[r * width + i] = activated_element(f, row[i], f.gated ? row[width + i] : T{});
+    }
   }
   void activate_backward(const ExpertForm& f, const std::int64_t* offsets, std::int64_t experts, std::int64_t,
                          std::int64_t width, const T* before, const T* d_activated, T* d_before) {
-    for (std::int64_t i = 0; ok() && i < offsets[experts] * width; ++i)
-      activate_backward_element(f, width, before, d_activated, i, d_before);
+    for (std::int64_t r = 0; ok() && r < offsets[experts]; ++r) {
+      const T* row = before + r * first_outputs(f, width);
+      T *d_row = d_before + r * first_outputs(f, width), unused{};
+      for (std::int64_t i = 0; i < width; ++i)
+        activate_backward_element(f, row[i], f.gated ? row[width + i] : T{}, d_activated[r * width + i], d_row + i,
+                                  f.gated ? d_row + width + i : &unused);
+    }
   }
   void add_shared(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, T* y) {
     for (std::int64_t t = 0; ok() && t < a.tokens; ++t) {
@@ -84,10 +92,7 @@ Status forward(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, T* y) {
 
 template <class T>
 Status backward(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, const T* d_y, const MoeLayerGradients<T>& g) {
-  if (const Status status = check_moe_layer(a, s, d_y); status != Status::kOk) return status;
-  if (const Status status = check_rows(s.permutation, {a.tokens, a.top_k, rows_of(a), a.hidden});
-      status != Status::kOk || s.permutation.offsets == nullptr)
-    return status != Status::kOk ? status : Status::kNullPointer;
+  if (const Status status = check_moe_layer_backward(a, s, d_y); status != Status::kOk) return status;
   std::size_t bytes = 0;
   cut_scratch(a, nullptr, &bytes);
   std::vector<double> memory(bytes / 8 + 2);  // rows beyond the last expert's are 0, and stay so

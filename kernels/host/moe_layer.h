@@ -130,68 +130,84 @@ MOE_AUDIT_HOST_DEVICE inline std::int64_t first_outputs(const ExpertForm& f, std
 // ---- formulas of one element
 // -----------------------------------------------------------------------------------------------
 
-struct Curve {
-  double value, slope;
+/// What activations of T are calculated in.
+template <class T>
+struct ActivationRealOf {
+  using Type = double;
 };
-/// phi and its derivative; at a kink the derivative from below, as torch has it.
-MOE_AUDIT_HOST_DEVICE inline Curve activation_curve(const ExpertForm& f, double z) {
+template <>
+struct ActivationRealOf<BFloat16> {
+  using Type = float;
+};
+template <class T>
+using ActivationReal = typename ActivationRealOf<T>::Type;
+
+MOE_AUDIT_HOST_DEVICE inline double sigmoid_of(double z) { return sigmoid_exact_order(z); }
+MOE_AUDIT_HOST_DEVICE inline float sigmoid_of(float z) { return sigmoid_exact_order_f32(z); }
+
+template <class R>
+struct Curve {
+  R value, slope;
+};
+/// phi and its derivative; at a kink the derivative from below, as torch has it. R: double or float.
+template <class R>
+MOE_AUDIT_HOST_DEVICE inline Curve<R> activation_curve(const ExpertForm& f, R z) {
+  constexpr R kOne = 1;
   switch (f.activation) {
     case Activation::kSilu: {
-      const double s = sigmoid_exact_order(f.alpha * z);
-      return {z * s, s + z * s * (1.0 - s) * f.alpha};
+      const R alpha = static_cast<R>(f.alpha), s = sigmoid_of(alpha * z);
+      return {z * s, s + z * s * (kOne - s) * alpha};
     }
     case Activation::kGeluTanh: {
-      constexpr double kTwice = 1.5957691216057308;  // 2 sqrt(2 / pi); (1 + tanh v) / 2 is sigmoid(2 v)
-      const double s = sigmoid_exact_order(kTwice * (z + 0.044715 * z * z * z));
-      return {z * s, s + z * s * (1.0 - s) * (kTwice * (1.0 + 0.134145 * z * z))};
+      constexpr R kTwice = static_cast<R>(1.5957691216057308);  // 2 sqrt(2 / pi); (1 + tanh v) / 2 is sigmoid(2 v)
+      constexpr R kCube = static_cast<R>(0.044715), kSquare = static_cast<R>(0.134145);
+      const R s = sigmoid_of(kTwice * (z + kCube * z * z * z));
+      return {z * s, s + z * s * (kOne - s) * (kTwice * (kOne + kSquare * z * z))};
     }
-    case Activation::kRelu: return {z <= 0.0 ? 0.0 : z, z <= 0.0 ? 0.0 : 1.0};
-    case Activation::kRelu2: return {z <= 0.0 ? 0.0 : z * z, z <= 0.0 ? 0.0 : 2.0 * z};
+    case Activation::kRelu: return {z <= 0 ? R(0) : z, z <= 0 ? R(0) : kOne};
+    case Activation::kRelu2: return {z <= 0 ? R(0) : z * z, z <= 0 ? R(0) : 2 * z};
   }
-  return {z, 1.0};
+  return {z, kOne};
 }
 
 /// h from a_gate and a_up (unused without a gate). NaN stays NaN.
-MOE_AUDIT_HOST_DEVICE inline double activate(const ExpertForm& f, double gate, double up) {
+template <class R>
+MOE_AUDIT_HOST_DEVICE inline R activate(const ExpertForm& f, R gate, R up) {
   if (!f.gated) return activation_curve(f, gate).value;
-  const double z = gate > f.limit ? f.limit : gate;
-  const double v = up > f.limit ? f.limit : (up < -f.limit ? -f.limit : up);
-  return activation_curve(f, z).value * (v + f.up_offset);
+  const R limit = static_cast<R>(f.limit);
+  const R z = gate > limit ? limit : gate, v = up > limit ? limit : (up < -limit ? -limit : up);
+  return activation_curve(f, z).value * (v + static_cast<R>(f.up_offset));
 }
 /// d loss / d a_gate and d loss / d a_up from d = d loss / d h. A value at its limit still has a gradient, one beyond
 /// it none, NaN none either, as torch.clamp has it.
-MOE_AUDIT_HOST_DEVICE inline void activate_backward(const ExpertForm& f, double gate, double up, double d,
-                                                    double* d_gate, double* d_up) {
+template <class R>
+MOE_AUDIT_HOST_DEVICE inline void activate_backward(const ExpertForm& f, R gate, R up, R d, R* d_gate, R* d_up) {
   if (!f.gated) {
     *d_gate = d * activation_curve(f, gate).slope;
     return;
   }
-  const double v = up > f.limit ? f.limit : (up < -f.limit ? -f.limit : up);
-  const Curve c = activation_curve(f, gate > f.limit ? f.limit : gate);
+  const R limit = static_cast<R>(f.limit), v = up > limit ? limit : (up < -limit ? -limit : up);
+  const Curve<R> c = activation_curve(f, gate > limit ? limit : gate);
   const bool clamps = f.limit < std::numeric_limits<double>::infinity();
-  *d_gate = !clamps || gate <= f.limit ? d * (v + f.up_offset) * c.slope : 0.0;
-  *d_up = !clamps || (up <= f.limit && up >= -f.limit) ? d * c.value : 0.0;
+  *d_gate = !clamps || gate <= limit ? d * (v + static_cast<R>(f.up_offset)) * c.slope : R(0);
+  *d_up = !clamps || (up <= limit && up >= -limit) ? d * c.value : R(0);
 }
 
-/// Element `at` of [rows, width].
+/// Element i of a row of h, from that row of a.
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline void activate_element(const ExpertForm& f, std::int64_t width, const T* before,
-                                                   std::int64_t at, T* activated) {
-  const T* row = before + at / width * first_outputs(f, width);
-  const double gate = static_cast<double>(widen(row[at % width])),
-               up = f.gated ? static_cast<double>(widen(row[width + at % width])) : 0.0;
-  activated[at] = narrow<T>(activate(f, gate, up));
+MOE_AUDIT_HOST_DEVICE inline T activated_element(const ExpertForm& f, T gate, T up) {
+  using R = ActivationReal<T>;
+  return narrow<T>(activate(f, static_cast<R>(widen(gate)), static_cast<R>(widen(up))));
 }
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline void activate_backward_element(const ExpertForm& f, std::int64_t width, const T* before,
-                                                            const T* d_activated, std::int64_t at, T* d_before) {
-  const std::int64_t first = at / width * first_outputs(f, width) + at % width;
-  const double gate = static_cast<double>(widen(before[first])),
-               up = f.gated ? static_cast<double>(widen(before[first + width])) : 0.0;
-  double d_gate = 0, d_up = 0;
-  activate_backward(f, gate, up, static_cast<double>(widen(d_activated[at])), &d_gate, &d_up);
-  d_before[first] = narrow<T>(d_gate);
-  if (f.gated) d_before[first + width] = narrow<T>(d_up);
+MOE_AUDIT_HOST_DEVICE inline void activate_backward_element(const ExpertForm& f, T gate, T up, T d, T* d_gate,
+                                                            T* d_up) {
+  using R = ActivationReal<T>;
+  R to_gate = 0, to_up = 0;
+  activate_backward(f, static_cast<R>(widen(gate)), static_cast<R>(widen(up)), static_cast<R>(widen(d)), &to_gate,
+                    &to_up);
+  *d_gate = narrow<T>(to_gate);
+  *d_up = narrow<T>(to_up);
 }
 
 /// y with the shared expert's output, weight null: whole.

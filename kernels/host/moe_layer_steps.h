@@ -45,6 +45,13 @@ Status check_moe_layer(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, cons
   return check_experts(a.shared, s.shared, some);
 }
 
+template <class T>
+Status check_moe_layer_backward(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, const T* d_y) {
+  if (const Status status = check_moe_layer(a, s, d_y); status != Status::kOk) return status;
+  if (s.permutation.offsets == nullptr) return Status::kNullPointer;
+  return check_rows(s.permutation, {a.tokens, a.top_k, rows_of(a), a.hidden});
+}
+
 /// Gradients of what is stored between the steps; one set serves the experts and then the shared one.
 template <class T>
 struct MoeLayerScratch {

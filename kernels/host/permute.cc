@@ -27,7 +27,14 @@ Status run_combine(const Permutation& p, const RowShape& s, const T* rows, const
   if (const Status status = check_rows(p, s); status != Status::kOk) return status;
   if (s.tokens > 0 && s.hidden > 0 && (y == nullptr || (s.rows > 0 && rows == nullptr))) return Status::kNullPointer;
   for (std::int64_t t = 0; t < s.tokens; ++t) {
-    for (std::int64_t i = 0; i < s.hidden; ++i) y[t * s.hidden + i] = combined(p, s, rows, weights, t, i);
+    for (std::int64_t i = 0; i < s.hidden; ++i) {
+      Wide<T> sum = 0;
+      for (std::int64_t slot = t * s.top_k; slot < (t + 1) * s.top_k; ++slot) {
+        const std::int64_t row = p.row_of_slot[slot];
+        if (row >= 0) sum = add_choice(sum, weights == nullptr ? nullptr : weights + slot, rows[row * s.hidden + i]);
+      }
+      y[t * s.hidden + i] = narrow<T>(sum);
+    }
   }
   return Status::kOk;
 }

@@ -90,18 +90,10 @@ inline Status check_rows(const Permutation& p, const RowShape& s) {
   return Status::kOk;
 }
 
-/// y[t, i].
+/// The sum over a token's choices with one more, weight null: 1.
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline T combined(const Permutation& p, const RowShape& s, const T* rows, const Wide<T>* weights,
-                                        std::int64_t t, std::int64_t i) {
-  Wide<T> sum = 0;
-  for (std::int64_t slot = t * s.top_k; slot < (t + 1) * s.top_k; ++slot) {
-    const std::int64_t row = p.row_of_slot[slot];
-    if (row < 0) continue;
-    const Wide<T> v = widen(rows[row * s.hidden + i]);
-    sum += weights == nullptr ? v : weights[slot] * v;
-  }
-  return narrow<T>(sum);
+MOE_AUDIT_HOST_DEVICE inline Wide<T> add_choice(Wide<T> sum, const Wide<T>* weight, T value) {
+  return sum + (weight == nullptr ? widen(value) : *weight * widen(value));
 }
 
 /// The products of one lane, in their order.

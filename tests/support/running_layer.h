@@ -26,7 +26,7 @@ struct LayerArithmetic {
   kernels::Float wide = kernels::Float::kF64;    // Wide<T>
   /// |sum of products - exact| of the grouped GEMM.
   std::function<double(std::int64_t terms, double absolute)> gemm;
-  /// Of activations and their products; the kernels' is float64, that of frameworks T.
+  /// Of activations and their products: the kernels' float64, float32 for bfloat16; that of frameworks T.
   kernels::Float elementwise = kernels::Float::kF64;
 };
 inline LayerArithmetic arithmetic_of(kernels::Float sums, kernels::Float stored, kernels::Float wide) {
@@ -34,10 +34,10 @@ inline LayerArithmetic arithmetic_of(kernels::Float sums, kernels::Float stored,
           [sums](std::int64_t terms, double absolute) {
             return kernels::bounds::sum_of_products(terms, static_cast<double>(terms) + 2.0, absolute, sums);
           },
-          kernels::Float::kF64};
+          stored == kernels::Float::kBF16 ? kernels::Float::kF32 : kernels::Float::kF64};
 }
 inline LayerArithmetic tensor_core_arithmetic() {
-  return {kernels::Float::kBF16, kernels::Float::kF32, kernels::bounds::tensor_core_sum, kernels::Float::kF64};
+  return {kernels::Float::kBF16, kernels::Float::kF32, kernels::bounds::tensor_core_sum, kernels::Float::kF32};
 }
 
 /// A layer's inputs as doubles; shapes of kernels/host/moe_layer.h. Empty: not there.
@@ -265,7 +265,7 @@ class RunningLayer {
       gate.value = std::fmin(gate.value, f.limit);
       up.value = std::fmax(std::fmin(up.value, f.limit), -f.limit);
     }
-    const kernels::Curve c = curve(gate.value);
+    const kernels::Curve<double> c = curve(gate.value);
     const kernels::bounds::CurveError e = kernels::bounds::activation(f, gate.value, gate.error, a_.elementwise);
     r.value = {c.value, e.value};
     r.slope = {c.slope, e.slope};
@@ -273,7 +273,7 @@ class RunningLayer {
     return r;
   }
   /// By tanh and exp of the C library, which the kernels do not use.
-  kernels::Curve curve(double z) const {
+  kernels::Curve<double> curve(double z) const {
     const kernels::ExpertForm& f = v_.form;
     switch (f.activation) {
       case kernels::Activation::kSilu: {

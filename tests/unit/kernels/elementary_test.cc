@@ -42,6 +42,26 @@ TEST(Elementary, ExpAtItsLimits) {
   EXPECT_TRUE(std::isnan(exp_exact_order(std::nan(""))));
 }
 
+TEST(Elementary, FloatExpWithinTwoPlaces) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  double worst = 0;
+  for (int i = -1040000; i <= 887000; ++i) {
+    const float x = static_cast<float>(i) * 1e-4f;
+    const double exact = std::exp(static_cast<double>(x));
+    worst =
+        std::max(worst, std::fabs(static_cast<double>(exp_exact_order_f32(x)) - exact) / spacing(exact, Float::kF32));
+  }
+  EXPECT_LE(worst, 2.0);
+  EXPECT_EQ(exp_exact_order_f32(0.0f), 1.0f);
+  EXPECT_EQ(exp_exact_order_f32(-kInfinity), 0.0f);
+  EXPECT_EQ(exp_exact_order_f32(kInfinity), kInfinity);
+  EXPECT_EQ(exp_exact_order_f32(89.0f), kInfinity);
+  EXPECT_GT(exp_exact_order_f32(-103.0f), 0.0f);  // a subnormal
+  EXPECT_TRUE(std::isnan(exp_exact_order_f32(std::nanf(""))));
+  EXPECT_EQ(sigmoid_exact_order_f32(-200.0f), 0.0f);
+  EXPECT_EQ(sigmoid_exact_order_f32(200.0f), 1.0f);
+}
+
 TEST(Elementary, LogWithinTwoPlaces) {
   double worst = 0;
   for (int i = 1; i < 400000; ++i) {
