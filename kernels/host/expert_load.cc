@@ -184,6 +184,13 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
   return Status::kOk;
 }
 
+std::int64_t drawn_block(std::uint64_t seed, std::int64_t i, std::int64_t blocks) {
+  const auto n = static_cast<std::uint64_t>(i);
+  const std::uint32_t r = philox4x32({static_cast<std::uint32_t>(n), static_cast<std::uint32_t>(n >> 32), 0, 0},
+                                     {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)})[0];
+  return static_cast<std::int64_t>(static_cast<double>(r) * 0x1p-32 * static_cast<double>(blocks));
+}
+
 Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws,
                       std::uint64_t seed, LoadIntervals* out) {
   if (blocks < 2 || blocks >= (std::int64_t{1} << 31) || experts < 1 || draws < 40) return Status::kBadShape;
@@ -193,10 +200,7 @@ Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int6
   for (std::int64_t d = 0; d < draws; ++d) {
     std::fill(sum.begin(), sum.end(), 0);
     for (std::int64_t b = 0; b < blocks; ++b) {
-      const auto i = static_cast<std::uint64_t>(d * blocks + b);
-      const std::uint32_t r = philox4x32({static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32), 0, 0},
-                                         {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)})[0];
-      const auto drawn = static_cast<std::int64_t>(static_cast<double>(r) * 0x1p-32 * static_cast<double>(blocks));
+      const std::int64_t drawn = drawn_block(seed, d * blocks + b, blocks);
       for (std::int64_t e = 0; e < experts; ++e) sum[static_cast<std::size_t>(e)] += counts[drawn * experts + e];
     }
     LoadStatistics s;

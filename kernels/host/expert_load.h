@@ -82,6 +82,9 @@ struct LoadIntervals {
 Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int64_t experts, std::int64_t draws,
                       std::uint64_t seed, LoadIntervals* out);
 
+/// The block that draw i of `seed` takes, of `blocks` < 2^31.
+std::int64_t drawn_block(std::uint64_t seed, std::int64_t i, std::int64_t blocks);
+
 // ---- statistics of probabilities
 // ------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ MOE_AUDIT_HOST_DEVICE inline double cv_squared(const double* v, std::int64_t n, 
 // ----------------------------------------------------------------------------------------------------------
 
 /// weight CV^2(importance), importance_e = sum_t gate of e: Shazeer et al., arXiv 1701.06538 eq. 6 and 7, where the
-/// gates are those after the top-k, the others 0; V-MoE (arXiv 2106.05974, appendix A) sums the whole softmax.
+/// gates are those after the top-k, the others 0; V-MoE (arXiv 2106.05974) sums the whole softmax.
 template <class T>
 struct ImportanceLossArgs {
   const T* gates = nullptr;  // [tokens, width]
@@ -235,7 +235,7 @@ MOE_AUDIT_HOST_DEVICE inline void load_token_backward(const LoadLossArgs<T>& a, 
 
 /// Whose entropy, p_t = softmax(logits of token t): the mean over tokens of each token's, or that of the mean.
 enum class EntropyOf {
-  kTokens,  // mean_t H(p_t): how undecided the router is; LIMoE's local loss (arXiv 2206.02770 section 2.2)
+  kTokens,  // mean_t H(p_t): how undecided the router is; LIMoE's local loss (arXiv 2206.02770)
   kMean,    // H(mean_t p_t): how evenly it spreads; minus this is LIMoE's global loss
 };
 /// How the entropy enters the loss: the main source of mistakes, since every sign is of use somewhere.
@@ -400,7 +400,7 @@ MOE_AUDIT_HOST_DEVICE inline double gram_slope(GramNorm norm, double gram, bool 
 /// What two outputs x_j and x_k of one token, j != k, have in common.
 enum class Overlap {
   kProjection,  // |<x_j, x_k> / (<x_k, x_k> + eps) x_k|, the length of x_j's projection on x_k: the orthogonality
-                // loss L_o of arXiv 2505.22323 section 3.2 (its norm is printed without a square)
+                // loss L_o of arXiv 2505.22323 (its norm is printed without a square)
   kSquaredProjection,  // the same, squared
   kCosine,  // <x_j, x_k> / (max(|x_j|, eps) max(|x_k|, eps)): pairwise expert similarity (PES), arXiv 2506.14038
 };
@@ -509,7 +509,7 @@ MOE_AUDIT_HOST_DEVICE inline double overlap_share(const ExpertOverlapArgs<T>& a,
 // ---- variance of the scores
 // ----------------------------------------------------------------------------------------------
 
-/// weight times -(1 / E) sum_e sum_t (s_te - mean_t s_te)^2: the variance loss L_v of arXiv 2505.22323 section 3.2,
+/// weight times -(1 / E) sum_e sum_t (s_te - mean_t s_te)^2: the variance loss L_v of arXiv 2505.22323,
 /// which grows with the batch; mean_over_tokens divides it by the valid tokens. Its gradient is -(2 / E) (s - mean):
 /// the paper prints it times (T - 1) / T, without the terms that come through the mean, which add up to 0.
 template <class T>

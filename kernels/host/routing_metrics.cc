@@ -86,6 +86,28 @@ Status order_statistics(const double* values, const std::uint8_t* valid, std::in
   return Status::kOk;
 }
 
+Status ratio_interval(const double* above, const double* below, std::int64_t blocks, std::int64_t draws,
+                      std::uint64_t seed, Interval* out) {
+  if (blocks < 2 || blocks >= (std::int64_t{1} << 31) || draws < 40) return Status::kBadShape;
+  if (above == nullptr || below == nullptr || out == nullptr) return Status::kNullPointer;
+  std::vector<double> ratios;
+  for (std::int64_t d = 0; d < draws; ++d) {
+    double over = 0, under = 0;
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t drawn = drawn_block(seed, d * blocks + b, blocks);
+      over += above[drawn];
+      under += below[drawn];
+    }
+    ratios.push_back(over / under);
+  }
+  const double shares[] = {0.025, 0.975};
+  double ends[2];
+  const Status status =
+      order_statistics(ratios.data(), nullptr, static_cast<std::int64_t>(ratios.size()), shares, 2, ends);
+  *out = {ends[0], ends[1]};
+  return status;
+}
+
 Status check_agreement(const AgreementArgs& a, const std::int64_t* table, const AgreementCounts* counts) {
   if (a.tokens < 0) return Status::kBadShape;
   if (a.now_k < 1 || a.reference_k < 1) return Status::kBadTopK;
@@ -166,8 +188,10 @@ Status count_by_label(const CountArgs<std::int32_t>& a, const std::int32_t* labe
   return Status::kOk;
 }
 
-Status dependence(const std::int64_t* table, std::int64_t labels, std::int64_t experts, Dependence* out) {
+Status dependence(const std::int64_t* table, std::int64_t labels, std::int64_t experts, std::int64_t top_k,
+                  Dependence* out) {
   if (labels < 1 || experts < 1) return Status::kBadShape;
+  if (top_k < 1 || top_k > experts) return Status::kBadTopK;
   if (table == nullptr || out == nullptr) return Status::kNullPointer;
   Sums s;
   if (!add_up(table, labels, experts, &s)) return Status::kBadShape;
@@ -191,18 +215,22 @@ Status dependence(const std::int64_t* table, std::int64_t labels, std::int64_t e
   }
   if (s.all == 0) out->mutual_information = out->expert_entropy = kNan;
   out->explained = out->mutual_information / out->expert_entropy;
-  out->chance = static_cast<double>(out->labels_seen - 1) * static_cast<double>(out->experts_seen - 1) / (2.0 * all);
+  out->chance = static_cast<double>(out->labels_seen - 1) *
+                static_cast<double>(std::max<std::int64_t>(0, out->experts_seen - top_k)) / (2.0 * all);
   if (s.all == 0) out->chance = kNan;
   return Status::kOk;
 }
 
-Status lift(const std::int64_t* table, std::int64_t rows, std::int64_t columns, double* out) {
+Status lift(const std::int64_t* table, std::int64_t rows, std::int64_t columns, LiftOver over, double* out) {
   if (rows < 1 || columns < 1) return Status::kBadShape;
   if (table == nullptr || out == nullptr) return Status::kNullPointer;
   Sums s;
   if (!add_up(table, rows, columns, &s)) return Status::kBadShape;
-  for (std::int64_t i = 0; i < rows * columns; ++i)
-    out[i] = ratio(table[i], s.rows[size(i / columns)]) * ratio(s.all, s.columns[size(i % columns)]);
+  for (std::int64_t i = 0; i < rows * columns; ++i) {
+    const double one_over_share =
+        over == LiftOver::kEven ? static_cast<double>(columns) : ratio(s.all, s.columns[size(i % columns)]);
+    out[i] = ratio(table[i], s.rows[size(i / columns)]) * one_over_share;
+  }
   return Status::kOk;
 }
 

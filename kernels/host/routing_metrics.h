@@ -88,6 +88,12 @@ MOE_AUDIT_HOST_DEVICE inline TokenMargin token_margin(const MarginArgs<T>& a, st
 Status order_statistics(const double* values, const std::uint8_t* valid, std::int64_t n, const double* shares,
                         std::int64_t count, double* out);
 
+/// 95 % interval of sum above / sum below (a share of near ties, a saturation, a confidence) by resampling blocks as
+/// load_intervals() does: `draws` times as many blocks as there are, with replacement. Draws without a divisor are left
+/// out. kBadShape for fewer than 2 blocks or 40 draws, or 2^31 blocks; kNullPointer.
+Status ratio_interval(const double* above, const double* below, std::int64_t blocks, std::int64_t draws,
+                      std::uint64_t seed, Interval* out);
+
 // ---- two sets of choices for the same tokens
 // -----------------------------------------------------------------------------
 
@@ -169,21 +175,29 @@ inline Status check_count_by_label(const CountArgs<std::int32_t>& a, const std::
 
 struct Dependence {
   std::int64_t choices = 0;       // N
-  std::int64_t labels_seen = 0;   // rows with a choice
+  std::int64_t labels_seen = 0;   // L, rows with a choice
   std::int64_t experts_seen = 0;  // columns
   double mutual_information = 0;  // I(label; expert) = sum n_le / N ln(n_le N / (n_l n_e)), in nats
   double expert_entropy = 0;      // H of the experts, in nats: the most I can be
   double explained = 0;           // I / H: 0 independent, 1 the label decides. NaN where H is 0
-  /// What independent labels would show: (labels_seen - 1)(experts_seen - 1) / (2 N), the first term of the bias of I
-  /// (Miller 1955). Right while the expected counts are not far below 1; with rarer labels it overstates.
+  /// What labels that say nothing would show: (L - 1)(E - k) / (2 N), E the experts seen. For k = 1 the first term of
+  /// the bias of I (Miller 1955); the k experts of a token are different ones, which makes counts steadier by (E - k) /
+  /// (E - 1), as long as none is near a share of 1. Right while the expected counts are not far below 1; with rarer
+  /// labels it overstates.
   double chance = 0;
 };
 /// Sums in the order of the rows, then of the columns. NaN without a choice. kBadShape also for negative counts.
-Status dependence(const std::int64_t* table, std::int64_t labels, std::int64_t experts, Dependence* out);
+Status dependence(const std::int64_t* table, std::int64_t labels, std::int64_t experts, std::int64_t top_k,
+                  Dependence* out);
 
-/// out [rows, columns] = n_rc N / (n_r n_c): 1 is independence, 2 twice as often as that; NaN where a sum is 0. With
-/// labels of domains: their specialisation (OLMoE), the share of a domain's choices over the expert's overall share.
-Status lift(const std::int64_t* table, std::int64_t rows, std::int64_t columns, double* out);
+/// What a row's share of a column is held against.
+enum class LiftOver {
+  kOverall,  // the column's share of everything: n_rc N / (n_r n_c)
+  kEven,     // 1 / columns: n_rc C / n_r; with domains as rows OLMoE's domain specialisation (arXiv 2409.02060) over
+             // its line k / E
+};
+/// out [rows, columns]: 1 is no more than that, 2 twice as often. NaN where a divisor is 0. kBadShape, kNullPointer.
+Status lift(const std::int64_t* table, std::int64_t rows, std::int64_t columns, LiftOver over, double* out);
 
 struct CoActivation {
   double rate_chance = 0;  // (k - 1) / (E - 1)

@@ -159,7 +159,7 @@ BOOST_AUTO_TEST_CASE(margins_at_the_edges) {
   const Mask none = {0};
   BOOST_CHECK(k::routing_margins(args_of(v, fine, none, {1, 2, 1}), {nullptr, &c}) == K::kOk && c.tokens == 0);
   // Order statistics by rank floor(share (n - 1)), NaN and padding left out.
-  const Doubles values = {5, std::nan(""), 1, 4, 2, 99, 3}, shares = {0, 0.3, 0.5, 1};
+  const Doubles values = {5, std::nan(""), 1, 4, 2, 99, 3}, shares = {0, 0.45, 0.5, 1};
   const Mask valid = {1, 1, 1, 1, 1, 0, 1};
   Doubles out(4);
   BOOST_REQUIRE(k::order_statistics(values.data(), valid.data(), 7, shares.data(), 4, out.data()) == K::kOk);
@@ -167,6 +167,28 @@ BOOST_AUTO_TEST_CASE(margins_at_the_edges) {
   const double half = 0.5, beyond_one = 1.5;
   BOOST_REQUIRE(k::order_statistics(nullptr, nullptr, 0, &half, 1, out.data()) == K::kOk && std::isnan(out[0]));
   BOOST_CHECK(k::order_statistics(values.data(), nullptr, 7, &beyond_one, 1, out.data()) == K::kBadOption);
+}
+
+BOOST_AUTO_TEST_CASE(intervals_of_ratios) {
+  // Blocks that are alike leave nothing to be uncertain of, whatever their size.
+  Doubles above, below;
+  for (int b = 0; b < 30; ++b) below.push_back(10 + b), above.push_back(0.25 * below.back());
+  k::Interval i, again;
+  BOOST_REQUIRE(k::ratio_interval(above.data(), below.data(), 30, 200, 1, &i) == K::kOk);
+  BOOST_CHECK_CLOSE(i.low, 0.25, 1e-10);
+  BOOST_CHECK_CLOSE(i.high, 0.25, 1e-10);
+  // Shares that a coin decides: the interval has 3.92 deviations, here of a mean of 400 blocks of 0 or 1, 3.92 / 40.
+  const Doubles coin = gaussians(400, 77);
+  Doubles heads;
+  for (double v : coin) heads.push_back(v > 0 ? 1 : 0);
+  const Doubles ones(400, 1);
+  BOOST_REQUIRE(k::ratio_interval(heads.data(), ones.data(), 400, 4000, 2, &i) == K::kOk);
+  const double p = std::accumulate(heads.begin(), heads.end(), 0.0) / 400;
+  BOOST_CHECK(i.low < p && p < i.high);
+  near("width", i.high - i.low, 3.92 * std::sqrt(p * (1 - p) / 400), 0.01);
+  BOOST_REQUIRE(k::ratio_interval(heads.data(), ones.data(), 400, 4000, 2, &again) == K::kOk);
+  BOOST_CHECK(again.low == i.low && again.high == i.high);
+  BOOST_CHECK(k::ratio_interval(heads.data(), ones.data(), 1, 4000, 2, &i) == K::kBadShape);
 }
 
 // ---- agreement
@@ -226,6 +248,10 @@ BOOST_AUTO_TEST_CASE(agreement_closed_forms) {
   const Agreed masked = agreement_of(a, b, 2, 2, 8, Mask{0, 1});
   BOOST_CHECK(masked.a.saturation == 0.5 && masked.counts.tokens == 1);
   BOOST_CHECK(std::isnan(agreement_of(a, b, 2, 2, 8, Mask{0, 0}).a.jaccard));
+  // A token that lost every choice on both sides has no union, and is in no mean of Jaccard's; its sets are equal.
+  const k::Agreement lost = agreement_of({-1, -1, 0, 1}, {-1, -1, 0, 2}, 2, 2, 8).a;
+  BOOST_CHECK_CLOSE(lost.jaccard, 1.0 / 3, 1e-12);
+  BOOST_CHECK(lost.identical == 0.5 && lost.same_first == 0.5 && lost.saturation == 0.5);
   // k = E: every set is the whole, by chance, too.
   BOOST_CHECK(agreement_of(a, b, 4, 4, 4).a.jaccard_chance == 1.0);
   // Two routers that know nothing of each other agree as chance says.
@@ -291,10 +317,10 @@ BOOST_AUTO_TEST_CASE(counts_and_information_agree_with_the_reference) {
     const std::int64_t all = std::accumulate(table.begin(), table.end(), std::int64_t{0});
     BOOST_CHECK(outside == s.tokens * s.top_k - all);
     k::Dependence d;
-    BOOST_REQUIRE(k::dependence(table.data(), labels, s.experts, &d) == K::kOk);
+    BOOST_REQUIRE(k::dependence(table.data(), labels, s.experts, s.top_k, &d) == K::kOk);
     BOOST_CHECK(d.choices == all);
     Doubles lift(table.size());
-    BOOST_REQUIRE(k::lift(table.data(), labels, s.experts, lift.data()) == K::kOk);
+    BOOST_REQUIRE(k::lift(table.data(), labels, s.experts, k::LiftOver::kOverall, lift.data()) == K::kOk);
     if (all == 0) {
       BOOST_CHECK(std::isnan(d.mutual_information) && std::isnan(d.chance) && std::isnan(lift[0]));
       continue;
@@ -314,41 +340,50 @@ BOOST_AUTO_TEST_CASE(counts_and_information_agree_with_the_reference) {
 BOOST_AUTO_TEST_CASE(information_closed_forms_and_chance) {
   k::Dependence d;
   const Longs decides = {5, 0, 0, 0, 5, 0, 0, 0, 5};  // the label is the expert
-  BOOST_REQUIRE(k::dependence(decides.data(), 3, 3, &d) == K::kOk);
+  BOOST_REQUIRE(k::dependence(decides.data(), 3, 3, 1, &d) == K::kOk);
   BOOST_CHECK_CLOSE(d.mutual_information, std::log(3.0), 1e-12);
   BOOST_CHECK_CLOSE(d.explained, 1.0, 1e-12);
   const Longs independent = {2, 4, 6, 1, 2, 3};  // rows in proportion
-  BOOST_REQUIRE(k::dependence(independent.data(), 2, 3, &d) == K::kOk);
+  BOOST_REQUIRE(k::dependence(independent.data(), 2, 3, 1, &d) == K::kOk);
   BOOST_CHECK_SMALL(d.mutual_information, 1e-15);
   Doubles lift(6);
-  BOOST_REQUIRE(k::lift(independent.data(), 2, 3, lift.data()) == K::kOk);
+  BOOST_REQUIRE(k::lift(independent.data(), 2, 3, k::LiftOver::kOverall, lift.data()) == K::kOk);
   for (double v : lift) BOOST_CHECK_CLOSE(v, 1.0, 1e-12);
+  BOOST_REQUIRE(k::lift(independent.data(), 2, 3, k::LiftOver::kEven, lift.data()) == K::kOk);
+  for (std::size_t i = 0; i < 6; ++i)
+    BOOST_CHECK_CLOSE(lift[i], (i % 3 + 1) / 2.0, 1e-12);  // shares of 1, 2, 3 of 6, times 3
   const Longs negative = {1, -1};
-  BOOST_CHECK(k::dependence(negative.data(), 1, 2, &d) == K::kBadShape);
+  BOOST_CHECK(k::dependence(negative.data(), 1, 2, 1, &d) == K::kBadShape);
   // A table and its transpose; labels under other numbers: the same information.
   const Longs table = {9, 1, 4, 2, 7, 3}, turned = {9, 2, 1, 7, 4, 3}, moved = {2, 7, 3, 9, 1, 4};
   k::Dependence a, b, c;
-  k::dependence(table.data(), 2, 3, &a), k::dependence(turned.data(), 3, 2, &b), k::dependence(moved.data(), 2, 3, &c);
+  k::dependence(table.data(), 2, 3, 1, &a), k::dependence(turned.data(), 3, 2, 1, &b),
+      k::dependence(moved.data(), 2, 3, 1, &c);
   BOOST_CHECK_CLOSE(a.mutual_information, b.mutual_information, 1e-10);
   BOOST_CHECK_CLOSE(a.mutual_information, c.mutual_information, 1e-10);
-  // Labels that say nothing: what is left is the chance level. 2 N I is chi-squared with 19 * 15 = 285 degrees of
-  // freedom, its deviation sqrt(2 * 285) = 8.4 % of it; the mean of 16 windows is within 3 of a quarter of that.
-  double seen = 0, chance = 0;
-  const Shape s{4000, 16, 1};
+  // Labels that say nothing: what is left is the chance level. For k = 1, 2 N I is chi-squared with 19 * 15 = 285
+  // degrees of freedom, its deviation sqrt(2 / 285) = 8.4 % of it; the mean of 16 windows is within 3 of a quarter of
+  // that, and the next term of the bias, of the order 1 / N. Larger k is steadier.
   Ids label;
-  for (std::int64_t t = 0; t < s.tokens; ++t) label.push_back(static_cast<std::int32_t>(t % 20));
-  for (std::uint64_t w = 0; w < 16; ++w) {
-    const Ids chosen = top(gaussians(s.tokens * s.experts, 100 + w), s.experts, 1);
-    Longs counts(20 * 16);
-    std::int64_t outside = 0;
-    BOOST_REQUIRE(k::count_by_label({chosen.data(), nullptr, s.tokens, 1, s.experts}, label.data(), 20, counts.data(),
-                                    &outside) == K::kOk);
-    BOOST_REQUIRE(k::dependence(counts.data(), 20, 16, &d) == K::kOk);
-    seen += d.mutual_information / 16, chance = d.chance;
+  for (std::int64_t t = 0; t < 4000; ++t) label.push_back(static_cast<std::int32_t>(t % 20));
+  for (const std::int64_t top_k : {1, 4, 12, 16}) {
+    double seen = 0;
+    for (std::uint64_t w = 0; w < 16; ++w) {
+      const Ids chosen = top(gaussians(4000 * 16, 100 + w), 16, top_k);
+      Longs counts(20 * 16);
+      std::int64_t outside = 0;
+      BOOST_REQUIRE(k::count_by_label({chosen.data(), nullptr, 4000, top_k, 16}, label.data(), 20, counts.data(),
+                                      &outside) == K::kOk);
+      BOOST_REQUIRE(k::dependence(counts.data(), 20, 16, top_k, &d) == K::kOk);
+      seen += d.mutual_information / 16;
+    }
+    BOOST_CHECK_CLOSE(d.chance + 1,
+                      19.0 * static_cast<double>(16 - top_k) / (2 * 4000.0 * static_cast<double>(top_k)) + 1, 1e-10);
+    if (top_k < 16)
+      near("information by chance, k " + std::to_string(top_k), seen / d.chance, 1, 3 * 0.084 / 4 + 0.02);
+    else
+      BOOST_CHECK_SMALL(seen, 1e-12);  // all experts, always
   }
-  BOOST_CHECK_CLOSE(chance, 285.0 / 8000, 1e-10);
-  near("information by chance", seen / chance, 1,
-       3 * 0.084 / 4 + 0.02);  // the next term of the bias is of the order 1 / N
 }
 
 BOOST_AUTO_TEST_CASE(co_activation_rates_and_chance) {
