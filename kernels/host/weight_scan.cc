@@ -232,28 +232,42 @@ HWY_INLINE void add_values(hn::Vec<DBytes> raw, int v, Sums& s) {
     const auto pairs = hn::BitCast(d, raw);
     const auto add_parity = [&](hn::Vec<DShorts> high, int parity) HWY_ATTR {  // codes in the high bytes
       const int run = parity * kParityRuns, first = 4 * v;
-      if constexpr (kType == Stored::kI8) {
-        const auto shorts = hn::ShiftRight<8>(high);
-        const hn::Repartition<std::int32_t, DBytes> di;
-        for (int half = 0; half < 2; ++half) {
-          const auto ints = half == 0 ? hn::PromoteTo(di, hn::LowerHalf(shorts))
-                                      : hn::PromoteTo(di, hn::UpperHalf(hn::Half<DShorts>(), shorts));
-          const DDouble dd;
-          add<true>(hn::PromoteTo(dd, hn::LowerHalf(DHalfInts(), ints)), run + (first + 2 * half) % kParityRuns, s);
-          add<true>(hn::PromoteTo(dd, hn::UpperHalf(DHalfInts(), ints)), run + (first + 2 * half + 1) % kParityRuns, s);
-        }
-      } else {
-        const auto codes = kType == Stored::kE5M2
-                               ? high
-                               : hn::And(hn::ShiftRight<1>(high), hn::Set(d, static_cast<std::int16_t>(0xbf80)));
-        add_floats(lower_f16(codes), run + first % kParityRuns, run + (first + 1) % kParityRuns, s);
-        add_floats(upper_f16(codes), run + (first + 2) % kParityRuns, run + (first + 3) % kParityRuns, s);
-      }
+      const auto codes = kType == Stored::kE5M2
+                             ? high
+                             : hn::And(hn::ShiftRight<1>(high), hn::Set(d, static_cast<std::int16_t>(0xbf80)));
+      add_floats(lower_f16(codes), run + first % kParityRuns, run + (first + 1) % kParityRuns, s);
+      add_floats(upper_f16(codes), run + (first + 2) % kParityRuns, run + (first + 3) % kParityRuns, s);
     };
     add_parity(hn::ShiftLeft<8>(pairs), 0);
     add_parity(hn::And(pairs, hn::Set(d, static_cast<std::int16_t>(0xff00))), 1);
   }
 }
+/// Sums of int8 in integers: every sum of a piece is exact in float64, whatever its order, so these are the same. A block
+/// of 2^14 values stays below 2^28 in any lane.
+struct Int8Sums {
+  static constexpr hn::Repartition<std::int32_t, DBytes> d{};
+  hn::Vec<hn::Repartition<std::int32_t, DBytes>> sum[2], square[2];
+
+  HWY_INLINE void start() { sum[0] = sum[1] = square[0] = square[1] = hn::Zero(d); }
+  HWY_INLINE void add(hn::Vec<DBytes> raw) {
+    const DShorts ds;
+    const auto pairs = hn::BitCast(ds, raw), one = hn::Set(ds, std::int16_t{1});
+    const auto even = hn::ShiftRight<8>(hn::ShiftLeft<8>(pairs)), odd = hn::ShiftRight<8>(pairs);
+    sum[0] = hn::ReorderWidenMulAccumulate(d, hn::Add(even, odd), one, sum[0], sum[1]);
+    square[0] = hn::ReorderWidenMulAccumulate(d, even, even, square[0], square[1]);
+    square[0] = hn::ReorderWidenMulAccumulate(d, odd, odd, square[0], square[1]);
+  }
+  static HWY_INLINE double total(const hn::Vec<hn::Repartition<std::int32_t, DBytes>>* parts) {
+    std::int32_t lane[kVectorBytes / 4];
+    std::int64_t all = 0;
+    for (int p = 0; p < 2; ++p) {
+      hn::StoreU(parts[p], d, lane);
+      for (const std::int32_t l : lane) all += l;
+    }
+    return static_cast<double>(all);
+  }
+};
+
 template <class D>
 HWY_INLINE hn::Vec<D> ordered_codes(D d, hn::Vec<D> code) {
   return hn::Xor(code, hn::And(hn::BroadcastSignBit(code), hn::Set(d, std::numeric_limits<hn::TFromD<D>>::max())));
@@ -317,6 +331,8 @@ HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t st
   extremes.start();
   Sums sums;
   for (int i = 0; i < kRuns; ++i) sums.sum[i] = sums.square[i] = hn::Zero(dd);
+  Int8Sums int8_sums;
+  int8_sums.start();
   Hash local = *hash;
   auto low = hn::Set(d, kLargest), high = hn::Set(d, kLowest), zero_lanes = hn::Zero(d);
   std::int64_t zeros = 0, bad_values = 0;
@@ -351,7 +367,11 @@ HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t st
       } else {
         low = hn::Min(low, ordered);
         high = hn::Max(high, ordered);
-        add_values<kType>(raw, v, sums);
+        if constexpr (kType == Stored::kI8) {
+          int8_sums.add(raw);
+        } else {
+          add_values<kType>(raw, v, sums);
+        }
       }
     }
   }
@@ -359,6 +379,10 @@ HWY_INLINE void run_block(const std::uint8_t* HWY_RESTRICT data, std::int64_t st
   for (int i = 0; i < kRuns; ++i) {
     hn::StoreU(sums.sum[i], dd, out->sum + i * kDoubles);
     hn::StoreU(sums.square[i], dd, out->square + i * kDoubles);
+  }
+  if constexpr (kType == Stored::kI8) {
+    out->sum[0] = Int8Sums::total(int8_sums.sum);
+    out->square[0] = Int8Sums::total(int8_sums.square);
   }
   std::fill(out->min, out->min + kStripe / sizeof(Raw), kLargest);
   std::fill(out->max, out->max + kStripe / sizeof(Raw), kLowest);
