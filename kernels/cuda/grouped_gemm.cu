@@ -1,5 +1,5 @@
-// Grouped matrix products. One block computes one tile of one expert's product, all of its sums from the first term to
-// the last, so nothing is ever added up across blocks.
+// Grouped matrix products. A tile of one expert's product is computed by one block, all of its sums from the first term
+// to the last, so nothing is ever added up across blocks.
 //
 // Every product is out[line, column] = sum over terms of a[line, term] b[column, term]; what differs is which operand
 // lies with its terms side by side and which with its lines side by side:
@@ -17,6 +17,7 @@ namespace moeaudit::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr std::int64_t kMost = 2147483647 - 4096;  // terms of a sum, a stage beyond the last included
 
 // ---- which tile a block has
 // ------------------------------------------------------------------------------------------------
@@ -48,22 +49,26 @@ template <class T>
 struct Tile {
   const T *a, *b;  // (first line, first term), (first column, first term)
   std::int64_t a_step,
-      b_step;  // elements from a line to the next, or from a term to the next where lines lie side by side
-  std::int64_t lines, columns, terms;
+      b_step;          // elements from a line to the next, or from a term to the next where lines lie side by side
+  int lines, columns;  // at most those of a tile
+  int terms;
   std::int64_t expert, first_line, first_column;  // first_line counts rows from 0, not within the expert
 };
 
 /// Tiles of 16 lines of tiles go together, column by column, so that what they share stays in the second-level cache.
 template <GroupedProduct kProduct, class T>
-__device__ bool find_tile(const GroupedGemmArgs<T>& a, const std::int64_t* starts, int height, int width, Tile<T>* t) {
+__device__ bool find_tile(const GroupedGemmArgs<T>& a, const std::int64_t* starts, int height, int width,
+                          std::int64_t block, Tile<T>* t) {
   constexpr std::int64_t kTogether = 16;
   constexpr bool kWeight = kProduct == GroupedProduct::kWeight;
   const std::int64_t columns = kProduct == GroupedProduct::kForward ? a.outputs : a.inputs;
   const std::int64_t across = parts(columns, width);
-  std::int64_t block = blockIdx.x, e = 0, down = 0;
+  const auto up_to = [](std::int64_t n, int most) { return static_cast<int>(n < most ? n : most); };
+  std::int64_t e = 0, down = 0;
   if constexpr (kWeight) {
     down = parts(a.outputs, height);
     e = block / (down * across);
+    if (e >= a.experts) return false;
     block -= e * down * across;
   } else {
     if (block >= starts[a.experts] * across) return false;
@@ -82,18 +87,19 @@ __device__ bool find_tile(const GroupedGemmArgs<T>& a, const std::int64_t* start
   const std::int64_t row = a.offsets[e], rows = a.offsets[e + 1] - row;
   t->expert = e;
   t->first_column = column;
-  t->columns = columns - column;
+  t->columns = up_to(columns - column, width);
   if constexpr (kWeight) {
     t->first_line = line;
-    t->lines = a.outputs - line;
-    t->terms = rows;
+    t->lines = up_to(a.outputs - line, height);
+    t->terms = static_cast<int>(rows);
     t->a = a.left + row * a.outputs + line, t->a_step = a.outputs;
     t->b = a.right + row * a.inputs + column, t->b_step = a.inputs;
   } else {
     t->first_line = row + line;
-    t->lines = rows - line;
-    t->terms = kProduct == GroupedProduct::kForward ? a.inputs : a.outputs;
-    t->a = a.left + t->first_line * t->terms, t->a_step = t->terms;
+    t->lines = up_to(rows - line, height);
+    t->a_step = kProduct == GroupedProduct::kForward ? a.inputs : a.outputs;
+    t->terms = static_cast<int>(t->a_step);
+    t->a = a.left + t->first_line * t->a_step;
     t->b = a.right + e * a.outputs * a.inputs + (kProduct == GroupedProduct::kForward ? column * a.inputs : column);
     t->b_step = a.inputs;
   }
@@ -152,8 +158,8 @@ template <int kLines, bool kAcross>
 struct Stage {
   static constexpr int kBytes = kLines * kTerms * 2;
 
-  static __device__ void copy(std::uint32_t to, const BFloat16* from, std::int64_t step, std::int64_t lines,
-                              std::int64_t terms, std::int64_t first) {
+  static __device__ void copy(std::uint32_t to, const BFloat16* from, std::int64_t step, int lines, int terms,
+                              int first) {
     const int t = threadIdx.x;
     if constexpr (kAcross) {
       constexpr int kChunks = kLines / 8, kEach = kThreads / kChunks;
@@ -201,15 +207,16 @@ struct Stage {
   }
 };
 
-/// Warps of a block and what each computes: kDown x kAcross warps, 16 kM lines and 8 kN columns each.
-template <int kWarpsDown, int kWarpsAcross, int kM, int kN>
+/// Warps of a block and what each computes: kWarpsDown x kWarpsAcross warps, 16 kM lines and 8 kN columns each; and the
+/// blocks that share a multiprocessor.
+template <int kWarpsDown, int kWarpsAcross, int kM, int kN, int kShare>
 struct Shape {
-  static constexpr int kDown = kWarpsDown, kLines = kM, kColumns = kN;
+  static constexpr int kDown = kWarpsDown, kLines = kM, kColumns = kN, kBlocks = kShare;
   static constexpr int kHeight = kWarpsDown * kM * 16, kWidth = kWarpsAcross * kN * 8;
   static_assert(kWarpsDown * kWarpsAcross * 32 == kThreads);
 };
-using Wide256 = Shape<2, 4, 4, 8>;   // 128 x 256
-using Narrow64 = Shape<4, 2, 2, 4>;  // 128 x 64: adapters, narrow experts
+using Wide256 = Shape<2, 4, 4, 8, 1>;   // 128 x 256
+using Narrow64 = Shape<4, 2, 2, 4, 2>;  // 128 x 64: adapters, narrow experts
 
 template <GroupedProduct kProduct, class S>
 struct Stages {
@@ -241,73 +248,86 @@ __device__ inline void store_pair(const GroupedGemmArgs<BFloat16>& a, const Tile
   }
 }
 
-/// Copies run kStages - 1 stages ahead; the operands of the next 16 terms are loaded while these are multiplied.
+/// A block has every gridDim.x-th tile. Copies run kStages - 1 stages ahead, into the next tile while this one is
+/// stored; the operands of the next 16 terms are loaded while these are multiplied.
 template <GroupedProduct kProduct, class S>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, S::kBlocks)
     tensor_products(const GroupedGemmArgs<BFloat16> a, const std::int64_t* starts) {
   using A = typename Stages<kProduct, S>::A;
   using B = typename Stages<kProduct, S>::B;
   extern __shared__ __align__(128) unsigned char memory[];
-  Tile<BFloat16> t;
-  if (!find_tile<kProduct>(a, starts, S::kHeight, S::kWidth, &t)) return;
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(memory));
   const int warp = threadIdx.x / 32, line = warp % S::kDown * (S::kLines * 16),
             column = warp / S::kDown * (S::kColumns * 8);
-  const std::int64_t stages = parts(t.terms, kTerms);
   const auto a_at = [&](int slot) { return base + slot * A::kBytes; };
   const auto b_at = [&](int slot) { return base + kStages * A::kBytes + slot * B::kBytes; };
-  const auto copy = [&](std::int64_t stage, int slot) {
-    if (stage < stages) {
+  const auto stages_of = [](const Tile<BFloat16>& t) { return (t.terms + kTerms - 1) / kTerms; };
+  const auto copy = [&](const Tile<BFloat16>& t, int stage, int slot) {
+    if (stage < stages_of(t)) {
       A::copy(a_at(slot), t.a, t.a_step, t.lines, t.terms, stage * kTerms);
       B::copy(b_at(slot), t.b, t.b_step, t.columns, t.terms, stage * kTerms);
     }
     end_copies();
   };
-  float sum[S::kLines][S::kColumns][4] = {};
-  std::uint32_t x[2][S::kLines][4], y[2][S::kColumns / 2][4];
-  const auto load = [&](int slot, int part, int to) {
+  const auto begin = [&](const Tile<BFloat16>& t) {
 #pragma unroll
-    for (int m = 0; m < S::kLines; ++m) A::first_operand(a_at(slot), line + m * 16, part, x[to][m]);
-#pragma unroll
-    for (int n = 0; n < S::kColumns / 2; ++n) B::second_operands(b_at(slot), column + n * 16, part, y[to][n]);
+    for (int s = 0; s < kStages - 1; ++s) copy(t, s, s);
   };
-  if (stages > 0) {
+  Tile<BFloat16> t;
+  std::int64_t tile = blockIdx.x;
+  if (!find_tile<kProduct>(a, starts, S::kHeight, S::kWidth, tile, &t)) return;
+  begin(t);
+  for (bool more = true; more;) {
+    float sum[S::kLines][S::kColumns][4] = {};
+    std::uint32_t x[2][S::kLines][4], y[2][S::kColumns / 2][4];
+    const auto load = [&](int slot, int part, int to) {
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) copy(s, s);
-    wait_copies<kStages - 2>();
-    __syncthreads();
-    load(0, 0, 0);
-  }
-  int slot = 0, free = kStages - 1;
-  for (std::int64_t stage = 0; stage < stages; ++stage) {
+      for (int m = 0; m < S::kLines; ++m) A::first_operand(a_at(slot), line + m * 16, part, x[to][m]);
 #pragma unroll
-    for (int part = 0; part < kTerms / 16; ++part) {
-      if (part == kTerms / 16 - 1) {  // on to the next stage; all warps are through with the last reads of this one
-        wait_copies<kStages - 2>();
-        __syncthreads();
-        free = slot;
-        slot = slot + 1 == kStages ? 0 : slot + 1;
-        if (stage + 1 < stages) load(slot, 0, 0);
-      } else {
-        load(slot, part + 1, (part + 1) & 1);
-      }
-      if (part == 0) copy(stage + kStages - 1, free);
+      for (int n = 0; n < S::kColumns / 2; ++n) B::second_operands(b_at(slot), column + n * 16, part, y[to][n]);
+    };
+    const int stages = stages_of(t);
+    if (stages > 0) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+      load(0, 0, 0);
+    }
+    int slot = 0, free = kStages - 1;
+    for (int stage = 0; stage < stages; ++stage) {
 #pragma unroll
-      for (int m = 0; m < S::kLines; ++m) {
+      for (int part = 0; part < kTerms / 16; ++part) {
+        if (part == kTerms / 16 - 1) {  // on to the next stage; all warps are through with the last reads of this one
+          wait_copies<kStages - 2>();
+          __syncthreads();
+          free = slot;
+          slot = slot + 1 == kStages ? 0 : slot + 1;
+          if (stage + 1 < stages) load(slot, 0, 0);
+        } else {
+          load(slot, part + 1, (part + 1) & 1);
+        }
+        if (part == 0) copy(t, stage + kStages - 1, free);
 #pragma unroll
-        for (int n = 0; n < S::kColumns; ++n) multiply_add(x[part & 1][m], y[part & 1][n / 2] + n % 2 * 2, sum[m][n]);
+        for (int m = 0; m < S::kLines; ++m) {
+#pragma unroll
+          for (int n = 0; n < S::kColumns; ++n) multiply_add(x[part & 1][m], y[part & 1][n / 2] + n % 2 * 2, sum[m][n]);
+        }
       }
     }
-  }
-  const int l = threadIdx.x & 31;
+    Tile<BFloat16> next;
+    tile += gridDim.x;
+    more = find_tile<kProduct>(a, starts, S::kHeight, S::kWidth, tile, &next);
+    if (more) begin(next);  // every warp is past the barrier after the last reads
+    const int l = threadIdx.x & 31;
 #pragma unroll
-  for (int m = 0; m < S::kLines; ++m) {
+    for (int m = 0; m < S::kLines; ++m) {
 #pragma unroll
-    for (int n = 0; n < S::kColumns; ++n) {
-      const int i = line + m * 16 + (l >> 2), j = column + n * 8 + (l & 3) * 2;
-      store_pair<kProduct>(a, t, i, j, sum[m][n][0], sum[m][n][1]);
-      store_pair<kProduct>(a, t, i + 8, j, sum[m][n][2], sum[m][n][3]);
+      for (int n = 0; n < S::kColumns; ++n) {
+        const int i = line + m * 16 + (l >> 2), j = column + n * 8 + (l & 3) * 2;
+        store_pair<kProduct>(a, t, i, j, sum[m][n][0], sum[m][n][1]);
+        store_pair<kProduct>(a, t, i + 8, j, sum[m][n][2], sum[m][n][3]);
+      }
     }
+    t = next;
   }
 }
 
@@ -318,8 +338,8 @@ constexpr int kSide = 64, kDepth = 16, kEach = kSide / 16;  // a thread has kEac
 
 /// One operand: term by term, the lines of a term side by side.
 template <bool kAcross, class T>
-__device__ inline void copy_block(const T* from, std::int64_t step, std::int64_t lines, std::int64_t terms,
-                                  std::int64_t first, T (*to)[kSide + 1]) {
+__device__ inline void copy_block(const T* from, std::int64_t step, int lines, int terms, int first,
+                                  T (*to)[kSide + 1]) {
   for (int i = threadIdx.x; i < kSide * kDepth; i += kThreads) {
     const int line = kAcross ? i % kSide : i / kDepth, term = kAcross ? i / kSide : i % kDepth;
     const bool there = line < lines && first + term < terms;
@@ -332,7 +352,7 @@ template <GroupedProduct kProduct, class T>
 __global__ void __launch_bounds__(kThreads) ordered_products(const GroupedGemmArgs<T> a, const std::int64_t* starts) {
   __shared__ T x[kDepth][kSide + 1], y[kDepth][kSide + 1];
   Tile<T> t;
-  if (!find_tile<kProduct>(a, starts, kSide, kSide, &t)) return;
+  if (!find_tile<kProduct>(a, starts, kSide, kSide, blockIdx.x, &t)) return;
   const int line = threadIdx.x / 16, column = threadIdx.x % 16;
   T run[kEach][kEach] = {}, sum[kEach][kEach] = {};
   const auto end_run = [&] {
@@ -341,7 +361,7 @@ __global__ void __launch_bounds__(kThreads) ordered_products(const GroupedGemmAr
     }
   };
   static_assert(kGateRun % kDepth == 0);
-  for (std::int64_t first = 0; first < t.terms; first += kDepth) {
+  for (int first = 0; first < t.terms; first += kDepth) {
     if (first > 0 && first % kGateRun == 0) end_run();
     copy_block<kProduct == GroupedProduct::kWeight>(t.a, t.a_step, t.lines, t.terms, first, x);
     copy_block<kProduct != GroupedProduct::kForward>(t.b, t.b_step, t.columns, t.terms, first, y);
@@ -390,9 +410,13 @@ Status launch_tensor(const GroupedGemmArgs<BFloat16>& a, std::int64_t* starts, C
   if (const Status status = starts_of<kProduct>(a, S::kHeight, starts, stream); status != Status::kOk) return status;
   constexpr int kBytes = Stages<kProduct, S>::kBytes;
   const auto kernel = tensor_products<kProduct, S>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess)
+  int device = 0, multiprocessors = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess ||
+      cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return Status::kLaunchFailed;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(a, starts);
+  const std::int64_t most = static_cast<std::int64_t>(multiprocessors) * S::kBlocks;
+  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), kThreads, kBytes, stream>>>(a, starts);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -421,6 +445,7 @@ template <class T>
 Status run(const GroupedGemmArgs<T>& a, void* workspace, CUstream_st* stream) {
   if (const Status status = check_grouped_gemm(a); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
+  if (a.rows > kMost || a.inputs > kMost || a.outputs > kMost) return Status::kBadShape;
   auto* starts = static_cast<std::int64_t*>(workspace);
   switch (a.product) {
     case GroupedProduct::kForward: return launch<GroupedProduct::kForward>(a, starts, stream);
