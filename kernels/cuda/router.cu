@@ -1,14 +1,20 @@
-// From logits to chosen experts: one warp per token, the token's scores and choices in shared memory.
+// From logits to chosen experts: one warp per token. float32 with up to 384 experts in registers (route_warp.cuh), the
+// rest with the token's scores and choices in shared memory.
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/route_warp.cuh"
 #include "kernels/cuda/router.h"
-#include "kernels/host/elementary.h"
 
 namespace moeaudit::kernels::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWarp = kLanes;
+
+__device__ float exp_shifted(float x) { return exp_of_non_positive(x); }
+__device__ double exp_shifted(double x) { return exp_exact_order(x); }
+__device__ float sigmoid(float x) { return sigmoid_float(x); }
+__device__ double sigmoid(double x) { return sigmoid_exact_order(x); }
 
 template <class T>
 __device__ T minus_infinity() {
@@ -43,32 +49,29 @@ __device__ int best_left(const T* values, int n, unsigned* taken) {
   return at;
 }
 
-template <class T>
-__device__ T rounded(T v, Float dtype) {
-  return dtype == Float::kF64 ? v : static_cast<T>(round_to(static_cast<double>(v), dtype));
-}
-
-/// out = softmax(in); each lane does its own elements, every lane adds up all of them in index order.
+/// out = softmax(in), each lane its own elements.
 template <class T>
 __device__ void softmax(const T* in, int n, Float dtype, T* out) {
   const int lane = threadIdx.x % kWarp;
-  T largest = in[0];
-  bool has_nan = false;
-  for (int e = 0; e < n; ++e) {
+  T largest = minus_infinity<T>();
+  bool nan = false;
+  for (int e = lane; e < n; e += kWarp) {
     largest = in[e] > largest ? in[e] : largest;
-    has_nan |= in[e] != in[e];
+    nan = nan || in[e] != in[e];
   }
-  __syncwarp();  // in and out may be the same memory
-  for (int e = lane; e < n; e += kWarp) {
-    out[e] = static_cast<T>(exp_exact_order(static_cast<double>(static_cast<T>(in[e] - largest))));
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kAll, largest, step);
+    largest = other > largest ? other : largest;
   }
-  __syncwarp();
+  const bool bad = __any_sync(kAll, nan) || largest - largest != T(0);
   T sum = 0;
-  for (int e = 0; e < n; ++e) sum += out[e];
-  __syncwarp();
-  for (int e = lane; e < n; e += kWarp) {
-    out[e] = has_nan ? static_cast<T>(__longlong_as_double(0x7ff8000000000000ll)) : rounded(out[e] / sum, dtype);
+  for (int e = lane; e < n; e += kWarp) {  // in and out may be the same memory: a lane meets its own elements alone
+    out[e] = exp_shifted(in[e] - largest);
+    sum += out[e];
   }
+  sum = warp_add_lanes(sum);
+  for (int e = lane; e < n; e += kWarp)
+    out[e] = bad ? static_cast<T>(__longlong_as_double(0x7ff8000000000000ll)) : rounded(out[e] / sum, dtype);
   __syncwarp();
 }
 
@@ -77,12 +80,13 @@ __device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
   const int lane = threadIdx.x % kWarp, experts = static_cast<int>(a.experts);
   if (a.score == Score::kSoftmax && !a.softmax_after_top_k) return softmax(logits, experts, a.tensor_dtype, scores);
   for (int e = lane; e < experts; e += kWarp) {
-    const double l = static_cast<double>(logits[e]);
     if (a.softmax_after_top_k) {
       scores[e] = logits[e];
     } else {
-      const double s = a.score == Score::kSigmoid ? sigmoid_exact_order(l) : sqrt_softplus_exact_order(l);
-      scores[e] = rounded(static_cast<T>(s), a.tensor_dtype);
+      const T s = a.score == Score::kSigmoid
+                      ? sigmoid(logits[e])
+                      : static_cast<T>(sqrt_softplus_exact_order(static_cast<double>(logits[e])));
+      scores[e] = rounded(s, a.tensor_dtype);
     }
   }
   __syncwarp();
@@ -128,7 +132,7 @@ __device__ void weigh(const RouteArgs<T>& a, const T* scores, const std::int32_t
   for (int j = lane; j < k; j += kWarp) {
     T w = gathered[j];
     if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
-    weights[j] = rounded(w * a.scaling, a.tensor_dtype);
+    weights[j] = a.scaling != T(1) ? rounded(w * a.scaling, a.tensor_dtype) : w;
   }
 }
 
@@ -154,8 +158,10 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
       const int at = best_left(choice, experts, &taken);
       if (lane == 0) chosen[j] = at;
     }
-    const int next = best_left(choice, experts, &taken);
-    if (lane == 0 && r.runner_up != nullptr) r.runner_up[t] = next;
+    if (r.runner_up != nullptr) {
+      const int next = best_left(choice, experts, &taken);
+      if (lane == 0) r.runner_up[t] = next;
+    }
     if (r.choice != nullptr) {
       for (int e = lane; e < experts; e += kWarp) r.choice[t * experts + e] = choice[e];
     }
@@ -165,12 +171,54 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
   }
 }
 
+template <int V, bool kFull>
+__global__ void __launch_bounds__(128) route_in_registers(RouteArgs<float> a, RouteResult<float> r) {
+  const int lane = threadIdx.x % kWarp, experts = kFull ? V * kWarp : static_cast<int>(a.experts);
+  const std::int64_t warp = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * blockDim.x / kWarp;
+  for (std::int64_t t = warp; t < a.tokens; t += warps) {
+    float v[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int e = lane + kWarp * i;
+      v[i] = kFull || e < experts ? a.logits[t * experts + e] : 0.0f;
+    }
+    route_registers<V, kFull>(a, r, t, v);
+  }
+}
+
+template <int V>
+void launch_registers(const RouteArgs<float>& a, const RouteResult<float>& r, CUstream_st* stream) {
+  const std::int64_t blocks = parts(a.tokens, 4);
+  const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
+  if (a.experts == V * kWarp)
+    route_in_registers<V, true><<<grid, 128, 0, stream>>>(a, r);
+  else
+    route_in_registers<V, false><<<grid, 128, 0, stream>>>(a, r);
+}
+
+/// Whether it took the work.
+bool try_registers(const RouteArgs<double>&, const RouteResult<double>&, CUstream_st*) { return false; }
+bool try_registers(const RouteArgs<float>& a, const RouteResult<float>& r, CUstream_st* stream) {
+  if (!fits_registers(a)) return false;
+  const std::int64_t v = parts(a.experts, kWarp);
+  const auto call = v == 1   ? launch_registers<1>
+                    : v == 2 ? launch_registers<2>
+                    : v <= 4 ? launch_registers<4>
+                    : v == 5 ? launch_registers<5>
+                    : v <= 8 ? launch_registers<8>
+                             : launch_registers<12>;
+  call(a, r, stream);
+  return true;
+}
+
 template <class T>
 Status launch(const RouteArgs<T>& a, const RouteResult<T>& r, CUstream_st* stream) {
   const Status status = check_route(a, r);
   if (status != Status::kOk) return status;
   if (a.experts > kMostExperts) return Status::kBadShape;
   if (a.tokens == 0) return Status::kOk;
+  if (try_registers(a, r, stream)) return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
   constexpr std::int64_t kSharedBytes = 48 << 10;  // what every device gives without asking
   const std::int64_t groups = a.group_score == GroupScore::kNone ? 1 : a.groups;
   const std::int64_t scratch = groups > a.top_k ? groups : a.top_k;

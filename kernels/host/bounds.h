@@ -47,6 +47,15 @@ inline double gate_in_index_order(std::int64_t hidden, double absolute) {
          0.5 * static_cast<double>(hidden) * smallest(Float::kF64);
 }
 
+/// |computed - exact| of a dot product of `length` bfloat16 or float16 numbers on tensor cores with float32 sums. absolute =
+/// sum |a_i b_i|. Products are exact; an mma of 16 adds them and the running sum after aligning all 17 to the largest and
+/// cutting them off, and cuts the result off at float32 (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA
+/// tensor cores, PeerJ CS 2021): 18 errors of at most one place, 2^-23, of what has been added so far.
+inline double tensor_core_dot(std::int64_t length, double absolute) {
+  const double steps = std::ceil(static_cast<double>(length) / 16.0);
+  return gamma(18.0 * steps, 0x1p-23) * absolute + 18.0 * steps * smallest(Float::kF32);
+}
+
 /// |round_to(v, f) - exact| where |v - exact| <= before: half a place at the larger of the two, and what was there
 /// before.
 inline double rounded(double v, double before, Float f) { return 0.5 * spacing(std::fabs(v) + before, f) + before; }
@@ -64,9 +73,11 @@ inline double softmax_relative(std::int64_t experts, double logit_error, double 
 /// quotient.
 inline double softmax_underflow(Float f) { return smallest(f); }
 
-/// Relative error of a sigmoid. d(ln s)/dl = 1 - s <= 1. The kernel computes in float64 (exponential 2 roundings, sum,
-/// quotient) and rounds to f once.
+/// Relative error of a sigmoid. d(ln s)/dl = 1 - s <= 1. In float64: exponential 2 roundings, sum, quotient, and one to
+/// store it in f. In float32 the exponential (2) stands in the numerator or, weighing at most half, in the denominator:
+/// 3 at most; sum, quotient.
 inline double sigmoid_relative(double logit_error, Float f) {
+  if (f == Float::kF32) return std::expm1(logit_error + gamma(5.0, unit_roundoff(f)));
   return std::expm1(logit_error + gamma(4.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)));
 }
 

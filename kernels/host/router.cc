@@ -187,6 +187,60 @@ HWY_INLINE void best_of(const T* values, std::int64_t n, std::int64_t count, std
   }
 }
 
+/// Tokens whose experts are chosen side by side: a round is a chain of dependent steps, and several chains overlap.
+inline constexpr std::int64_t kAbreast = 4;
+
+/// Keys (route_key(), router.h) of n values, with struck-out ones up to a whole vector.
+HWY_INLINE void keys_of(const float* values, std::int64_t n, std::int32_t* keys) {
+  const hn::CappedTag<float, 16> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t e = 0;
+  for (; e + width <= n; e += width) {
+    const auto v = hn::Add(hn::LoadU(d, values + e), hn::Zero(d));  // -0 becomes 0
+    const auto bits = hn::BitCast(di, v);
+    const auto flipped = hn::Xor(bits, hn::And(hn::ShiftRight<31>(bits), hn::Set(di, kLargestKey)));
+    hn::StoreU(hn::IfThenElse(hn::RebindMask(di, hn::Eq(v, v)), flipped, hn::Set(di, kLargestKey)), di, keys + e);
+  }
+  for (; e < n; ++e) keys[e] = route_key(values[e]);
+  for (; e % width != 0; ++e) keys[e] = kStruckOut;
+}
+
+/// best_of() from keys, for kT tokens with `stride` keys each: a round takes the largest key, at its lowest index, and
+/// strikes it out. index [kT, count].
+template <int kT>
+HWY_INLINE void best_keys(std::int32_t* keys, std::int64_t n, std::int64_t stride, std::int64_t count,
+                          std::int32_t* index) {
+  const hn::CappedTag<std::int32_t, 16> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto lane = hn::Iota(d, 0), none = hn::Set(d, kLargestKey);
+  for (std::int64_t j = 0; j < count; ++j) {
+    hn::Vec<decltype(d)> most[kT], first[kT];
+    for (int t = 0; t < kT; ++t) most[t] = hn::LoadU(d, keys + t * stride);
+    for (std::int64_t i = width; i < n; i += width) {
+      for (int t = 0; t < kT; ++t) most[t] = hn::Max(most[t], hn::LoadU(d, keys + t * stride + i));
+    }
+    for (int t = 0; t < kT; ++t) most[t] = hn::MaxOfLanes(d, most[t]), first[t] = none;
+    // No early end: where the largest lies is anybody's guess, and a wrong one costs more than the whole pass.
+    for (std::int64_t i = 0; i < n; i += width) {
+      const auto here = hn::Add(lane, hn::Set(d, static_cast<std::int32_t>(i)));
+      for (int t = 0; t < kT; ++t) {
+        const auto hit = hn::Eq(hn::LoadU(d, keys + t * stride + i), most[t]);
+        first[t] = hn::Min(first[t], hn::IfThenElse(hit, here, none));
+      }
+    }
+    for (int t = 0; t < kT; ++t) first[t] = hn::MinOfLanes(d, first[t]);
+    for (int t = 0; t < kT; ++t) {
+      const std::int32_t at = hn::GetLane(first[t]);
+      index[t * count + j] = at;
+      // A whole vector goes back: the next round loads it whole, which a store of four bytes would hold up.
+      std::int32_t* row = keys + t * stride + at / width * width;
+      const auto struck = hn::Eq(lane, hn::Set(d, static_cast<std::int32_t>(at % width)));
+      hn::StoreU(hn::IfThenElse(struck, hn::Set(d, kStruckOut), hn::LoadU(d, row)), d, row);
+    }
+  }
+}
+
 template <class T>
 HWY_INLINE T rounded(T v, Float dtype) {
   return static_cast<T>(round_to(static_cast<double>(v), dtype));
@@ -224,58 +278,142 @@ HWY_INLINE hn::Vec<D> exp_lanes(D d, hn::Vec<D> x) {
   return hn::IfThenElse(hn::Eq(x, x), result, x);
 }
 
-template <class D, class In>
-HWY_INLINE hn::Vec<D> load(D d, const In* from) {
-  if constexpr (sizeof(In) == sizeof(hn::TFromD<D>)) {
-    return hn::LoadU(d, from);
-  } else {
-    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<In, D>(), from));
+/// exp_of_non_positive() on vectors: the same operations in the same order, and so the same bits.
+template <class D>
+HWY_INLINE hn::Vec<D> fused_lanes(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c) {
+#if HWY_NATIVE_FMA
+  (void)d;
+  return hn::MulAdd(a, b, c);
+#else
+  HWY_ALIGN float x[16], y[16], z[16];
+  hn::Store(a, d, x), hn::Store(b, d, y), hn::Store(c, d, z);
+  for (std::size_t i = 0; i < hn::Lanes(d); ++i) x[i] = fused(x[i], y[i], z[i]);
+  return hn::Load(d, x);
+#endif
+}
+template <class D>
+HWY_INLINE hn::Vec<D> exp_of_non_positive_lanes(D d, hn::Vec<D> x) {
+  using namespace exp_float;
+  const hn::RebindToUnsigned<D> du;
+  const auto c = [d](float v) { return hn::Set(d, v); };
+  const auto low = hn::IfThenElse(hn::Lt(x, c(kLowest)), c(kLowest), x);
+  const auto k = hn::Sub(fused_lanes(d, low, c(kLog2e), c(kMagic)), c(kMagic));
+  const auto r = fused_lanes(d, k, c(-kLn2Low), fused_lanes(d, k, c(-kLn2High), low));
+  auto p = c(1.0f / 5040);
+  for (const float next : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    p = fused_lanes(d, p, r, c(next));
   }
+  const auto first = hn::IfThenElse(hn::Lt(k, c(-100.0f)), c(-100.0f), k);
+  const auto two_to = [&](hn::Vec<D> n) {
+    return hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, hn::Add(n, c(kMagic + 127.0f)))));
+  };
+  return hn::Mul(hn::Mul(p, two_to(first)), two_to(hn::Sub(k, first)));
 }
 
-/// out = exp(in - shift) or sigmoid(in), computed in float64 and rounded to T; in - shift is a T.
-template <bool kSigmoid, class T>
-HWY_INLINE void exp_all(const T* in, std::int64_t n, T shift, T* out) {
-  const hn::ScalableTag<double> d;
-  const hn::Rebind<T, decltype(d)> dt;
+/// out = exp(in - shift), in - shift <= 0.
+HWY_INLINE void exp_all(const float* in, std::int64_t n, float shift, float* out) {
+  const hn::CappedTag<float, 16> d;
   const auto width = static_cast<std::int64_t>(hn::Lanes(d));
   std::int64_t i = 0;
+  for (; i + width <= n; i += width)
+    hn::StoreU(exp_of_non_positive_lanes(d, hn::Sub(hn::LoadU(d, in + i), hn::Set(d, shift))), d, out + i);
+  for (; i < n; ++i) out[i] = exp_of_non_positive(in[i] - shift);
+}
+HWY_INLINE void exp_all(const double* in, std::int64_t n, double shift, double* out) {
+  const hn::ScalableTag<double> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width)
+    hn::StoreU(exp_lanes(d, hn::Sub(hn::LoadU(d, in + i), hn::Set(d, shift))), d, out + i);
+  for (; i < n; ++i) out[i] = exp_exact_order(in[i] - shift);
+}
+
+HWY_INLINE void sigmoid_all(const float* in, std::int64_t n, float* out) {
+  const hn::CappedTag<float, 16> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto one = hn::Set(d, 1.0f);
+  std::int64_t i = 0;
   for (; i + width <= n; i += width) {
-    const auto v = load(d, in + i);
-    hn::Vec<decltype(d)> r;
-    if constexpr (kSigmoid) {
-      r = hn::Div(hn::Set(d, 1.0), hn::Add(hn::Set(d, 1.0), exp_lanes(d, hn::Neg(v))));
-    } else if constexpr (sizeof(T) == sizeof(double)) {
-      r = exp_lanes(d, hn::Sub(v, hn::Set(d, shift)));
-    } else {
-      r = exp_lanes(d, hn::PromoteTo(d, hn::Sub(hn::LoadU(dt, in + i), hn::Set(dt, shift))));
+    const auto x = hn::LoadU(d, in + i);
+    const auto negative = hn::Lt(x, hn::Zero(d));
+    const auto e = exp_of_non_positive_lanes(d, hn::IfThenElse(negative, x, hn::Neg(x)));
+    hn::StoreU(hn::Div(hn::IfThenElse(negative, e, one), hn::Add(one, e)), d, out + i);
+  }
+  for (; i < n; ++i) out[i] = sigmoid_float(in[i]);
+}
+HWY_INLINE void sigmoid_all(const double* in, std::int64_t n, double* out) {
+  const hn::ScalableTag<double> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto one = hn::Set(d, 1.0);
+  std::int64_t i = 0;
+  for (; i + width <= n; i += width)
+    hn::StoreU(hn::Div(one, hn::Add(one, exp_lanes(d, hn::Neg(hn::LoadU(d, in + i))))), d, out + i);
+  for (; i < n; ++i) out[i] = sigmoid_exact_order(in[i]);
+}
+
+/// Vectors that are as wide as kLanes together.
+template <class T>
+using LaneTag = hn::CappedTag<T, 64 / sizeof(T)>;
+template <class T>
+inline constexpr int kWidth = static_cast<int>(hn::MaxLanes(LaneTag<T>()));
+template <class T>
+inline constexpr int kLaneVectors = kLanes / kWidth<T>;
+
+/// Sum of n values in kLanes lanes (elementary.h).
+template <class T>
+HWY_INLINE T sum_in_lanes(const T* v, std::int64_t n) {
+  const LaneTag<T> d;
+  hn::Vec<decltype(d)> sum[kLaneVectors<T>];
+  for (int j = 0; j < kLaneVectors<T>; ++j) sum[j] = hn::Zero(d);
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLaneVectors<T>; ++j) sum[j] = hn::Add(sum[j], hn::LoadU(d, v + i + j * kWidth<T>));
+  }
+  HWY_ALIGN T lane[kLanes];
+  for (int j = 0; j < kLaneVectors<T>; ++j) hn::Store(sum[j], d, lane + j * kWidth<T>);
+  for (; i < n; ++i) lane[i % kLanes] += v[i];
+  return add_lanes(lane);
+}
+
+/// The largest of n values; whether a NaN is among them.
+template <class T>
+HWY_INLINE T largest_of(const T* v, std::int64_t n, bool* has_nan) {
+  const LaneTag<T> d;
+  T largest = v[0];
+  bool nan = false;
+  std::int64_t i = 0;
+  if (n >= kWidth<T>) {
+    auto most = hn::LoadU(d, v);
+    auto equal = hn::Eq(most, most);
+    for (i = kWidth<T>; i + kWidth<T> <= n; i += kWidth<T>) {
+      const auto x = hn::LoadU(d, v + i);
+      equal = hn::And(equal, hn::Eq(x, x));
+      most = hn::IfThenElse(hn::Gt(x, most), x, most);
     }
-    if constexpr (sizeof(T) == sizeof(double)) {
-      hn::StoreU(r, d, out + i);
-    } else {
-      hn::StoreU(hn::DemoteTo(dt, r), dt, out + i);
-    }
+    nan = !hn::AllTrue(d, equal);
+    largest = hn::GetLane(hn::MaxOfLanes(d, most));
   }
   for (; i < n; ++i) {
-    out[i] = static_cast<T>(kSigmoid ? sigmoid_exact_order(static_cast<double>(in[i]))
-                                     : exp_exact_order(static_cast<double>(static_cast<T>(in[i] - shift))));
+    largest = v[i] > largest ? v[i] : largest;
+    nan |= v[i] != v[i];
   }
+  *has_nan = nan;
+  return largest;
 }
 
 /// out = softmax(in) over n values; each result of the arithmetic is a T. A NaN makes all of them NaN.
 template <class T>
 HWY_INLINE void softmax(const T* in, std::int64_t n, Float dtype, T* out) {
-  T largest = in[0];
   bool has_nan = false;
-  for (std::int64_t e = 0; e < n; ++e) {
-    largest = in[e] > largest ? in[e] : largest;
-    has_nan |= in[e] != in[e];
-  }
-  if (has_nan) return std::fill(out, out + n, std::numeric_limits<T>::quiet_NaN());
-  exp_all<false>(in, n, largest, out);
-  T sum = 0;
-  for (std::int64_t e = 0; e < n; ++e) sum += out[e];
-  for (std::int64_t e = 0; e < n; ++e) out[e] /= sum;
+  const T largest = largest_of(in, n, &has_nan);
+  if (has_nan || largest - largest != 0) return std::fill(out, out + n, std::numeric_limits<T>::quiet_NaN());
+  exp_all(in, n, largest, out);
+  const T sum = sum_in_lanes(out, n);
+  const LaneTag<T> d;
+  const auto by = hn::Set(d, sum);
+  std::int64_t e = 0;
+  for (; e + kWidth<T> <= n; e += kWidth<T>) hn::StoreU(hn::Div(hn::LoadU(d, out + e), by), d, out + e);
+  for (; e < n; ++e) out[e] /= sum;
   round_tensor(out, n, dtype);
 }
 
@@ -283,7 +421,7 @@ template <class T>
 HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
   if (a.score == Score::kSoftmax) return softmax(logits, a.experts, a.tensor_dtype, scores);
   if (a.score == Score::kSigmoid) {
-    exp_all<true>(logits, a.experts, T(0), scores);
+    sigmoid_all(logits, a.experts, scores);
   } else {
     for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sqrt_softplus_exact_order(logits[e]));
   }
@@ -324,32 +462,60 @@ void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::i
     for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] /= sum;
     round_tensor(weights, a.top_k, a.tensor_dtype);
   }
-  for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] *= a.scaling;
-  round_tensor(weights, a.top_k, a.tensor_dtype);
+  if (a.scaling != T(1)) {
+    for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] *= a.scaling;
+    round_tensor(weights, a.top_k, a.tensor_dtype);
+  }
+}
+
+/// Up to kAbreast tokens from t on. choice [tokens, experts] in; index [tokens, count] out.
+HWY_INLINE void choose(const float* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
+                       std::int32_t* keys, std::int32_t* index) {
+  const std::int64_t stride = (experts + 15) / 16 * 16;
+  for (std::int64_t t = 0; t < tokens; ++t) keys_of(choice + t * experts, experts, keys + t * stride);
+  if (tokens == kAbreast) return best_keys<kAbreast>(keys, experts, stride, count, index);
+  for (std::int64_t t = 0; t < tokens; ++t)
+    best_keys<1>(keys + t * stride, experts, stride, count, index + t * count);
+}
+HWY_INLINE void choose(const double* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
+                       std::int32_t*, std::int32_t* index) {
+  for (std::int64_t t = 0; t < tokens; ++t) best_of(choice + t * experts, experts, count, index + t * count);
 }
 
 template <class T>
 void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
-  const std::int64_t more = std::min(a.top_k + 1, a.experts);
-  const std::int64_t places = std::max({more, a.groups, std::int64_t{2}});
-  std::vector<T> scores(a.experts), choice(a.experts), scratch(std::max(a.groups, a.top_k));
-  std::vector<std::int32_t> index(places);
-  for (std::int64_t t = 0; t < a.tokens; ++t) {
-    const T* logits = a.logits + t * a.experts;
-    const T* base = logits;
-    if (!a.softmax_after_top_k) {
-      scores_of(a, logits, scores.data());
-      base = scores.data();
+  const std::int64_t count = std::min(a.top_k + (r.runner_up != nullptr ? 1 : 0), a.experts);
+  std::vector<T> scores(kAbreast * a.experts), choice(kAbreast * a.experts), scratch(std::max(a.groups, a.top_k));
+  std::vector<std::int32_t> index(kAbreast * count), group(std::max(a.groups, a.top_k) + 2);
+  std::vector<std::int32_t> keys(kAbreast * (a.experts + 16));
+  for (std::int64_t first = 0; first < a.tokens; first += kAbreast) {
+    const std::int64_t tokens = std::min(kAbreast, a.tokens - first);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const T* logits = a.logits + (first + t) * a.experts;
+      const T* base = logits;
+      if (!a.softmax_after_top_k) {
+        scores_of(a, logits, scores.data() + t * a.experts);
+        base = scores.data() + t * a.experts;
+      }
+      T* to = choice.data() + t * a.experts;
+      for (std::int64_t e = 0; e < a.experts; ++e) {
+        to[e] = a.correction_bias == nullptr ? base[e] : base[e] + a.correction_bias[e];
+      }
+      if (a.group_score != GroupScore::kNone) mask_groups(a, to, scratch.data(), group.data());
     }
-    for (std::int64_t e = 0; e < a.experts; ++e) {
-      choice[e] = a.correction_bias == nullptr ? base[e] : base[e] + a.correction_bias[e];
+    choose(choice.data(), tokens, a.experts, count, keys.data(), index.data());
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const std::int32_t* chosen = index.data() + t * count;
+      const std::int64_t token = first + t;
+      std::copy(chosen, chosen + a.top_k, r.chosen + token * a.top_k);
+      if (r.runner_up != nullptr) r.runner_up[token] = count > a.top_k ? chosen[a.top_k] : -1;
+      if (r.choice != nullptr)
+        std::copy(choice.begin() + t * a.experts, choice.begin() + (t + 1) * a.experts, r.choice + token * a.experts);
+      if (r.weights != nullptr) {
+        weigh(a, a.logits + token * a.experts, scores.data() + t * a.experts, chosen, scratch.data(),
+              r.weights + token * a.top_k);
+      }
     }
-    if (a.group_score != GroupScore::kNone) mask_groups(a, choice.data(), scratch.data(), index.data());
-    best_of(choice.data(), a.experts, more, index.data());
-    std::copy(index.begin(), index.begin() + a.top_k, r.chosen + t * a.top_k);
-    if (r.runner_up != nullptr) r.runner_up[t] = more > a.top_k ? index[a.top_k] : -1;
-    if (r.choice != nullptr) std::copy(choice.begin(), choice.end(), r.choice + t * a.experts);
-    if (r.weights != nullptr) weigh(a, logits, scores.data(), index.data(), scratch.data(), r.weights + t * a.top_k);
   }
 }
 void route_f32(const RouteArgs<float>& a, const RouteResult<float>& r) { route_all(a, r); }

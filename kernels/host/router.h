@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/host/low_precision.h"
+#include "kernels/host/elementary.h"
 
 namespace moeaudit::kernels {
 
@@ -91,7 +91,8 @@ enum class GroupScore { kNone, kMax, kTop2Sum };
 ///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
 ///               times scaling
 /// With softmax_after_top_k the choice is the logit itself and the weights are the softmax over the chosen ones.
-/// Sums over experts run in index order. T is the type of the arithmetic.
+/// Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is the type of the
+/// arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in the frameworks.
 template <class T>
 struct RouteArgs {
   const T* logits = nullptr;           // [tokens, experts]
@@ -121,6 +122,17 @@ struct RouteResult {
   std::int32_t* runner_up = nullptr;  // [tokens], or null: the expert that top_k + 1 would add; -1 if there is none
   T* choice = nullptr;                // [tokens, experts], or null: choice after the group mask
 };
+
+/// An integer that sorts as the selection does: larger values larger, NaN above all, both zeros alike.
+inline constexpr std::int32_t kLargestKey = 0x7fffffff, kStruckOut = -kLargestKey - 1;
+MOE_AUDIT_HOST_DEVICE inline std::int32_t route_key(float v) {
+  const auto bits = std::bit_cast<std::int32_t>(v + 0.0f);
+  return v != v ? kLargestKey : bits ^ (bits >> 31 & kLargestKey);
+}
+/// The value of a key.
+MOE_AUDIT_HOST_DEVICE inline float route_value(std::int32_t key) {
+  return std::bit_cast<float>(key == kLargestKey ? 0x7fc00000 : key ^ (key >> 31 & kLargestKey));
+}
 
 /// What is wrong with the arguments; kOk if nothing. The calls below check by themselves.
 Status check_route(const RouteArgs<float>& args, const RouteResult<float>& result);

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/host/elementary.h"
 #include "kernels/host/router.h"
@@ -24,7 +25,7 @@ struct RouteBackwardArgs {
       nullptr;  // [tokens, experts], d loss / d logits from elsewhere (a z-loss), added last; or null
 };
 
-/// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in their order. kBadShape
+/// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in kLanes lanes (elementary.h). kBadShape
 /// also for an id beyond the experts; kBadOption for scores with softmax_after_top_k; kNullPointer without chosen where
 /// there are weights.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits);
@@ -78,11 +79,10 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T
     }
     return false;
   };
-  double largest = 0, sum = 0;
-  bool any = false;
+  double largest = -std::numeric_limits<double>::infinity(), lane[kLanes] = {};
   for (std::int64_t e = 0; softmax && e < f.experts; ++e) {
     const double l = static_cast<double>(logits[e]);
-    if (is_in(e) && (!any || l > largest || largest != largest)) largest = l, any = true;
+    if (is_in(e) && l > largest) largest = l;
   }
   for (std::int64_t e = 0; e < f.experts; ++e) {
     const double l = static_cast<double>(logits[e]);
@@ -90,10 +90,11 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T
       score[e] = f.score == Score::kSigmoid ? sigmoid_exact_order(l) : sqrt_softplus_exact_order(l);
     } else {
       score[e] = is_in(e) ? exp_exact_order(l - largest) : 0.0;
-      sum += score[e];
+      lane[e % kLanes] += score[e];
     }
     d_logits[e] = 0;
   }
+  const double sum = add_lanes(lane);
   for (std::int64_t e = 0; softmax && e < f.experts; ++e) score[e] = score[e] / sum;
   // Through scaling and renormalisation to the scores.
   double total = 0, product = 0;
@@ -108,11 +109,12 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T
     d_logits[chosen[j]] += f.renormalise ? scaling * (upstream[j] / by - product / by / by) : scaling * upstream[j];
   }
   // From the scores to the logits.
-  double along = 0;
+  for (double& v : lane) v = 0;
   for (std::int64_t e = 0; e < f.experts; ++e) {
     if (a.scores != nullptr) d_logits[e] += a.scores[t * f.experts + e];
-    along += d_logits[e] * score[e];
+    lane[e % kLanes] += d_logits[e] * score[e];
   }
+  const double along = add_lanes(lane);
   for (std::int64_t e = 0; e < f.experts; ++e) {
     d_logits[e] = softmax ? score[e] * (d_logits[e] - along)
                           : d_logits[e] * score_slope(f.score, static_cast<double>(logits[e]), score[e]);

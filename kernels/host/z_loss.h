@@ -28,10 +28,6 @@ struct ZLossResult {
 /// Stretch of tokens whose squares are added up from 0 in their order; the stretch sums are added up in theirs.
 inline constexpr std::int64_t kZLossRun = 256;
 
-/// Lanes of a sum over experts or words: value i belongs to lane i mod kLanes, a lane adds its values in their order,
-/// and the lanes are added in theirs. What a warp does at once, and what the host does one after the other.
-inline constexpr int kLanes = 32;
-
 /// log sum_e exp(l_e) = m + log(sum_e exp(l_e - m)), m the largest: no overflow at any magnitude. All -inf: -inf. Any
 /// +inf: +inf. Any NaN: NaN.
 MOE_AUDIT_HOST_DEVICE inline double finish_log_sum_exp(bool nan, double largest, double sum) {
@@ -51,7 +47,7 @@ inline double log_sum_exp(const T* logits, std::int64_t count, double* largest, 
   double lane[kLanes] = {}, s = 0;
   if (m - m == 0.0) {
     for (std::int64_t e = 0; e < count; ++e) lane[e % kLanes] += exp_exact_order(static_cast<double>(logits[e]) - m);
-    for (const double v : lane) s += v;
+    s = add_lanes(lane);
   }
   *largest = m;
   *sum = s;

@@ -8,12 +8,14 @@ TEST(RouterCuda, SameBitsAsTheHost) { GTEST_SKIP() << "built without CUDA (no nv
 #else
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/router.h"
+#include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
 #include "tests/support/on_device.h"
 
@@ -87,9 +89,133 @@ TEST_F(RouterCuda, SameBitsAsTheHost) {
   check_all<double>();
 }
 
+/// float32 alone reaches the register kernels: every width of theirs, and what falls back from them.
+TEST_F(RouterCuda, EveryRegisterWidth) {
+  for (const std::int64_t experts : {1, 31, 32, 33, 64, 96, 128, 144, 160, 192, 256, 320, 384, 385}) {
+    for (const std::int64_t top_k : {std::int64_t{1}, std::int64_t{6}, std::int64_t{32}, std::int64_t{33}}) {
+      if (top_k > experts) continue;
+      RouteArgs<float> a;
+      a.experts = experts, a.top_k = top_k, a.renormalise = true;
+      const std::string what = std::to_string(experts) + " experts, " + std::to_string(top_k) + " chosen";
+      check(a, 19, false, what);
+      check(a, 19, true, what + ", bias");
+      a.softmax_after_top_k = true;
+      check(a, 19, false, what + ", softmax after");
+      if (experts % 32 != 0 || experts == 32) continue;
+      a.softmax_after_top_k = false, a.score = Score::kSigmoid;
+      for (const GroupScore group : {GroupScore::kMax, GroupScore::kTop2Sum}) {
+        a.group_score = group, a.groups = experts / 32, a.top_groups = (a.groups + 1) / 2;
+        check(a, 19, true, what + ", groups");
+        a.group_mask_is_zero = true;
+        check(a, 19, true, what + ", groups, zero mask");
+        a.group_mask_is_zero = false;
+      }
+    }
+  }
+}
+
+template <class In, class Sum>
+void check_gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
+  std::vector<float> x(static_cast<std::size_t>(tokens * hidden)), w(static_cast<std::size_t>(experts * hidden));
+  unit_gaussians(7, 1, 0, tokens * hidden, x.data());
+  unit_gaussians(7, 2, 0, experts * hidden, w.data());
+  const std::vector<In> xs(x.begin(), x.end());
+  std::vector<Sum> packed(static_cast<std::size_t>(packed_gate_size<Sum>(experts, hidden))),
+      bias(w.begin(), w.begin() + experts), logits(static_cast<std::size_t>(tokens * experts));
+  pack_gate(w.data(), experts, hidden, packed.data());
+  ASSERT_EQ(gate_logits(GateArgs<In, Sum>{xs.data(), packed.data(), bias.data(), tokens, hidden, experts, logits.data()}),
+            Status::kOk);
+  const OnDevice<In> d_x(xs);
+  const OnDevice<Sum> d_packed(packed), d_bias(bias), d_logits(std::vector<Sum>(logits.size(), Sum(-7)));
+  ASSERT_EQ(cuda::gate_logits(GateArgs<In, Sum>{d_x.data(), d_packed.data(), d_bias.data(), tokens, hidden, experts,
+                                                d_logits.data()},
+                              nullptr),
+            Status::kOk);
+  expect_same(logits, d_logits.fetch(), std::to_string(tokens) + " x " + std::to_string(hidden) + " x " + std::to_string(experts));
+}
+
+TEST_F(RouterCuda, GateHasTheBitsOfTheHost) {
+  for (const auto& [tokens, hidden, experts] : std::vector<std::array<std::int64_t, 3> >{
+           {1, 1, 1}, {3, 127, 8}, {65, 128, 64}, {70, 300, 60}, {9, 1000, 144}, {130, 129, 65}}) {
+    check_gate<float, float>(tokens, hidden, experts);
+    check_gate<double, double>(tokens, hidden, experts);
+    check_gate<float, double>(tokens, hidden, experts);
+  }
+}
+
+std::uint16_t bfloat16(float v) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(round_to(static_cast<double>(v), Float::kBF16))) >> 16);
+}
+
+/// Inputs of a bfloat16 gate, as bits and as floats.
+struct LowPrecision {
+  std::vector<float> values;
+  std::vector<std::uint16_t> bits;
+  LowPrecision(std::int64_t count, std::uint64_t stream, float scale) : values(static_cast<std::size_t>(count)) {
+    unit_gaussians(8, stream, 0, count, values.data());
+    for (float& v : values) {
+      bits.push_back(bfloat16(v * scale));
+      v = std::bit_cast<float>(static_cast<std::uint32_t>(bits.back()) << 16);
+    }
+  }
+};
+
+TEST_F(RouterCuda, TensorCoreGateAndItsRouting) {
+  for (const auto& [tokens, hidden, experts, top_k] : std::vector<std::array<std::int64_t, 4> >{{1, 8, 1, 1},
+                                                                                               {5, 64, 8, 2},
+                                                                                               {200, 72, 16, 4},
+                                                                                               {129, 256, 32, 8},
+                                                                                               {128, 1024, 60, 4},
+                                                                                               {300, 520, 128, 8},
+                                                                                               {130, 2048, 144, 6},
+                                                                                               {257, 512, 256, 8},
+                                                                                               {40, 512, 384, 8}}) {
+    const std::string what = std::to_string(tokens) + " x " + std::to_string(hidden) + " x " + std::to_string(experts);
+    const LowPrecision x(tokens * hidden, 1, 1.0f), w(experts * hidden, 2, 0.05f);
+    std::vector<float> bias(static_cast<std::size_t>(experts));
+    unit_gaussians(8, 3, 0, experts, bias.data());
+    const OnDevice<std::uint16_t> d_x(x.bits), d_w(w.bits);
+    const OnDevice<float> d_bias(bias), d_logits(std::vector<float>(static_cast<std::size_t>(tokens * experts), -7.0f));
+    const cuda::TensorCoreGateArgs a{d_x.data(), d_w.data(), d_bias.data(), tokens, hidden, experts};
+    ASSERT_EQ(cuda::gate_logits(a, d_logits.data(), nullptr), Status::kOk) << what;
+    const std::vector<float> logits = d_logits.fetch();
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t e = 0; e < experts; ++e) {
+        double sum = bias[static_cast<std::size_t>(e)], absolute = std::fabs(sum);
+        for (std::int64_t i = 0; i < hidden; ++i) {
+          const double product = static_cast<double>(x.values[static_cast<std::size_t>(t * hidden + i)]) *
+                                 w.values[static_cast<std::size_t>(e * hidden + i)];
+          sum += product, absolute += std::fabs(product);
+        }
+        ASSERT_NEAR(logits[static_cast<std::size_t>(t * experts + e)], sum,
+                    bounds::tensor_core_dot(hidden, absolute) + 0x1p-24 * absolute)
+            << what << " at " << t << ", " << e;
+      }
+    }
+    if (experts > cuda::kMostFusedExperts) continue;
+    RouteArgs<float> r;
+    r.top_k = top_k, r.renormalise = true;
+    const auto slots = static_cast<std::size_t>(tokens * top_k);
+    std::vector<std::int32_t> chosen(slots);
+    std::vector<float> weights(slots);
+    const OnDevice<std::int32_t> d_chosen(std::vector<std::int32_t>(slots, -7));
+    const OnDevice<float> d_weights(std::vector<float>(slots, -7.0f)), again(std::vector<float>(logits.size(), -7.0f));
+    ASSERT_EQ(cuda::gate_and_route(a, r, {d_chosen.data(), d_weights.data(), nullptr, nullptr}, again.data(), nullptr),
+              Status::kOk)
+        << what;
+    expect_same(logits, again.fetch(), what + " logits, again");
+    r.logits = logits.data(), r.tokens = tokens, r.experts = experts;
+    ASSERT_EQ(route(r, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk);
+    expect_same(chosen, d_chosen.fetch(), what + " chosen");
+    expect_same(weights, d_weights.fetch(), what + " weights");
+  }
+}
+
+/// Enough tokens for rare paths, among them quotients that one correction step does not set right by itself.
 TEST_F(RouterCuda, RunToRun) {
   std::vector<float> logits(100000 * 64);
   unit_gaussians(6, 0, 0, static_cast<std::int64_t>(logits.size()), logits.data());
+  for (std::size_t i = 0; i < logits.size(); ++i) logits[i] *= static_cast<float>(1 << i / 64 % 7);  // up to +-300
   const OnDevice<float> d_logits(logits);
   std::vector<std::vector<float> > runs;
   for (int i = 0; i < 3; ++i) {
@@ -103,6 +229,12 @@ TEST_F(RouterCuda, RunToRun) {
   }
   EXPECT_EQ(runs[0], runs[1]);
   EXPECT_EQ(runs[0], runs[2]);
+  std::vector<std::int32_t> chosen(100000 * 8);
+  std::vector<float> weights(chosen.size());
+  RouteArgs<float> a;
+  a.logits = logits.data(), a.tokens = 100000, a.experts = 64, a.top_k = 8, a.renormalise = true;
+  ASSERT_EQ(route(a, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk);
+  expect_same(weights, runs[0], "weights");
 }
 
 // The checks come before the device is asked for anything, so they run everywhere.

@@ -1,0 +1,287 @@
+// The gate: logits from inputs, exactly in the host's order, or on tensor cores with the routing in the same kernel; and
+// the gradients of the latter.
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/route_warp.cuh"
+#include "kernels/cuda/router.h"
+#include "kernels/cuda/router_backward.h"
+#include "kernels/cuda/tensor_core_tile.cuh"
+
+namespace moeaudit::kernels::cuda {
+namespace {
+
+// ---- in the host's order: 64 tokens by 64 experts a block, 4 by 4 a thread
+
+constexpr int kSide = 64, kStep = 16, kGateThreads = 256;
+static_assert(kGateRun % kStep == 0);
+
+template <class In, class Sum>
+__global__ void __launch_bounds__(kGateThreads) gate_in_order(GateArgs<In, Sum> a) {
+  constexpr std::int64_t kPanel = 64 / sizeof(Sum);
+  __shared__ Sum xs[kStep][kSide + 1], ws[kStep][kSide + 1];
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * kSide;
+  const std::int64_t expert = static_cast<std::int64_t>(blockIdx.y) * kSide;
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  Sum total[4][4] = {};
+  for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
+    const std::int64_t length = a.hidden - first < kGateRun ? a.hidden - first : kGateRun;
+    Sum stretch[4][4] = {};
+    for (std::int64_t step = 0; step < length; step += kStep) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kSide * kStep; i += kGateThreads) {
+        const int at = i % kStep, row = i / kStep;
+        const bool inside = token + row < a.tokens && step + at < length;
+        xs[at][row] = inside ? static_cast<Sum>(a.x[(token + row) * a.hidden + first + step + at]) : Sum(0);
+      }
+      for (int i = threadIdx.x; i < kSide * kStep; i += kGateThreads) {
+        const int at = i / kSide;
+        const std::int64_t e = expert + i % kSide;
+        const bool inside = e < padded && step + at < length;
+        ws[at][i % kSide] =
+            inside ? a.packed[first * padded + e / kPanel * length * kPanel + (step + at) * kPanel + e % kPanel]
+                   : Sum(0);
+      }
+      __syncthreads();
+      const int count = length - step < kStep ? static_cast<int>(length - step) : kStep;
+      for (int i = 0; i < count; ++i) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) stretch[t][e] = stretch[t][e] + xs[i][ty + 16 * t] * ws[i][tx + 16 * e];
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) total[t][e] = total[t][e] + stretch[t][e];
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const std::int64_t row = token + ty + 16 * t, column = expert + tx + 16 * e;
+      if (row >= a.tokens || column >= a.experts) continue;
+      a.logits[row * a.experts + column] = a.bias == nullptr ? total[t][e] : total[t][e] + a.bias[column];
+    }
+  }
+}
+
+template <class In, class Sum>
+Status launch_in_order(const GateArgs<In, Sum>& a, CUstream_st* stream) {
+  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1) return Status::kBadShape;
+  if (a.tokens == 0) return Status::kOk;
+  if (a.x == nullptr || a.packed == nullptr || a.logits == nullptr) return Status::kNullPointer;
+  const std::int64_t across = parts(a.tokens, kSide), down = parts(a.experts, kSide);
+  if (across > 2147483647 || down > 65535) return Status::kBadShape;
+  gate_in_order<In, Sum><<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kGateThreads, 0, stream>>>(a);
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+// ---- on tensor cores
+
+Matrix matrix(const std::uint16_t* data, std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  return {reinterpret_cast<const __nv_bfloat16*>(data), stride, rows, columns};
+}
+
+template <int kExperts>
+using GateTile = Tile<128, kExperts, kExperts == 256 ? 2 : 4, kExperts <= 64 ? 1 : kExperts / 64, true, true>;
+
+/// 128 tokens and kExperts experts a block. With `routed` all experts must be one block's, and each warp routes tokens of
+/// the tile.
+template <int kExperts, bool kRoutes>
+__global__ void __launch_bounds__(GateTile<kExperts>::kThreads, kExperts <= 64 ? 3 : kExperts <= 128 ? 2 : 1)
+    gate_tiles(TensorCoreGateArgs a, RouteArgs<float> route, RouteResult<float> routed, float* logits) {
+  extern __shared__ __align__(128) char shared[];
+  using T = GateTile<kExperts>;
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * 128;
+  const std::int64_t expert = static_cast<std::int64_t>(blockIdx.y) * kExperts;
+  const Matrix x = {reinterpret_cast<const __nv_bfloat16*>(a.x), a.hidden, a.tokens, a.hidden};
+  const Matrix w = {reinterpret_cast<const __nv_bfloat16*>(a.w), a.hidden, a.experts, a.hidden};
+  T tile;
+  tile.run(x, w, token, expert, 0, a.hidden, shared);
+  const float* c = tile.share(shared);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  constexpr int kValues = (kExperts + kLanes - 1) / kLanes;
+  for (int row = warp; row < 128 && token + row < a.tokens; row += T::kThreads / kLanes) {
+    float v[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int column = lane + kLanes * i;
+      const bool inside = column < kExperts && expert + column < a.experts;
+      v[i] = inside ? c[row * T::kCStride + column] : 0.0f;
+      if (inside && a.bias != nullptr) v[i] += a.bias[expert + column];
+      if (inside && logits != nullptr) logits[(token + row) * a.experts + expert + column] = v[i];
+    }
+    if constexpr (kRoutes) {
+      if (kExperts % kLanes == 0 && a.experts == kExperts)
+        route_registers<kValues, true>(route, routed, token + row, v);
+      else
+        route_registers<kValues, false>(route, routed, token + row, v);
+    }
+  }
+}
+
+template <int kExperts, bool kRoutes>
+Status launch_tiles(const TensorCoreGateArgs& a, const RouteArgs<float>& route, const RouteResult<float>& routed,
+                    float* logits, CUstream_st* stream) {
+  constexpr int kBytes = GateTile<kExperts>::kSharedBytesWithC;
+  if (cudaFuncSetAttribute(gate_tiles<kExperts, kRoutes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) !=
+      cudaSuccess)
+    return Status::kLaunchFailed;
+  const dim3 grid(static_cast<unsigned>(parts(a.tokens, 128)), static_cast<unsigned>(parts(a.experts, kExperts)));
+  gate_tiles<kExperts, kRoutes><<<grid, GateTile<kExperts>::kThreads, kBytes, stream>>>(a, route, routed, logits);
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+template <bool kRoutes>
+Status launch_tiles_for(const TensorCoreGateArgs& a, const RouteArgs<float>& route, const RouteResult<float>& routed,
+                        float* logits, CUstream_st* stream) {
+  const auto call = a.experts <= 16    ? launch_tiles<16, kRoutes>
+                    : a.experts <= 32  ? launch_tiles<32, kRoutes>
+                    : a.experts <= 64  ? launch_tiles<64, kRoutes>
+                    : a.experts <= 128 ? launch_tiles<128, kRoutes>
+                                       : launch_tiles<256, kRoutes>;
+  return call(a, route, routed, logits, stream);
+}
+
+Status check(const TensorCoreGateArgs& a) {
+  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.hidden % 8 != 0 || parts(a.tokens, 128) > 2147483647 ||
+      a.experts > 65535 * 256LL)
+    return Status::kBadShape;
+  return a.tokens > 0 && (a.x == nullptr || a.w == nullptr) ? Status::kNullPointer : Status::kOk;
+}
+
+// ---- gradients on tensor cores
+
+/// float64 gradients to bfloat16, each rounded once, rows padded to `stride`.
+__global__ void narrow(const double* from, std::int64_t tokens, std::int64_t experts, std::int64_t stride,
+                       __nv_bfloat16* to) {
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= tokens * stride) return;
+  const std::int64_t t = at / stride, e = at % stride;
+  to[at] = __double2bfloat16(e < experts ? from[t * experts + e] : 0.0);
+}
+
+using InputTile = Tile<128, 128, 4, 2, true, false, 2>;    // d_x [tokens, hidden] = d_logits [tokens, experts] w [experts, hidden]
+using WeightTile = Tile<128, 128, 2, 2, false, false>;  // d_w [experts, hidden] = d_logits^T x, k along the tokens
+
+__global__ void __launch_bounds__(InputTile::kThreads, 2) input_tiles(Matrix d_logits, Matrix w, std::int64_t tokens, std::int64_t hidden,
+                                                      __nv_bfloat16* d_x) {
+  extern __shared__ __align__(128) char shared[];
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.y) * 128, at = static_cast<std::int64_t>(blockIdx.x) * 128;
+  InputTile tile;
+  tile.run(d_logits, w, token, at, 0, w.rows, shared);
+  tile.for_each_pair([&](int row, int column, float left, float right) {
+    if (token + row >= tokens || at + column >= hidden) return;  // hidden is even: a pair is inside or outside
+    *reinterpret_cast<__nv_bfloat162*>(d_x + (token + row) * hidden + at + column) = __floats2bfloat162_rn(left, right);
+  });
+}
+
+/// Block (run of hidden, run of experts, stretch of tokens): a partial d_w.
+__global__ void __launch_bounds__(WeightTile::kThreads, 2) weight_tiles(Matrix d_logits, Matrix x, std::int64_t experts, std::int64_t hidden,
+                                                       std::int64_t stretch, float* partial) {
+  extern __shared__ __align__(128) char shared[];
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * 128, expert = static_cast<std::int64_t>(blockIdx.y) * 128;
+  const std::int64_t first = blockIdx.z * stretch, end = first + stretch < x.rows ? first + stretch : x.rows;
+  WeightTile tile;
+  tile.run(d_logits, x, expert, at, first, end, shared);
+  tile.for_each_pair([&](int row, int column, float left, float right) {
+    if (expert + row >= experts || at + column >= hidden) return;
+    *reinterpret_cast<float2*>(partial + (blockIdx.z * experts + expert + row) * hidden + at + column) =
+        make_float2(left, right);
+  });
+}
+
+__global__ void add_stretches(const float* partial, std::int64_t elements, int stretches, float* d_w) {
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= elements) return;
+  float sum = 0;
+  for (int s = 0; s < stretches; ++s) sum += partial[s * elements + at];
+  d_w[at] = sum;
+}
+
+constexpr std::int64_t kMostStretches = 32, kLeastStretch = 4096;
+std::int64_t stretch_of(std::int64_t tokens) {
+  const std::int64_t even = parts(parts(tokens, kMostStretches), 64) * 64;
+  return even > kLeastStretch ? even : kLeastStretch;
+}
+std::int64_t padded(std::int64_t experts) { return parts(experts, 8) * 8; }
+std::size_t aligned(std::int64_t bytes) { return static_cast<std::size_t>(parts(bytes, 256) * 256); }
+
+}  // namespace
+
+Status gate_logits(const GateArgs<float, float>& args, CUstream_st* stream) { return launch_in_order(args, stream); }
+Status gate_logits(const GateArgs<double, double>& args, CUstream_st* stream) { return launch_in_order(args, stream); }
+Status gate_logits(const GateArgs<float, double>& args, CUstream_st* stream) { return launch_in_order(args, stream); }
+
+Status gate_logits(const TensorCoreGateArgs& args, float* logits, CUstream_st* stream) {
+  if (const Status status = check(args); status != Status::kOk) return status;
+  if (args.tokens == 0) return Status::kOk;
+  if (logits == nullptr) return Status::kNullPointer;
+  return launch_tiles_for<false>(args, {}, {}, logits, stream);
+}
+
+Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, const RouteResult<float>& routed,
+                      float* logits, CUstream_st* stream) {
+  if (const Status status = check(args); status != Status::kOk) return status;
+  route.tokens = args.tokens, route.experts = args.experts;
+  const float unused = 0;
+  route.logits = &unused;  // they never leave the block
+  if (const Status status = check_route(route, routed); status != Status::kOk) return status;
+  if (args.experts > kMostFusedExperts || !fits_registers(route)) return Status::kBadShape;
+  if (args.tokens == 0) return Status::kOk;
+  return launch_tiles_for<true>(args, route, routed, logits, stream);
+}
+
+std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
+  if (tokens < 1) return 0;
+  return aligned(2 * tokens * padded(experts)) + aligned(4 * parts(tokens, stretch_of(tokens)) * experts * hidden);
+}
+
+Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint16_t* d_x, void* workspace,
+                     CUstream_st* stream) {
+  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.hidden % 8 != 0 || parts(a.experts, 128) > 65535 ||
+      parts(a.tokens, 128) > 65535 * 128LL)
+    return Status::kBadShape;
+  if (a.tokens == 0) return Status::kOk;
+  if (a.d_logits == nullptr || workspace == nullptr || (d_w != nullptr && a.x == nullptr) ||
+      (d_x != nullptr && a.w == nullptr))
+    return Status::kNullPointer;
+  const std::int64_t stride = padded(a.experts);
+  auto* narrowed = static_cast<std::uint16_t*>(workspace);
+  narrow<<<static_cast<unsigned>(parts(a.tokens * stride, 256)), 256, 0, stream>>>(
+      a.d_logits, a.tokens, a.experts, stride, reinterpret_cast<__nv_bfloat16*>(narrowed));
+  const Matrix g = matrix(narrowed, a.tokens, a.experts, stride);
+  const auto across = static_cast<unsigned>(parts(a.hidden, 128));
+  if (d_x != nullptr) {
+    if (cudaFuncSetAttribute(input_tiles, cudaFuncAttributeMaxDynamicSharedMemorySize, InputTile::kSharedBytes) != cudaSuccess)
+      return Status::kLaunchFailed;
+    const Matrix w = matrix(a.w, a.experts, a.hidden, a.hidden);
+    constexpr std::int64_t kRows = 65535;  // of blocks, the most along y
+    for (std::int64_t first = 0; first < parts(a.tokens, 128); first += kRows) {
+      const std::int64_t skip = first * 128, tokens = a.tokens - skip < kRows * 128 ? a.tokens - skip : kRows * 128;
+      Matrix part = g;
+      part.data += skip * stride, part.rows = tokens;
+      input_tiles<<<dim3(across, static_cast<unsigned>(parts(tokens, 128))), InputTile::kThreads, InputTile::kSharedBytes, stream>>>(
+          part, w, tokens, a.hidden, reinterpret_cast<__nv_bfloat16*>(d_x) + skip * a.hidden);
+    }
+  }
+  if (d_w != nullptr) {
+    if (cudaFuncSetAttribute(weight_tiles, cudaFuncAttributeMaxDynamicSharedMemorySize, WeightTile::kSharedBytes) != cudaSuccess)
+      return Status::kLaunchFailed;
+    const std::int64_t stretch = stretch_of(a.tokens), stretches = parts(a.tokens, stretch), elements = a.experts * a.hidden;
+    auto* partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + aligned(2 * a.tokens * stride));
+    const dim3 grid(across, static_cast<unsigned>(parts(a.experts, 128)), static_cast<unsigned>(stretches));
+    weight_tiles<<<grid, WeightTile::kThreads, WeightTile::kSharedBytes, stream>>>(
+        g, matrix(a.x, a.tokens, a.hidden, a.hidden), a.experts, a.hidden, stretch, partial);
+    add_stretches<<<static_cast<unsigned>(parts(elements, 256)), 256, 0, stream>>>(partial, elements,
+                                                                                  static_cast<int>(stretches), d_w);
+  }
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
+}  // namespace moeaudit::kernels::cuda

@@ -1,0 +1,185 @@
+// One tile of a bfloat16 matrix product on tensor cores, by one block: C = A B with float32 sums. What the fused gate, its
+// gradients and other products of bfloat16 share.
+//
+// An operand lies in memory with its rows along m (or n) and k next to each other ("k next"), or with its rows along k.
+// Rows beyond the matrices count as zero; so must columns up to the next multiple of 8. Stretches of 64 along k go through shared memory, kStages of
+// them at a time by cp.async; within a stretch the products are added 16 at a time by mma, in ascending k, so the sums have
+// the same order in every launch. Inside one mma the order is the hardware's (bounds::tensor_core_dot()).
+// Leading dimensions must be multiples of 8 and the pointers aligned to 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace moeaudit::kernels::cuda {
+
+struct Matrix {
+  const __nv_bfloat16* data;
+  std::int64_t stride;  // between rows
+  std::int64_t rows, columns;
+};
+
+/// Four 8 by 8 squares from shared memory into the registers of a warp, each lane giving the row of one; transposed where
+/// k runs down the rows.
+template <bool kTransposed>
+__device__ __forceinline__ void load_squares(const __nv_bfloat16* row, unsigned (&r)[4]) {
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at));
+}
+/// sum[16, 8] += a[16, 16] b[16, 8].
+__device__ __forceinline__ void multiply_add(const unsigned (&a)[4], const unsigned* b, float (&sum)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <int kM, int kN, int kWarpsM, int kWarpsN, bool kAKNext, bool kBKNext, int kStages = 3>
+struct Tile {
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kK = 64, kPad = 8;
+  static constexpr int kARows = kAKNext ? kM : kK, kAColumns = kAKNext ? kK : kM;
+  static constexpr int kBRows = kBKNext ? kN : kK, kBColumns = kBKNext ? kK : kN;
+  static constexpr int kAStride = kAColumns + kPad, kBStride = kBColumns + kPad;
+  static constexpr int kAElements = kARows * kAStride, kBElements = kBRows * kBStride;
+  static constexpr int kCStride = kN + 4;
+  static constexpr int kStagesBytes = kStages * (kAElements + kBElements) * 2, kCBytes = kM * kCStride * 4;
+  static constexpr int kSharedBytes = kStagesBytes;                                            // of run() alone
+  static constexpr int kSharedBytesWithC = kStagesBytes > kCBytes ? kStagesBytes : kCBytes;  // of run() and share()
+  static constexpr int kWarpM = kM / kWarpsM / 16, kWarpN = kN / kWarpsN / 16;  // in squares of 16
+
+  /// Brings stretches of an operand into shared memory, one after the other along k. A thread always fetches the same
+  /// column of chunks (16 bytes each) of rows a fixed step apart, so nothing but a pointer moves.
+  template <int kRows, int kColumns, int kStride, bool kKNext>
+  struct Fetcher {
+    static constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks, kTimes = (kRows + kStep - 1) / kStep;
+    static_assert(kThreads % kChunks == 0);
+    const __nv_bfloat16* from;
+    std::int64_t row_step;
+    unsigned to;       // where this thread's first chunk goes, from the start of a stage
+    int row, column;   // of that chunk within the stretch
+    int other_left;    // rows (or columns) of the matrix from the start of the tile on, across k
+
+    __device__ Fetcher(const Matrix& m, std::int64_t across, std::int64_t k) {
+      row = static_cast<int>(threadIdx.x) / kChunks, column = static_cast<int>(threadIdx.x) % kChunks * 8;
+      row_step = kStep * m.stride;
+      from = m.data + ((kKNext ? across : k) + row) * m.stride + (kKNext ? k : across) + column;
+      to = static_cast<unsigned>(row * kStride + column) * 2;
+      const std::int64_t left = (kKNext ? m.rows : m.columns) - across;
+      other_left = static_cast<int>(left < 4096 ? left : 4096);
+    }
+    /// The stretch that begins here, of which k_left elements along k are inside; moves on to the next.
+    __device__ void fetch(unsigned stage, int k_left, std::int64_t stride) {
+#pragma unroll
+      for (int i = 0; i < kTimes; ++i) {
+        const int r = row + i * kStep;
+        if (kRows % kStep != 0 && r >= kRows) break;
+        const bool inside = kKNext ? r < other_left && column < k_left : r < k_left && column < other_left;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(stage + to + i * kStep * kStride * 2),
+                     "l"(inside ? from + i * row_step : from), "r"(inside ? 16 : 0));
+      }
+      from += kKNext ? kK : kK * stride;
+    }
+  };
+
+  /// This thread's part of C: pairs of columns.
+  float sum[kWarpM][2 * kWarpN][4] = {};
+
+  /// C of rows [m, m + kM) and columns [n, n + kN), over k in [first, last). All threads of the block take part; the
+  /// shared memory is theirs again when it returns.
+  __device__ void run(const Matrix& a, const Matrix& b, std::int64_t m, std::int64_t n, std::int64_t first,
+                      std::int64_t last, char* shared) {
+    auto* a_stages = reinterpret_cast<__nv_bfloat16*>(shared);
+    auto* b_stages = a_stages + kStages * kAElements;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int wm = warp / kWarpsN * kWarpM * 16, wn = warp % kWarpsN * kWarpN * 16;
+    // Where this lane's row of the 8 by 8 squares begins that ldmatrix brings; four of them make 16 by 16.
+    const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    const int a_at = kAKNext ? (wm + middle + low) * kAStride + high : (high + low) * kAStride + wm + middle;
+    const int b_at = kBKNext ? (wn + high + low) * kBStride + middle : (middle + low) * kBStride + wn + high;
+    const auto base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    Fetcher<kARows, kAColumns, kAStride, kAKNext> fetch_a(a, m, first);
+    Fetcher<kBRows, kBColumns, kBStride, kBKNext> fetch_b(b, n, first);
+    const auto steps = static_cast<int>((last - first + kK - 1) / kK);
+    int k_left = last - first < (1 << 30) ? static_cast<int>(last - first) : 1 << 30;
+    int filling = 0, fetched = 0;  // the stage that is filled next; stretches asked for
+    const auto fetch = [&] {
+      if (fetched < steps) {
+        fetch_a.fetch(base + filling * kAElements * 2, k_left, a.stride);
+        fetch_b.fetch(base + (kStages * kAElements + filling * kBElements) * 2, k_left, b.stride);
+        k_left -= kK;
+      }
+      asm volatile("cp.async.commit_group;");
+      ++fetched;
+      filling = filling + 1 == kStages ? 0 : filling + 1;
+    };
+    for (int s = 0; s < kStages - 1; ++s) fetch();
+    int stage = 0;
+    for (int step = 0; step < steps; ++step) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      __syncthreads();  // the stretch is there for all, and all are done with the one that is overwritten next
+      fetch();
+      const __nv_bfloat16* as = a_stages + stage * kAElements;
+      const __nv_bfloat16* bs = b_stages + stage * kBElements;
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      // The squares of the next 16 along k are under way while the present ones are multiplied.
+      unsigned fa[2][kWarpM][4], fb[2][kWarpN][4];
+      const auto squares = [&](int k, int buffer) {
+#pragma unroll
+        for (int i = 0; i < kWarpM; ++i)
+          load_squares<!kAKNext>(as + a_at + (kAKNext ? i * 16 * kAStride + k : k * kAStride + i * 16), fa[buffer][i]);
+#pragma unroll
+        for (int j = 0; j < kWarpN; ++j)
+          load_squares<!kBKNext>(bs + b_at + (kBKNext ? j * 16 * kBStride + k : k * kBStride + j * 16), fb[buffer][j]);
+      };
+      squares(0, 0);
+#pragma unroll
+      for (int k = 0; k < kK; k += 16) {
+        const int now = k / 16 % 2;
+        if (k + 16 < kK) squares(k + 16, 1 - now);
+#pragma unroll
+        for (int i = 0; i < kWarpM; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2 * kWarpN; ++j) multiply_add(fa[now][i], fb[now][j / 2] + j % 2 * 2, sum[i][j]);
+        }
+      }
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+  }
+
+  /// f(row, column, C[row, column], C[row, column + 1]) for every pair of this thread.
+  template <class F>
+  __device__ void for_each_pair(F f) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int row = warp / kWarpsN * kWarpM * 16 + lane / 4, column = warp % kWarpsN * kWarpN * 16 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kWarpM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < 2 * kWarpN; ++j)
+          f(row + i * 16 + half * 8, column + j * 8, sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+      }
+    }
+  }
+
+  /// C as float [kM][kCStride] in shared memory, for all threads of the block.
+  __device__ float* share(char* shared) const {
+    auto* c = reinterpret_cast<float*>(shared);
+    for_each_pair([&](int row, int column, float left, float right) {
+      *reinterpret_cast<float2*>(c + row * kCStride + column) = make_float2(left, right);
+    });
+    __syncthreads();
+    return c;
+  }
+};
+
+}  // namespace moeaudit::kernels::cuda
