@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -28,8 +29,9 @@ at::Tensor mask_groups(const at::Tensor& choice, const RouteOptions& o) {
               ")");
   TORCH_CHECK(o.top_groups >= 1 && o.top_groups <= o.groups, "top_groups must lie in 1..groups");
   const at::Tensor members = choice.reshape({tokens, o.groups, experts / o.groups});
-  const std::int64_t taken = o.group_score == GroupScore::kTop2Sum ? 2 : 1;
-  TORCH_CHECK(members.size(2) >= taken, "a group of ", members.size(2), " experts has no two best");
+  const std::int64_t share = std::max<std::int64_t>(o.top_k / o.top_groups, 1);
+  const std::int64_t taken = o.group_score == GroupScore::kTop2Sum ? 2 : o.group_score == GroupScore::kTopShareSum ? share : 1;
+  TORCH_CHECK(members.size(2) >= taken, "a group of ", members.size(2), " experts has no ", taken, " best");
   const at::Tensor value = sum_in_order(members.gather(-1, best(members, taken))).squeeze(-1);
   const at::Tensor kept = at::zeros_like(value).scatter(-1, best(value, o.top_groups), 1.0).to(at::kBool);
   const double fill = o.group_mask_is_zero ? 0.0 : -std::numeric_limits<double>::infinity();
@@ -66,7 +68,9 @@ Routed route(const at::Tensor& logits, const RouteOptions& o, const at::Tensor& 
   const at::Tensor l = logits.to(at::kDouble);
   const at::Tensor score = o.softmax_after_top_k ? l : scores(l, o.score);
   Routed out;
-  out.choice = correction_bias.defined() ? score + correction_bias.to(at::kDouble) : score;
+  out.choice = !correction_bias.defined() ? score
+               : o.bias_multiplies        ? score * correction_bias.to(at::kDouble)
+                                          : score + correction_bias.to(at::kDouble);
   if (o.group_score != GroupScore::kNone) out.choice = mask_groups(out.choice, o);
   out.chosen = best(out.choice, o.top_k);
   out.weights = score.gather(-1, out.chosen);

@@ -20,8 +20,10 @@ enum class Score {
 /// How a group of experts is scored in group-limited selection.
 enum class GroupScore {
   kNone,     // no groups
-  kMax,      // its best expert; modeling_deepseek_v2.py:120 (group_limited_greedy)
+  kMax,      // its best expert: device-limited routing; modeling_deepseek_v2.py:120 (group_limited_greedy)
   kTop2Sum,  // the sum of its two best; modeling_deepseek_v3.py:212
+  kTopShareSum,  // the sum of its top_k / top_groups best (rounded down, at least one): DeepSeek-V3 report section 2.1.2;
+                 // Megatron-LM moe_utils.py, group_limited_topk
 };
 
 struct RouteOptions {
@@ -36,6 +38,7 @@ struct RouteOptions {
   /// Experts of other groups get choice 0 instead of -inf: transformers before cb0adddc3682 (#45441, 5.6.0.dev0), where
   /// a negative choice inside a kept group loses against them; intended in modeling_deepseek_v2.py.
   bool group_mask_is_zero = false;
+  bool bias_multiplies = false;  // choice = scores * correction_bias instead of their sum
   bool renormalise = false;      // divide the k weights by their sum
   double renormalise_eps = 0.0;  // added to that sum; 1e-20 in modeling_deepseek_v3.py:212
   double scaling = 1.0;          // routed_scaling_factor, last
@@ -54,7 +57,7 @@ at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tenso
 /// Scores of all experts, float64 [T, E]; sums over experts run in index order.
 at::Tensor scores(const at::Tensor& logits, Score score);
 
-/// choice = scores + correction_bias (used for the choice only, arXiv:2412.19437 equation 16); group mask; top-k of
+/// choice = scores + correction_bias, or their product (used for the choice only, arXiv:2412.19437 equation 16); group mask; top-k of
 /// choice; weights = scores gathered; renormalised; scaled. logits [T, E]; correction_bias [E] or undefined.
 /// Differentiable through the weights. The k weights are summed in the order of rank. Throws c10::Error on options that
 /// do not fit.

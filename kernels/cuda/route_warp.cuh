@@ -107,18 +107,21 @@ __device__ __forceinline__ void softmax_registers(float (&v)[V], Here here, Floa
 template <int V>
 __device__ __forceinline__ void mask_groups_registers(const RouteArgs<float>& a, float (&choice)[V]) {
   const int lane = threadIdx.x % kLanes;
+  const int members = static_cast<int>(group_members(a));
   int mine = kStruckOut;  // the key of group `lane`
 #pragma unroll
   for (int g = 0; g < V; ++g) {
     if (g >= a.groups) continue;
     int key = route_key(choice[g]);
-    const int best = __reduce_max_sync(kAll, key);
-    float value = route_value(best);
-    if (a.group_score == GroupScore::kTop2Sum) {
+    float value = 0;
+    for (int j = 0; j < members; ++j) {
+      const int best = __reduce_max_sync(kAll, key);
       const int at = __ffs(static_cast<int>(__ballot_sync(kAll, key == best))) - 1;
+      const float v = __shfl_sync(kAll, choice[g], at);
+      value = j == 0 ? v : value + v;
       key = lane == at ? kStruckOut : key;
-      value = rounded(value + route_value(__reduce_max_sync(kAll, key)), a.tensor_dtype);
     }
+    if (members > 1) value = rounded(value, a.tensor_dtype);
     mine = lane == g ? route_key(value) : mine;
   }
   unsigned kept = 0;
@@ -169,7 +172,9 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const int e = lane + kLanes * i;
-      choice[i] = a.correction_bias != nullptr && here(i) ? v[i] + a.correction_bias[e] : v[i];
+      choice[i] = v[i];
+      if (a.correction_bias == nullptr || !here(i)) continue;
+      choice[i] = a.bias_multiplies ? v[i] * a.correction_bias[e] : v[i] + a.correction_bias[e];
     }
     if (a.group_score != GroupScore::kNone) mask_groups_registers(a, choice);
 #pragma unroll
@@ -232,6 +237,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     weight = rounded(weight / sum, a.tensor_dtype);
   }
   if (a.scaling != 1.0f) weight = rounded(weight * a.scaling, a.tensor_dtype);
+  weight = rounded(weight, a.weights_dtype);
   if (lane < k) r.weights[t * k + lane] = weight;
 }
 

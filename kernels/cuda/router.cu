@@ -96,17 +96,21 @@ __device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
 template <class T>
 __device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
   const int lane = threadIdx.x % kWarp, groups = static_cast<int>(a.groups),
-            size = static_cast<int>(a.experts / a.groups);
+            size = static_cast<int>(a.experts / a.groups), best = static_cast<int>(group_members(a));
   for (int g = lane; g < groups; g += kWarp) {
     const T* members = choice + g * size;
-    int first = 0;
-    for (int e = 1; e < size; ++e) first = better(members[e], e, members[first], first) ? e : first;
-    group[g] = members[first];
-    if (a.group_score == GroupScore::kTop2Sum) {
-      int second = first == 0 ? 1 : 0;
-      for (int e = 0; e < size; ++e) second = e != first && better(members[e], e, members[second], second) ? e : second;
-      group[g] = rounded(members[first] + members[second], a.tensor_dtype);
+    T sum = 0;
+    int last = -1;  // the member added last: the next one is the best of those that come after it in the order
+    for (int j = 0; j < best; ++j) {
+      int next = -1;
+      for (int e = 0; e < size; ++e) {
+        if (e == last || (last >= 0 && !better(members[last], last, members[e], e))) continue;
+        next = next < 0 || better(members[e], e, members[next], next) ? e : next;
+      }
+      sum = j == 0 ? members[next] : sum + members[next];
+      last = next;
     }
+    group[g] = best > 1 ? rounded(sum, a.tensor_dtype) : sum;
   }
   __syncwarp();
   unsigned kept = 0;  // of this lane's groups
@@ -132,7 +136,8 @@ __device__ void weigh(const RouteArgs<T>& a, const T* scores, const std::int32_t
   for (int j = lane; j < k; j += kWarp) {
     T w = gathered[j];
     if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
-    weights[j] = a.scaling != T(1) ? rounded(w * a.scaling, a.tensor_dtype) : w;
+    if (a.scaling != T(1)) w = rounded(w * a.scaling, a.tensor_dtype);
+    weights[j] = rounded(w, a.weights_dtype);
   }
 }
 
@@ -148,7 +153,9 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
        t += static_cast<std::int64_t>(gridDim.x) * warps) {
     scores_of(a, a.logits + t * experts, scores);
     for (int e = lane; e < experts; e += kWarp) {
-      choice[e] = a.correction_bias == nullptr ? scores[e] : scores[e] + a.correction_bias[e];
+      choice[e] = a.correction_bias == nullptr ? scores[e]
+                  : a.bias_multiplies          ? scores[e] * a.correction_bias[e]
+                                               : scores[e] + a.correction_bias[e];
     }
     __syncwarp();
     if (a.group_score != GroupScore::kNone) mask_groups(a, choice, scratch);

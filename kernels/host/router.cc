@@ -430,12 +430,13 @@ HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
 
 template <class T>
 void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t* index) {
-  const std::int64_t size = a.experts / a.groups;
+  const std::int64_t size = a.experts / a.groups, best = group_members(a);
   for (std::int64_t g = 0; g < a.groups; ++g) {
     const T* members = choice + g * size;
-    const bool two = a.group_score == GroupScore::kTop2Sum;
-    best_of(members, size, two ? 2 : 1, index);
-    group_value[g] = two ? rounded(members[index[0]] + members[index[1]], a.tensor_dtype) : members[index[0]];
+    best_of(members, size, best, index);
+    T sum = members[index[0]];
+    for (std::int64_t j = 1; j < best; ++j) sum += members[index[j]];
+    group_value[g] = best > 1 ? rounded(sum, a.tensor_dtype) : sum;
   }
   best_of(group_value, a.groups, a.top_groups, index);
   const T fill = a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
@@ -466,6 +467,7 @@ void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::i
     for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] *= a.scaling;
     round_tensor(weights, a.top_k, a.tensor_dtype);
   }
+  round_tensor(weights, a.top_k, a.weights_dtype);
 }
 
 /// Up to kAbreast tokens from t on. choice [tokens, experts] in; index [tokens, count] out.
@@ -486,7 +488,7 @@ template <class T>
 void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
   const std::int64_t count = std::min(a.top_k + (r.runner_up != nullptr ? 1 : 0), a.experts);
   std::vector<T> scores(kAbreast * a.experts), choice(kAbreast * a.experts), scratch(std::max(a.groups, a.top_k));
-  std::vector<std::int32_t> index(kAbreast * count), group(std::max(a.groups, a.top_k) + 2);
+  std::vector<std::int32_t> index(kAbreast * count), group(std::max({a.groups, a.top_k, std::int64_t{2}}));
   std::vector<std::int32_t> keys(kAbreast * (a.experts + 16));
   for (std::int64_t first = 0; first < a.tokens; first += kAbreast) {
     const std::int64_t tokens = std::min(kAbreast, a.tokens - first);
@@ -499,7 +501,9 @@ void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
       }
       T* to = choice.data() + t * a.experts;
       for (std::int64_t e = 0; e < a.experts; ++e) {
-        to[e] = a.correction_bias == nullptr ? base[e] : base[e] + a.correction_bias[e];
+        to[e] = a.correction_bias == nullptr ? base[e]
+                : a.bias_multiplies          ? base[e] * a.correction_bias[e]
+                                             : base[e] + a.correction_bias[e];
       }
       if (a.group_score != GroupScore::kNone) mask_groups(a, to, scratch.data(), group.data());
     }
@@ -586,7 +590,7 @@ Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
   if (a.group_score == GroupScore::kNone) return Status::kOk;
   if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups)
     return Status::kBadGroups;
-  if (a.group_score == GroupScore::kTop2Sum && a.experts / a.groups < 2) return Status::kBadGroups;
+  if (group_members(a) > a.experts / a.groups) return Status::kBadGroups;
   return Status::kOk;
 }
 

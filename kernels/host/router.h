@@ -78,18 +78,22 @@ void round_values(const double* in, std::int64_t count, Float dtype, double* out
 // ---------------------------------------------------------------------------------------------
 
 enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
-enum class GroupScore { kNone, kMax, kTop2Sum };
+/// kMax: device-limited routing (DeepSeek-V2, arXiv 2405.04434 section 2.2.2; modeling_deepseek_v2.py). kTop2Sum:
+/// modeling_deepseek_v3.py. kTopShareSum: the sum of the top_k / top_groups best, rounded down but at least one: node-limited
+/// routing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2, K_r / M; Megatron-LM moe_utils.py group_limited_topk).
+enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 
 /// For each token:
 ///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) | sqrt(softplus(logits[e]))
 ///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
-///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its two best, of choice; the
-///               top_groups best keep their experts, the choice of the others becomes -inf (or 0)
+///             | score[e] * correction_bias[e]         with bias_multiplies
+///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its best (GroupScore), of choice;
+///               the top_groups best keep their experts, the choice of the others becomes -inf (or 0)
 ///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger
 ///   than
 ///               everything, as torch.topk has it
 ///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
-///               times scaling
+///               times scaling; rounded to weights_dtype
 /// With softmax_after_top_k the choice is the logit itself and the weights are the softmax over the chosen ones.
 /// Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is the type of the
 /// arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in the frameworks.
@@ -97,6 +101,7 @@ template <class T>
 struct RouteArgs {
   const T* logits = nullptr;           // [tokens, experts]
   const T* correction_bias = nullptr;  // [experts], or null
+  bool bias_multiplies = false;
   std::int64_t tokens = 0;
   std::int64_t experts = 0;
   std::int64_t top_k = 0;
@@ -113,7 +118,18 @@ struct RouteArgs {
   /// operations of a framework, each of which computes in float32 and rounds its output. kF64: no rounding beyond T.
   /// choice is not rounded: a float32 correction bias promotes the sum to float32.
   Float tensor_dtype = Float::kF64;
+  /// What the finished weights are cast to (routing_weights.to(hidden_states.dtype)); kF64: they are not.
+  Float weights_dtype = Float::kF64;
 };
+
+/// Experts of a group that its score adds up.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline std::int64_t group_members(const RouteArgs<T>& a) {
+  if (a.group_score == GroupScore::kTop2Sum) return 2;
+  if (a.group_score != GroupScore::kTopShareSum) return 1;
+  const std::int64_t share = a.top_k / a.top_groups;
+  return share < 1 ? 1 : share;
+}
 
 template <class T>
 struct RouteResult {

@@ -224,6 +224,9 @@ std::vector<Case> cases() {
   add("deepseek_v3 before 5.6", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, true), true);
   add("k beyond what the groups leave", 16, 6, grouped(ref::GroupScore::kTop2Sum, 4, 1, ref::Score::kSigmoid, false),
       true);
+  add("node-limited, three of a group", 64, 9, grouped(ref::GroupScore::kTopShareSum, 4, 3, ref::Score::kSigmoid, false), true);
+  add("node-limited, fewer choices than nodes", 64, 2, grouped(ref::GroupScore::kTopShareSum, 8, 4, ref::Score::kSoftmax, false));
+  add("multiplied bias", 64, 8, [](ref::RouteOptions& o) { o.bias_multiplies = true, o.renormalise = true, o.renormalise_eps = 1e-20; }, true);
   add("all groups kept", 16, 4, grouped(ref::GroupScore::kMax, 4, 4, ref::Score::kSigmoid, false));
   return all;
 }
@@ -242,13 +245,14 @@ k::RouteArgs<T> args_of(const Case& c, const std::vector<T>& logits, const std::
   a.groups = c.options.groups;
   a.top_groups = c.options.top_groups;
   a.group_mask_is_zero = c.options.group_mask_is_zero;
+  a.bias_multiplies = c.options.bias_multiplies;
   a.renormalise = c.options.renormalise;
   a.renormalise_eps = static_cast<T>(c.options.renormalise_eps);
   a.scaling = static_cast<T>(c.options.scaling);
   return a;
 }
 static_assert(static_cast<int>(k::Score::kSqrtSoftplus) == static_cast<int>(ref::Score::kSqrtSoftplus));
-static_assert(static_cast<int>(k::GroupScore::kTop2Sum) == static_cast<int>(ref::GroupScore::kTop2Sum));
+static_assert(static_cast<int>(k::GroupScore::kTopShareSum) == static_cast<int>(ref::GroupScore::kTopShareSum));
 
 /// Logits [tokens, experts] of several kinds, one token each and more of the ordinary one.
 std::vector<float> edge_logits(std::int64_t experts) {
@@ -317,8 +321,8 @@ void check_route(const Case& c, Float f) {
   const std::vector<std::int64_t> chosen = ids(truth.chosen);
   std::vector<std::int32_t> got(static_cast<std::size_t>(tokens * c.top_k));
   std::vector<T> got_weights(got.size());
-  BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr}) ==
-                k::Status::kOk);
+  const k::Status status = k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr});
+  BOOST_REQUIRE_MESSAGE(status == k::Status::kOk, c.name << ": " << k::name_of(status));
 
   int compared = 0;
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -408,7 +412,10 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
       score[e] = std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
   }
   std::vector<double> choice(n);
-  for (std::size_t e = 0; e < n; ++e) choice[e] = static_cast<double>(score[e]) + (bias.empty() ? 0.0 : bias[e]);
+  for (std::size_t e = 0; e < n; ++e) {
+    choice[e] = static_cast<double>(score[e]);
+    if (!bias.empty()) choice[e] = o.bias_multiplies ? choice[e] * bias[e] : choice[e] + bias[e];
+  }
   const auto rank = [](const std::vector<double>& v, std::size_t i) {
     std::size_t beaten_by = 0;
     for (std::size_t j = 0; j < v.size(); ++j) beaten_by += v[j] > v[i] || (v[j] == v[i] && j < i) ? 1 : 0;
@@ -420,7 +427,10 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
     for (std::size_t g = 0; g < n; g += size) {
       std::vector<double> members(choice.begin() + g, choice.begin() + g + size);
       std::sort(members.rbegin(), members.rend());
-      group.push_back(members[0] + (o.group_score == ref::GroupScore::kTop2Sum ? members[1] : 0.0));
+      const std::int64_t best = o.group_score == ref::GroupScore::kTop2Sum       ? 2
+                                : o.group_score == ref::GroupScore::kTopShareSum ? std::max<std::int64_t>(1, o.top_k / o.top_groups)
+                                                                                 : 1;
+      group.push_back(std::accumulate(members.begin(), members.begin() + best, 0.0));
     }
     for (std::size_t e = 0; e < n; ++e) {
       if (rank(group, e / size) >= static_cast<std::size_t>(o.top_groups))

@@ -69,7 +69,7 @@ void check_all() {
         RouteArgs<T> a;
         a.experts = experts, a.top_k = top_k, a.groups = groups, a.top_groups = top_groups, a.score = score,
         a.tensor_dtype = dtype;
-        a.group_score = groups > 1 ? GroupScore::kTop2Sum : GroupScore::kNone;
+        a.group_score = groups > 1 ? (score == Score::kSigmoid ? GroupScore::kTopShareSum : GroupScore::kTop2Sum) : GroupScore::kNone;
         a.renormalise = true, a.renormalise_eps = T(1e-20), a.scaling = T(2.5);
         const std::string what = std::to_string(experts) + " experts, score " + std::to_string(static_cast<int>(score));
         check(a, 37, score != Score::kSoftmax, what);
@@ -103,13 +103,15 @@ TEST_F(RouterCuda, EveryRegisterWidth) {
       check(a, 19, false, what + ", softmax after");
       if (experts % 32 != 0 || experts == 32) continue;
       a.softmax_after_top_k = false, a.score = Score::kSigmoid;
-      for (const GroupScore group : {GroupScore::kMax, GroupScore::kTop2Sum}) {
+      for (const GroupScore group : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
         a.group_score = group, a.groups = experts / 32, a.top_groups = (a.groups + 1) / 2;
         check(a, 19, true, what + ", groups");
         a.group_mask_is_zero = true;
         check(a, 19, true, what + ", groups, zero mask");
         a.group_mask_is_zero = false;
       }
+      a.group_score = GroupScore::kNone, a.bias_multiplies = true, a.weights_dtype = Float::kBF16;
+      check(a, 19, true, what + ", multiplied bias, weights in bfloat16");
     }
   }
 }
