@@ -43,11 +43,14 @@ at::Tensor expert(const ExpertForm& f, const Experts& w, std::int64_t e, const a
 }  // namespace
 
 at::Tensor moe_layer(const at::Tensor& x, const at::Tensor& chosen, const at::Tensor& weights, const ExpertForm& form,
-                     const Experts& routed, const Experts& shared, const at::Tensor& shared_gate) {
+                     const Experts& routed, const Experts& shared, const at::Tensor& shared_gate,
+                     bool weights_on_input) {
   at::Tensor y = at::zeros_like(x);
   for (std::int64_t e = 0; e < routed.gate_up.weight.size(0); ++e) {
-    const at::Tensor share = (weights * chosen.eq(e).to(at::kDouble)).sum(1, true);  // [T, 1]
-    y = y + share * expert(form, routed, e, x);
+    const at::Tensor is = chosen.eq(e).to(at::kDouble);  // [T, k]
+    for (std::int64_t j = 0; weights_on_input && j < chosen.size(1); ++j)
+      y = y + is.narrow(1, j, 1) * expert(form, routed, e, x * weights.narrow(1, j, 1));
+    if (!weights_on_input) y = y + (weights * is).sum(1, true) * expert(form, routed, e, x);
   }
   if (!shared.gate_up.weight.defined()) return y;
   const at::Tensor out = expert(form, shared, 0, x);

@@ -29,9 +29,10 @@ struct Experts {
   ExpertLinear gate_up, down;
 };
 
-/// x [T, d], chosen int64 [T, k] (negative: dropped), weights [T, k]; shared without tensors: none; shared_gate [d] or
-/// undefined. All but chosen float64, and differentiated through.
+/// x [T, d], chosen int64 [T, k] (negative: dropped), weights [T, k], on the outputs or on the inputs of the experts;
+/// shared without tensors: none; shared_gate [d] or undefined. All but chosen float64, and differentiated through.
 at::Tensor moe_layer(const at::Tensor& x, const at::Tensor& chosen, const at::Tensor& weights, const ExpertForm& form,
-                     const Experts& routed, const Experts& shared = {}, const at::Tensor& shared_gate = {});
+                     const Experts& routed, const Experts& shared = {}, const at::Tensor& shared_gate = {},
+                     bool weights_on_input = false);
 
 }  // namespace moeaudit::reference

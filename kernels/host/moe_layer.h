@@ -41,6 +41,13 @@ struct ExpertForm {
   double up_offset = 0;                                    // gated
 };
 
+/// What a routing weight multiplies.
+enum class WeightOn {
+  kOutput,
+  kInput,  // x, before the expert sees it: y[t] = sum_j o of (weights[t, j] x[t]); Llama 4 (modeling_llama4.py
+           // Llama4TextMoe)
+};
+
 /// A matrix of every expert and what is added to it.
 template <class T>
 struct ExpertLinear {
@@ -66,7 +73,8 @@ struct MoeLayerArgs {
   const Wide<T>* weights = nullptr;      // [tokens, top_k]
   std::int64_t tokens = 0, hidden = 0, experts = 0, top_k = 0;
   std::int64_t capacity = 0;  // with place
-  ExpertForm form;            // of experts and shared expert
+  WeightOn weight_on = WeightOn::kOutput;
+  ExpertForm form;  // of experts and shared expert
   ExpertWeights<T> routed;
   ExpertWeights<T> shared;         // of one expert; width 0: none
   const T* shared_gate = nullptr;  // [hidden], or null: the shared expert counts whole
@@ -84,7 +92,7 @@ struct ExpertState {
 template <class T>
 struct MoeLayerState {
   Permutation permutation;
-  T* rows = nullptr;  // [R, hidden]: x in the order of the experts
+  T* rows = nullptr;  // [R, hidden]: what the experts see, in their order
   ExpertState<T> routed;
   ExpertState<T> shared;                   // rows are tokens
   std::int64_t* shared_offsets = nullptr;  // [2]; where there is a shared expert

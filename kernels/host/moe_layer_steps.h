@@ -103,9 +103,12 @@ class MoeLayerSteps {
     p.chosen = a_.chosen, p.place = a_.place, p.tokens = a_.tokens, p.experts = a_.experts, p.top_k = a_.top_k;
     p.capacity = a_.capacity;
     ops_.permute(p, s_.permutation);
-    ops_.gather(s_.permutation, shape_, a_.x, s_.rows);
+    if (on_input())
+      ops_.combine_backward(s_.permutation, shape_, nullptr, a_.weights, a_.x, s_.rows, nullptr);  // weights x
+    else
+      ops_.gather(s_.permutation, shape_, a_.x, s_.rows);
     experts(routed_, a_.routed, s_.rows, s_.routed);
-    ops_.combine(s_.permutation, shape_, s_.routed.out, a_.weights, y);
+    ops_.combine(s_.permutation, shape_, s_.routed.out, on_input() ? nullptr : a_.weights, y);
     if (a_.shared.width == 0) return;
     ops_.one_group(a_.tokens, s_.shared_offsets);
     experts(shared_, a_.shared, a_.x, s_.shared);
@@ -113,9 +116,15 @@ class MoeLayerSteps {
   }
 
   void backward(const T* d_y, const MoeLayerGradients<T>& g, const MoeLayerScratch<T>& c) {
-    ops_.combine_backward(s_.permutation, shape_, s_.routed.out, a_.weights, d_y, c.d_out, g.weights);
-    experts_backward(routed_, a_.routed, s_.rows, s_.routed, g.gate_up, g.down, c, g.x != nullptr);
-    if (g.x != nullptr) ops_.combine(s_.permutation, shape_, c.d_out, static_cast<const Wide<T>*>(nullptr), g.x);
+    if (on_input())
+      ops_.gather(s_.permutation, shape_, d_y, c.d_out);
+    else
+      ops_.combine_backward(s_.permutation, shape_, s_.routed.out, a_.weights, d_y, c.d_out, g.weights);
+    const bool to_inputs = g.x != nullptr || (on_input() && g.weights != nullptr);
+    experts_backward(routed_, a_.routed, s_.rows, s_.routed, g.gate_up, g.down, c, to_inputs);
+    if (on_input() && g.weights != nullptr)
+      ops_.combine_backward(s_.permutation, shape_, c.d_out, nullptr, a_.x, nullptr, g.weights);
+    if (g.x != nullptr) ops_.combine(s_.permutation, shape_, c.d_out, on_input() ? a_.weights : nullptr, g.x);
     if (a_.shared.width == 0) return;
     ops_.shared_backward(a_, s_, d_y, c.d_out, c.d_logit);
     if (g.shared_gate != nullptr && a_.shared_gate != nullptr) sums(shared_, a_.x, c.d_logit, a_.hidden, g.shared_gate);
@@ -124,6 +133,8 @@ class MoeLayerSteps {
   }
 
  private:
+  bool on_input() const { return a_.weight_on == WeightOn::kInput; }
+
   struct Groups {
     const std::int64_t* offsets;
     std::int64_t experts, rows;

@@ -97,7 +97,8 @@ Results reference_of(const test::LayerValues& v) {
               linear(v.shared_down, 1, v.shared_width, v.hidden, "shared down")};
     if (!v.shared_gate.empty()) gate = leaf(v.shared_gate, {v.hidden}, "shared gate");
   }
-  const at::Tensor y = ref::moe_layer(x, chosen, w, form_of(v.form), routed, shared, gate);
+  const at::Tensor y =
+      ref::moe_layer(x, chosen, w, form_of(v.form), routed, shared, gate, v.weight_on == k::WeightOn::kInput);
   (y * at::from_blob(const_cast<double*>(v.d_y.data()), {v.tokens, v.hidden}, at::kDouble)).sum().backward();
   Results r = {{"y", values(y)}};
   for (const Leaf& l : leaves)
@@ -169,6 +170,9 @@ BOOST_AUTO_TEST_CASE(activations_agree_with_the_reference) {
   with(form(k::Activation::kRelu2, false), "relu squared");
   with(kGptOss, "gpt-oss", true);
   with(form(k::Activation::kSilu, true, 1, 0.8), "limit alone");
+  LayerShape input{17, 4, 2, 16, 8};
+  input.weight_on = k::WeightOn::kInput, input.bias = true, input.rank = 2, input.shared_width = 8;
+  agrees(input, "weights on the inputs");
 }
 
 BOOST_AUTO_TEST_CASE(shapes_agree_with_the_reference) {
@@ -405,6 +409,16 @@ BOOST_AUTO_TEST_CASE(blocks_of_transformers) {
                  });
   matches_golden("deepseek_v4_experts", form(k::Activation::kSilu, true, 1, 0.75),
                  [](const Json& p, const Golden&, test::LayerValues* v) { stacks(p, "gate_up_proj", "down_proj", v); });
+}
+
+/// Weights on the inputs; input-major, gate and up in halves; the shared expert as wide as the others.
+BOOST_AUTO_TEST_CASE(block_of_llama_4) {
+  matches_golden("llama4", {}, [](const Json& p, const Golden& g, test::LayerValues* v) {
+    v->weight_on = k::WeightOn::kInput;
+    v->gate_up.weight = transposed(p.at("experts.gate_up_proj").get<Doubles>(), g.hidden, 2 * g.width);
+    v->down.weight = transposed(p.at("experts.down_proj").get<Doubles>(), g.width, g.hidden);
+    shared(p, "shared_expert.", true, v);
+  });
 }
 
 /// PEFT's adapters of w1, w2 and w3 as the layer takes them; NaN marks blocks of B that PEFT does not have.

@@ -49,6 +49,7 @@ struct LayerShape {
   enum How { kSpread, kOneExpert, kNoneAtAll } how = kSpread;
   kernels::ExpertForm form = {};
   double scale = 1;  // of x
+  kernels::WeightOn weight_on = kernels::WeightOn::kOutput;
 };
 
 /// Gaussian values of T: matrices over the root of their inputs, so that every stage has its own size. Every 9th choice
@@ -65,7 +66,7 @@ LayerValues layer_values(const LayerShape& s) {
   };
   LayerValues v;
   v.tokens = s.tokens, v.hidden = s.hidden, v.experts = s.experts, v.top_k = s.top_k, v.width = s.width;
-  v.shared_width = s.shared_width, v.form = s.form;
+  v.shared_width = s.shared_width, v.form = s.form, v.weight_on = s.weight_on;
   const auto linear = [&](std::int64_t experts, std::int64_t inputs, std::int64_t outputs) {
     const double each = 1 / std::sqrt(static_cast<double>(inputs));
     LinearValues l;
@@ -117,7 +118,7 @@ class LayerMemory {
   /// place empty: no padding.
   explicit LayerMemory(const LayerValues& v, const std::vector<std::int32_t>& place = {}, std::int64_t capacity = 0) {
     args.tokens = v.tokens, args.hidden = v.hidden, args.experts = v.experts, args.top_k = v.top_k;
-    args.form = v.form, args.capacity = capacity;
+    args.form = v.form, args.weight_on = v.weight_on, args.capacity = capacity;
     args.x = in(v.x), args.chosen = keep(v.chosen), args.weights = keep(narrowed<W>(v.weights));
     if (!place.empty()) args.place = keep(place);
     d_y = in(v.d_y);

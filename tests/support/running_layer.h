@@ -49,6 +49,7 @@ struct LinearValues {
 struct LayerValues {
   std::int64_t tokens = 0, hidden = 0, experts = 0, top_k = 0, width = 0, shared_width = 0;
   kernels::ExpertForm form;
+  kernels::WeightOn weight_on = kernels::WeightOn::kOutput;
   std::vector<double> x, weights, d_y, shared_gate;
   std::vector<std::int32_t> chosen;
   LinearValues gate_up, down, shared_gate_up, shared_down;
@@ -68,6 +69,8 @@ class RunningLayer {
 
   LayerErrors run() {
     const std::int64_t d = v_.hidden, k = v_.top_k;
+    const bool on_input = v_.weight_on == kernels::WeightOn::kInput;
+    const auto weight = [this](std::int64_t s, bool there) { return exact(there ? v_.weights[at(s)] : 1); };
     LayerErrors r;
     r.y.resize(v_.x.size()), r.x.resize(v_.x.size()), r.weights.resize(v_.weights.size());
     std::vector<std::vector<std::int64_t>> slots(static_cast<std::size_t>(v_.experts));
@@ -78,10 +81,15 @@ class RunningLayer {
     for (std::int64_t e = 0; e < v_.experts; ++e) {
       std::vector<Row> in, d_out;
       for (const std::int64_t s : slots[at(e)]) {
-        in.push_back(row(v_.x, s / k, d));
+        in.emplace_back();
         d_out.emplace_back();
-        for (std::int64_t i = 0; i < d; ++i)
-          d_out.back().push_back(stored(wide_sum({{exact(v_.weights[at(s)]), exact(v_.d_y[at(s / k * d + i)])}})));
+        const auto times = [&](bool there, double value) {
+          return there ? stored(wide_sum({{weight(s, true), exact(value)}})) : exact(value);
+        };
+        for (std::int64_t i = 0; i < d; ++i) {
+          in.back().push_back(times(on_input, v_.x[at(s / k * d + i)]));
+          d_out.back().push_back(times(!on_input, v_.d_y[at(s / k * d + i)]));
+        }
       }
       Expert x = expert(v_.gate_up, v_.down, v_.width, e, v_.experts, in, d_out, &r.gate_up, &r.down);
       for (std::size_t j = 0; j < in.size(); ++j) {
@@ -94,8 +102,8 @@ class RunningLayer {
         Terms y, x;
         for (std::int64_t s = t * k; s < (t + 1) * k; ++s) {
           if (v_.chosen[at(s)] < 0) continue;
-          y.push_back({exact(v_.weights[at(s)]), out[at(s)][at(i)]});
-          x.push_back({exact(1), d_in[at(s)][at(i)]});
+          y.push_back({weight(s, !on_input), out[at(s)][at(i)]});
+          x.push_back({weight(s, on_input), d_in[at(s)][at(i)]});
         }
         r.y[at(t * d + i)] = stored(wide_sum(y));
         r.x[at(t * d + i)] = stored(wide_sum(x));
@@ -103,7 +111,8 @@ class RunningLayer {
       for (std::int64_t s = t * k; s < (t + 1) * k; ++s) {
         Terms terms;
         for (std::int64_t i = 0; v_.chosen[at(s)] >= 0 && i < d; ++i)
-          terms.push_back({exact(v_.d_y[at(t * d + i)]), out[at(s)][at(i)]});
+          terms.push_back(on_input ? Term{exact(v_.x[at(t * d + i)]), d_in[at(s)][at(i)]}
+                                   : Term{exact(v_.d_y[at(t * d + i)]), out[at(s)][at(i)]});
         r.weights[at(s)] = wide_sum(terms);
       }
     }

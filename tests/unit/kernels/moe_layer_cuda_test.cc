@@ -99,6 +99,9 @@ TEST_F(MoeLayerCuda, SameBitsAsTheHost) {
   same_bits<float>(s);
   same_bits<double>(s);
   same_bits<float>(s, 20);  // padded, and some dropped
+  s.weight_on = WeightOn::kInput;
+  same_bits<float>(s, 20);
+  s.weight_on = WeightOn::kOutput;
   s.form = form(Activation::kRelu2, false), s.shared_gate = false;
   same_bits<float>(s);
   s.form = form(Activation::kGeluTanh, true), s.how = LayerShape::kOneExpert;
@@ -160,7 +163,7 @@ TEST_F(MoeLayerCuda, TensorCoresWithinTheirBound) {
   within_bounds(s);
   s.form = form(Activation::kSilu, true, 1.702, 0.8, 1);
   within_bounds(s);
-  s.form = form(Activation::kRelu2, false), s.shared_gate = false;
+  s.form = form(Activation::kRelu2, false), s.shared_gate = false, s.weight_on = WeightOn::kInput;
   within_bounds(s);
 }
 
