@@ -549,7 +549,7 @@ class Recorder:
             if len(returned) == len(self.layers):
                 for layer, t in zip(self.layers, returned):
                     self._returned_logits(layer, t)
-        self._masks(get("logits", None))
+        self._masks(get("logits", None), get("log_probs", None))
         if not model.training:
             self._flush()
 
@@ -563,7 +563,7 @@ class Recorder:
         if theirs is not None and theirs.dtype == mine.dtype and torch.equal(theirs, mine):
             del self.current.tensors[name + "returned_router_logits"]
 
-    def _masks(self, logits):
+    def _masks(self, logits, log_probs):
         current = self.current
         call, tokens = current.call, current.tokens
         if not current.batch:
@@ -596,6 +596,10 @@ class Recorder:
                     losses[part:part + 256] = torch.nn.functional.cross_entropy(
                         logits[rows].float(), labels.to(logits.device)[rows].long(), ignore_index=-100, reduction="none").cpu()
             current.tensors["token_loss"] = losses
+        elif isinstance(log_probs, torch.Tensor) and log_probs.dim() == 2 and log_probs.shape[0] == current.batch[0] and \
+                current.batch[1] - log_probs.shape[1] in (0, 1):  # TRL 1.x returns these instead of logits
+            losses = torch.nn.functional.pad(-log_probs.detach().float(), (0, current.batch[1] - log_probs.shape[1])).reshape(-1)
+            current.keep("token_loss", losses.masked_fill(~counts.to(losses.device), 0))
 
     def _backward_begins(self, tensors):
         current = self.current
@@ -818,6 +822,10 @@ class Recorder:
             "output_router_logits": asked if asked is not None else _deep(config, "output_router_logits"),
             "layers": [self._layer_facts(layer) for layer in self.layers],
         }
+        if hasattr(self.model, "peft_config"):
+            keys = ("peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern")
+            static["adapters"] = {name: {k: sorted(v) if isinstance(v, (set, list)) else v for k in keys if (v := getattr(c, k, None)) is not None}
+                                  for name, c in self.model.peft_config.items()}
         text = json.dumps(static, indent=1, default=str) + "\n"
         if text != self.static:
             self.static = text
