@@ -174,6 +174,10 @@ inline double lane_additions(std::int64_t count) {
   return std::ceil(static_cast<double>(count) / kLanes) - 1.0 + static_cast<double>(kLanes - 1);
 }
 
+/// Additions that a term of grouped_gemm() goes through: in its stretch, of the stretches, and three for alpha, `add` and bias.
+inline double grouped_gemm_additions(std::int64_t terms) {
+  return static_cast<double>(std::min(terms, kGateRun)) + std::ceil(static_cast<double>(terms) / kGateRun) + 1.0;
+}
 /// One sum of products on tensor cores, bfloat16 to float32. Products are exact; a step adds 16 of them and what was there
 /// before, aligned to the largest and cut off below its last place, 2^-23 of it (Fasi, Higham, Mikaitis, Pranesh, Numerical
 /// behavior of NVIDIA tensor cores, 2021: truncation, no fixed order): 17 terms a step, each cut by at most 2^-23 of the

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <bit>
 #include <boost/test/unit_test.hpp>
 #include <cmath>
 #include <limits>
@@ -255,6 +256,33 @@ BOOST_AUTO_TEST_CASE(combine_agrees_with_the_reference_and_its_gradients_with_au
     combine_agrees<float>(s, 16, 1e-38);  // products below the smallest normal number
     combine_agrees<double>(s, 16, 1e-308);
   }
+}
+
+/// Storing bfloat16: to nearest, ties to even, as torch has it; from float64 in one step.
+BOOST_AUTO_TEST_CASE(bfloat16_as_torch_rounds_it) {
+  std::uint32_t bits = 1;
+  std::vector<float> v;
+  for (int i = 0; i < 200000; ++i) {
+    bits = bits * 1664525u + 1013904223u;
+    const std::uint32_t tie = i % 3 == 0 ? (bits & 0xffff0000u) | 0x8000u : bits;  // a third of them half way
+    v.push_back(std::bit_cast<float>(tie));
+  }
+  for (const float x : {0.0f, -0.0f, 1e-45f, 3.39e38f, 3.4e38f, std::numeric_limits<float>::infinity(), std::nanf("")})
+    v.push_back(x);
+  const at::Tensor stored =
+      at::from_blob(v.data(), {static_cast<std::int64_t>(v.size())}, at::kFloat).to(at::kBFloat16).to(at::kFloat);
+  std::size_t differ = 0;
+  for (std::size_t i = 0; i < v.size(); ++i) {
+    const float want = stored.data_ptr<float>()[i], got = k::widen(k::narrow<k::BFloat16>(v[i])),
+                wide = k::widen(k::narrow<k::BFloat16>(static_cast<double>(v[i])));
+    const auto same = [](float a, float b) {
+      return (a != a && b != b) || std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+    };
+    differ += !same(want, got) || !same(want, wide);
+  }
+  BOOST_TEST(differ == 0u);
+  // 1 + 2^-8 + 2^-40 lies above half way; by way of float32 it would be the tie, and go down to 1.
+  BOOST_TEST(k::widen(k::narrow<k::BFloat16>(1 + std::ldexp(1, -8) + std::ldexp(1, -40))) == 1.0078125f);
 }
 
 /// Sums run in the order of rank: 1e8 + 1 - 1e8 is 0 in float32 only if the ranks come in this order.
