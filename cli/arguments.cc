@@ -61,9 +61,12 @@ void add_input_options(CLI::App& app, Arguments& a) {
       ->group(group)->type_name("FILE");
   one_each(app.add_option("--env", a.run.envs, "Package versions: pip freeze, requirements.txt, uv.lock"))
       ->group(group)->type_name("FILE");
-  one_each(app.add_option("--log", a.run.logs, "Training log: trainer_state.json"))->group(group)->type_name("FILE");
+  one_each(app.add_option("--log", a.run.logs, "Training log: trainer_state.json, JSON lines, CSV, or the text that Megatron-LM prints"))->group(group)->type_name("FILE");
   app.add_option("--hidden-states", a.run.hidden_states,
                  "Router inputs for the precision measure: safetensors [tokens, hidden]")->group(group)->type_name("FILE");
+
+  app.add_option("--trace", a.run.trace, "Recorded steps of the run: a folder with trace.json, or another format of docs/trace.md")
+      ->group(group)->type_name("DIR");
 
   group = "What no file says";
   one_each(app.add_option("--assume", a.assume, "Package versions, e.g. transformers=4.57.1,peft=0.18.0"))

@@ -80,6 +80,7 @@ std::string to_text(const ExpertStorage& v) {
   }
   return text.empty() ? "none" : text;
 }
+std::string to_text(const TraceLoads& v) { return rows(v.layer.size(), "layer", "layers"); }
 std::string to_text(const PrecisionTable& v) {
   return rows(v.layer.size(), "row", "rows") + " (router and mode); " + v.input;
 }

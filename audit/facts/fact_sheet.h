@@ -76,6 +76,7 @@ std::string to_text(const TensorDiff& v);
 std::string to_text(const ShapeTable& v);
 std::string to_text(const CorrectionBias& v);
 std::string to_text(const ExpertStorage& v);
+std::string to_text(const TraceLoads& v);
 std::string to_text(const PrecisionTable& v);
 std::string to_text(const AdapterModules& v);
 std::string to_text(const AdapterTargets& v);

@@ -30,6 +30,7 @@ const char* name_of(Role role) {
     case Role::kModelWeights: return "model_weights";
     case Role::kAdapterWeights: return "adapter_weights";
     case Role::kHiddenStates: return "hidden_states";
+    case Role::kTrace: return "trace";
     case Role::kFamilyTable: return "family_table";
     case Role::kBehaviourTable: return "behaviour_table";
   }

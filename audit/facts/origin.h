@@ -33,6 +33,7 @@ enum class Role {
   kModelWeights,
   kAdapterWeights,
   kHiddenStates,
+  kTrace,              // trace.json, or another recorded trace
   kFamilyTable,        // audit/families/*.yaml
   kBehaviourTable,     // audit/behaviours/*.yaml
 };

@@ -355,6 +355,53 @@ struct ExpertStorage {
   }
 };
 
+// ---- a recorded trace ------------------------------------------------------------------------------------------------
+
+/// One row per layer of a trace (docs/health.md defines the numbers). NaN: not in the trace.
+struct TraceLoads {
+  std::vector<int> layer;
+  std::vector<std::string> module;             // may be empty
+  std::vector<std::int64_t> experts, top_k;    // top_k 0: unknown
+  std::vector<std::int64_t> tokens;            // without padding
+  std::vector<double> fair_share;              // choices an expert
+  std::vector<double> max_violation;           // all tokens together
+  std::vector<double> max_violation_floor;     // of an even router in so few tokens
+  std::vector<double> low, high;               // 95 % interval of max_violation
+  std::vector<double> normalised_entropy;
+  std::vector<std::int64_t> idle, below_tenth; // experts with no choice; with under a tenth of the fair share
+  std::vector<char> can_judge;                 // fair_share >= 100
+  std::vector<char> idle_is_dead;              // an expert with a tenth of the fair share would hardly be idle
+  std::vector<double> off_the_top_k;           // share of tokens whose choice is not the top k of the logits
+  std::vector<double> near_ties_bf16;          // share of tokens that rounding the logits to bfloat16 may move
+  std::vector<double> non_finite;              // share of tokens with a NaN or infinite logit
+  std::vector<double> recompute_changed;       // share of tokens with other experts in the second forward
+  std::vector<double> dropped;                 // share of choices
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("module", s.module);
+    f("experts", s.experts);
+    f("top_k", s.top_k);
+    f("tokens", s.tokens);
+    f("fair_share", s.fair_share);
+    f("max_violation", s.max_violation);
+    f("max_violation_floor", s.max_violation_floor);
+    f("low", s.low);
+    f("high", s.high);
+    f("normalised_entropy", s.normalised_entropy);
+    f("idle", s.idle);
+    f("below_tenth", s.below_tenth);
+    f("can_judge", s.can_judge);
+    f("idle_is_dead", s.idle_is_dead);
+    f("off_the_top_k", s.off_the_top_k);
+    f("near_ties_bf16", s.near_ties_bf16);
+    f("non_finite", s.non_finite);
+    f("recompute_changed", s.recompute_changed);
+    f("dropped", s.dropped);
+  }
+};
+
 // ---- router precision ----------------------------------------------------------------------------------------------
 
 /// One row per router and mode. Share = tokens whose selected expert set differs from the float64 truth / tokens.
@@ -710,7 +757,8 @@ struct MergeTable {
 struct LogTable {
   std::vector<std::int64_t> step;
   std::vector<double> loss, grad_norm, eval_loss, aux_loss, learning_rate;
-  std::vector<char> has_loss, has_grad_norm, has_eval_loss, has_aux_loss;
+  std::vector<double> ce, z_loss;  // cross-entropy alone; router z-loss
+  std::vector<char> has_loss, has_grad_norm, has_eval_loss, has_aux_loss, has_ce, has_z_loss;
   std::vector<int> line;
   std::string file;
 
@@ -722,10 +770,14 @@ struct LogTable {
     f("eval_loss", s.eval_loss);
     f("aux_loss", s.aux_loss);
     f("learning_rate", s.learning_rate);
+    f("ce", s.ce);
+    f("z_loss", s.z_loss);
     f("has_loss", s.has_loss);
     f("has_grad_norm", s.has_grad_norm);
     f("has_eval_loss", s.has_eval_loss);
     f("has_aux_loss", s.has_aux_loss);
+    f("has_ce", s.has_ce);
+    f("has_z_loss", s.has_z_loss);
     f("line", s.line);
     f("file", s.file);
   }

@@ -10,6 +10,7 @@
 #include "audit/inputs/plan_builder.h"
 #include "audit/inputs/readers.h"
 #include "audit/tensors/tensor_store.h"
+#include "audit/traces/trace.h"
 
 namespace moeaudit {
 
@@ -18,7 +19,7 @@ const char* const kAcceptedInputs =
     "folder "
     "(checkpoint-N, trainer_state.json, training_args.bin), a training config (.yml, .yaml, .json), a requirements or "
     "lock "
-    "file, or a .safetensors file";
+    "file, a .safetensors file, or a recorded trace (trace.json)";
 
 namespace {
 
@@ -112,6 +113,7 @@ class Discovery {
     if (!x.empty() && is_file(x, "--hidden-states takes a .safetensors file with a tensor [tokens, hidden]")) {
       plan_.hidden_states = {x, Rank::kOption};
     }
+    if (!options_.trace.empty()) take_trace(without_slash(options_.trace));
   }
 
   bool is_file(const std::string& path, const std::string& remedy) {
@@ -164,6 +166,14 @@ class Discovery {
     take_trained_folder(folder, Rank::kOption);
   }
 
+  void take_trace(const std::string& path) {
+    PathKind kind;
+    if (!exists(path, &kind, "--trace takes a folder with trace.json")) return;
+    if (recognise_trace(path) != TraceFormat::kNone) return build_.claim(&plan_.trace, path, Rank::kOption, "trace");
+    build_.problem(path, "is no trace that moe-audit knows",
+                   "--trace takes a folder with trace.json, or another format of docs/trace.md");
+  }
+
   void take_config(const std::string& path) {
     if (!is_file(path, "--config takes a training config (.yml, .yaml, .json) or training_args.bin")) return;
     if (has_ending(path, ".bin")) return build_.claim(&plan_.training_args, path, Rank::kOption, "training_args.bin");
@@ -172,9 +182,10 @@ class Discovery {
 
   void take_log(const std::string& path) {
     PathKind kind;
-    if (!exists(path, &kind, "--log takes a trainer_state.json")) return;
+    const char* const remedy = "--log takes a trainer_state.json, metrics as JSON lines or CSV, or the text that Megatron-LM prints";
+    if (!exists(path, &kind, remedy)) return;
     const std::string file = kind == PathKind::kFolder ? look_into(path).trainer_state : path;
-    if (file.empty()) return build_.problem(path, "holds no trainer_state.json", "--log takes a trainer_state.json");
+    if (file.empty()) return build_.problem(path, "holds no trainer_state.json", remedy);
     build_.claim(&plan_.trainer_state, file, Rank::kOption, "log");
   }
 
@@ -195,6 +206,7 @@ class Discovery {
 
   void take_file(const std::string& path) {
     const std::string name = file_name_of(path);
+    if (recognise_trace(path) != TraceFormat::kNone) return build_.claim(&plan_.trace, path, Rank::kPath, "trace");
     if (has_ending(name, ".safetensors") && is_adapter_file(path)) {
       return build_.claim(&plan_.adapter_weights, path, Rank::kPath, "adapter");
     }
@@ -207,6 +219,7 @@ class Discovery {
                             "restore the file: a full disk or an interrupted copy leaves such files");
     }
     if (has_ending(name, ".json") || has_ending(name, ".yml") || has_ending(name, ".yaml")) return take_tree(path);
+    if (is_training_log(path)) return build_.claim(&plan_.trainer_state, path, Rank::kPath, "log");
     std::string text, error;
     const bool small = !ec && size <= (std::uintmax_t{64} << 20);
     if (small && read_file(path, &text, &error) && recognise_versions(path, text) != VersionFile::kNone) {
@@ -260,6 +273,7 @@ class Discovery {
   }
 
   void take_folder(const std::string& path) {
+    if (recognise_trace(path) != TraceFormat::kNone) return build_.claim(&plan_.trace, path, Rank::kPath, "trace");
     Folder folder = look_into(path);
     build_.keep_problems(folder);
     not_read_.insert(not_read_.end(), folder.other_weights.begin(), folder.other_weights.end());

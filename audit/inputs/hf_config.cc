@@ -149,8 +149,23 @@ void check_model_config(const ModelConfig& config, Material* material) {
 }  // namespace
 
 void read_model_config(const std::string& path, Role role, bool states_version, Material* material) {
+  Node root;
+  if (!read_tree(path, &root, material)) return;
+  const Node* version = root.is_map() ? root.find("transformers_version") : nullptr;
+  const std::size_t before = material->configs.size();
+  std::optional<VersionStatement> statement;
+  if (states_version && version && version->is_string()) {
+    if (auto set = VersionSet::parse(version->text)) {
+      statement = {"transformers", std::move(*set), place_of({path, role, &root}, root, "transformers_version", "transformers_version")};
+    }
+  }
+  read_model_config(path, std::move(root), role, material);
+  if (statement && material->configs.size() > before) material->versions.push_back(std::move(*statement));
+}
+
+void read_model_config(const std::string& path, Node root_node, Role role, Material* material) {
   ModelConfig config;
-  if (!read_tree(path, &config.root, material)) return;
+  config.root = std::move(root_node);
   config.file = path;
   config.role = role;
   const Node& root = config.root;
@@ -163,13 +178,6 @@ void read_model_config(const std::string& path, Role role, bool states_version, 
   }
   const ConfigFile file{path, role, &root};
   state_quantisation(file, material);
-  const Node* version = root.find("transformers_version");
-  if (states_version && version && version->is_string()) {
-    if (auto set = VersionSet::parse(version->text)) {
-      material->versions.push_back(
-          {"transformers", std::move(*set), place_of(file, root, "transformers_version", "transformers_version")});
-    }
-  }
   config.text = find_text(root, &config.text_path);
   material->configs.push_back(std::move(config));  // `text` points into the heap of root.items, which a move keeps
 }

@@ -12,11 +12,13 @@
 
 namespace moeaudit {
 
+class Trace;
+
 /// The command line, as data.
 struct RunOptions {
   std::vector<std::string> paths;         // positional; each is found out
   std::vector<std::string> models, bases, adapters, configs, envs, logs;  // explicit
-  std::string hidden_states;
+  std::string hidden_states, trace;
   std::vector<std::pair<std::string, std::string>> assume;  // package -> version constraint, in order
   std::int64_t world_size = 0;            // 0: not given
   std::int64_t sequence_length = 0;       // 0: not given
@@ -28,6 +30,7 @@ struct LoadedRun {
   std::string name;
   FactSheet facts;
   TensorStore model, base, adapter, hidden_states;  // base: only beside weights that were trained from it
+  std::shared_ptr<const Trace> trace;               // of this run; null: none was given
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;
   std::vector<Suppression> suppressions;

@@ -40,10 +40,12 @@ class Loader {
     LoadedRun run;
     run.name = m_.name;
     resolve(m_, options_, &run.facts);
+    resolve_trace(m_.trace.get(), plan_.trace.path, &run.facts);
     run.model = std::move(m_.model);
     run.base = std::move(m_.base);
     run.adapter = std::move(m_.adapter);
     run.hidden_states = std::move(m_.hidden_states);
+    run.trace = std::move(m_.trace);
     run.inputs = std::move(m_.inputs);
     run.problems = std::move(m_.problems);
     run.suppressions = std::move(m_.suppressions);
@@ -94,9 +96,15 @@ class Loader {
     std::stable_partition(m_.versions.begin(), m_.versions.end(), [](const VersionStatement& s) {
       return !s.versions.exact && s.source.role != Role::kCommandLine;
     });
+    if (!plan_.trace.empty()) {
+      read_trace(plan_.trace.path, &m_);
+      input(plan_.trace.path, "recorded trace");
+    }
     if (!plan_.trainer_state.empty()) {
-      read_trainer_state(plan_.trainer_state.path, &m_);
-      input(plan_.trainer_state.path, "trainer state");
+      const bool state = has_ending(plan_.trainer_state.path, ".json");
+      if (state) read_trainer_state(plan_.trainer_state.path, &m_);
+      else read_training_log(plan_.trainer_state.path, &m_);
+      input(plan_.trainer_state.path, state ? "trainer state" : "training log");
     }
   }
 
@@ -286,7 +294,8 @@ class Loader {
         case Role::kCheckpointConfig: return 1;
         case Role::kAdapterConfig: return 2;
         case Role::kTrainingConfig: return 3;
-        case Role::kTrainingArguments: return 4;
+        case Role::kTrainingArguments:
+        case Role::kTrace: return 4;
         default: return 5;  // trainer_state.json: what the Trainer worked out; the command line
       }
     };

@@ -2,6 +2,7 @@
 // of them weighed yet. A reader knows one format; the resolver knows which word wins.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,6 +13,8 @@
 #include "audit/text/text.h"
 
 namespace moeaudit {
+
+class Trace;
 
 /// One statement: a value under the name that Hugging Face gives it, whatever the framework calls it.
 ///   training     gradient_accumulation_steps, per_device_train_batch_size, bf16, fp16, bf16_full_eval, tf32,
@@ -72,6 +75,7 @@ struct Material {
   std::vector<UnreadKey> unread_keys;
   std::vector<Suppression> suppressions;  // comments in the files that were read
   TensorStore model, base, adapter, hidden_states;  // base: only where the model under audit has weights of its own
+  std::shared_ptr<const Trace> trace;     // null: none was given
   bool base_asked = false;                // the user gave the base; otherwise it was found under the name that some file has for it
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;

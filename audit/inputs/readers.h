@@ -24,6 +24,8 @@ void read_suppressions(const std::string& path, std::string_view text, Material*
 /// (`states_version`) the transformers release. A root that is no map, or has neither model_type nor architectures, is
 /// a problem.
 void read_model_config(const std::string& path, Role role, bool states_version, Material* material);
+/// The same for a config that stands inside another file.
+void read_model_config(const std::string& path, Node root, Role role, Material* material);
 /// Keys of the model configs that speak of experts or routers and that the family's class does not have: ignored, where
 /// it is known that no class reads them; unread, where moe-audit does not know.
 void check_model_configs(Material* material);
@@ -33,6 +35,16 @@ void read_adapter_config(const std::string& path, Material* material);
 
 /// trainer_state.json: log, step, max_steps.
 void read_trainer_state(const std::string& path, Material* material);
+
+/// JSON lines, CSV, or the text of Megatron-LM, by ending and content; a log by step goes to material->log. Not readable: a
+/// fatal problem.
+bool is_training_log(const std::string& path);
+void read_training_log(const std::string& path, Material* material);
+
+/// A recorded trace: opens it, and states what it says of the run. Not readable: a fatal problem.
+void read_trace(const std::string& path, Material* material);
+/// What only the trace knows; without one (nullptr) that there is none, unless one was given and could not be read.
+void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts);
 
 /// training_args.bin, by the inert pickle reader. Not readable: a non-fatal problem.
 void read_training_args(const std::string& path, Material* material);

@@ -28,6 +28,8 @@ void append_entry(const Node& entry, LogTable* log) {
   append(entry, "eval_loss", &log->eval_loss, &log->has_eval_loss);
   append(entry, "aux_loss", &log->aux_loss, &log->has_aux_loss);
   append(entry, "learning_rate", &log->learning_rate, nullptr);
+  append(entry, "ce_loss", &log->ce, &log->has_ce);
+  append(entry, "z_loss", &log->z_loss, &log->has_z_loss);
   log->line.push_back(entry.line);
 }
 

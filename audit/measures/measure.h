@@ -14,6 +14,8 @@
 
 namespace moeaudit {
 
+class Trace;
+
 struct MeasureContext {
   FactSheet& facts;                     // read what is known, set what the measure supplies
   const TensorStore& model;             // weights of the model under audit; may be empty
@@ -25,6 +27,7 @@ struct MeasureContext {
   std::function<void(std::string_view stage, double done)> progress;  // may be empty; done in [0, 1]
   std::vector<MeasureRecord>& records;  // append what ran, on which backend
   bool full = false;                    // --full: the weight scan reads files of any size
+  const Trace* trace = nullptr;         // --trace; null: none was given
 };
 
 /// Bytes of weights that an audit without --full reads whole: about 1.5 s from a disk of 1.5 GB/s, 0.2 s from memory.

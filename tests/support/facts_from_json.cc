@@ -184,8 +184,7 @@ void read_logged(const json& j, const char* name, std::size_t rows, std::vector<
 }
 
 void read(const json& j, LogTable* v) {
-  const std::set<std::string> known = {"step",     "loss",          "grad_norm", "eval_loss",
-                                       "aux_loss", "learning_rate", "line",      "file"};
+  const std::set<std::string> known = {"step", "loss", "grad_norm", "eval_loss", "aux_loss", "learning_rate", "ce", "z_loss", "line", "file"};
   for (const auto& item : j.items()) {
     if (!known.count(item.key())) fail("unknown member '" + item.key() + "'");
   }
@@ -196,6 +195,8 @@ void read(const json& j, LogTable* v) {
   read_logged(j, "eval_loss", rows, &v->eval_loss, &v->has_eval_loss);
   read_logged(j, "aux_loss", rows, &v->aux_loss, &v->has_aux_loss);
   read_logged(j, "learning_rate", rows, &v->learning_rate, nullptr);
+  read_logged(j, "ce", rows, &v->ce, &v->has_ce);
+  read_logged(j, "z_loss", rows, &v->z_loss, &v->has_z_loss);
   if (j.contains("line")) read(j.at("line"), &v->line);
   if (v->line.empty()) v->line.assign(rows, 0);
   if (v->line.size() != rows) fail("column 'line' has another length");

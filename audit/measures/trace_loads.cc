@@ -1,0 +1,74 @@
+// What the experts got in a recorded trace, by layer, and what of its tensor files is not sound.
+#include <cmath>
+#include <limits>
+
+#include "audit/measures/expert_health.h"
+#include "audit/measures/measure.h"
+#include "kernels/host/router.h"
+
+namespace moeaudit {
+namespace {
+
+constexpr std::string_view kSupplies[] = {"trace.loads", "trace.problems"};
+
+double value(const LayerHealth& layer, std::string_view name) {
+  const HealthMetric* m = layer.find(name);
+  return m ? m->value : HealthMetric::kNone;
+}
+
+void append(const LayerHealth& l, TraceLoads* t) {
+  const HealthMetric none;
+  const HealthMetric* vio = l.find("max_violation_pooled");
+  if (!vio) vio = &none;
+  const HealthMetric *cold = l.find("cold_experts"), *dead = l.find("dead_experts");
+  t->layer.push_back(l.layer);
+  t->module.push_back(l.module);
+  t->experts.push_back(l.experts);
+  t->top_k.push_back(l.top_k);
+  t->tokens.push_back(l.tokens);
+  t->fair_share.push_back(static_cast<double>(l.choices) / static_cast<double>(l.experts));
+  t->max_violation.push_back(vio->value);
+  t->max_violation_floor.push_back(vio->floor);
+  t->low.push_back(vio->low);
+  t->high.push_back(vio->high);
+  t->normalised_entropy.push_back(value(l, "normalised_entropy"));
+  t->idle.push_back(static_cast<std::int64_t>(value(l, "idle_experts")));
+  t->below_tenth.push_back(static_cast<std::int64_t>(value(l, "cold_experts")));
+  t->can_judge.push_back(cold && cold->cannot_tell.empty());
+  t->idle_is_dead.push_back(dead && dead->cannot_tell.empty());
+  t->off_the_top_k.push_back(value(l, "choices_off_the_top_k"));
+  t->near_ties_bf16.push_back(value(l, "near_ties_in_bf16"));
+  t->non_finite.push_back(value(l, "tokens_with_non_finite_logits"));
+  t->recompute_changed.push_back(value(l, "recompute_changed"));
+  t->dropped.push_back(value(l, "dropped_choices"));
+}
+
+void run(MeasureContext& ctx) {
+  FactSheet& f = ctx.facts;
+  if (ctx.trace == nullptr) {
+    f.trace_loads.explain_unknown("no trace was given");
+    f.trace_problems.explain_unknown("no trace was given");
+    return;
+  }
+  HealthOptions options;
+  options.threads = ctx.threads;
+  options.progress = ctx.progress;
+  HealthReport report = measure_health(*ctx.trace, options);
+  TraceLoads loads;
+  for (const LayerHealth& l : report.layers) append(l, &loads);
+  Source source;
+  source.role = Role::kTrace;
+  source.file = ctx.trace->facts().head;
+  if (loads.layer.empty()) f.trace_loads.explain_unknown("the trace holds neither choices nor counts, nor logits with a known k");
+  else f.trace_loads.set(std::move(loads), Origin::kMeasured, source);
+  f.trace_problems.set(std::move(report.weight_problems), Origin::kMeasured, source);
+  ctx.records.push_back({"trace_loads", std::string("host ") + kernels::host_backend(),
+                         std::to_string(report.micro_batches) + " micro-batches of " + std::to_string(report.steps) + " steps"});
+}
+
+}  // namespace
+
+extern const Measure measure_trace_loads;
+const Measure measure_trace_loads = {.name = "trace_loads", .supplies = kSupplies, .wants = {}, .run = run};
+
+}  // namespace moeaudit
