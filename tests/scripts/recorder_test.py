@@ -57,6 +57,10 @@ def small(family, **over):
     return build(family, **{**own, **over}).train()
 
 
+def with_balance_loss(family):
+    return small(family, **({} if family in ("deepseek_v3", "deepseek_v2") else {"output_router_logits": True}))
+
+
 def records(folder, kind="micro_batch", file="records.jsonl"):
     with open(os.path.join(folder, file), encoding="utf-8") as f:
         return [r for r in map(json.loads, f) if r["kind"] == kind]
@@ -74,8 +78,7 @@ def numbers():
 
 def one_step(family, folder, rows=3, **options):
     """One optimizer step of two micro-batches, with what the experts were given seen by hooks of this test."""
-    logits_on = {} if family in ("deepseek_v3", "deepseek_v2") else {"output_router_logits": True}
-    model = small(family, **logits_on)
+    model = with_balance_loss(family)
     seen = {}
     for layer in find_routers(model):
         experts = getattr(layer.block, "experts", None)
@@ -399,7 +402,7 @@ if len(sys.argv) > 2 and sys.argv[2] == "rank":
 families = [f for f in sys.argv[3:] or ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe") if exists(f)]
 for family in families:
     try:
-        small(family)(**collate(Tokens(1).rows))
+        with_balance_loss(family)(**collate(Tokens(1).rows))
     except Exception as e:  # noqa: BLE001
         print(f"left out: {family}: transformers {transformers.__version__} itself fails, {type(e).__name__}: {str(e)[:90]}")
     else:
