@@ -1,0 +1,11 @@
+// The noise of routers in float64 on LibTorch: the truth that kernels/host/router_noise.h answers to.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace moeaudit::reference {
+
+/// logits + noise (softplus(noise_logits) + eps): Shazeer et al., arXiv 1701.06538 equation 4. All [T, E]; differentiable.
+at::Tensor noisy_logits(const at::Tensor& logits, const at::Tensor& noise, const at::Tensor& noise_logits, double eps);
+
+}  // namespace moeaudit::reference

@@ -1,0 +1,98 @@
+// The noise of routers: kernels/host against reference/ and its autograd; rounding of jittered inputs against LibTorch's.
+#define BOOST_TEST_MODULE router_noise
+#include "kernels/host/router_noise.h"
+
+#include <ATen/ATen.h>
+
+#include <boost/test/unit_test.hpp>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/host/bounds.h"
+#include "kernels/host/gaussian.h"
+#include "reference/router_noise.h"
+
+namespace {
+
+namespace k = moeaudit::kernels;
+namespace ref = moeaudit::reference;
+namespace bounds = moeaudit::kernels::bounds;
+using k::Float;
+
+std::vector<double> gaussians(std::int64_t n, std::uint64_t stream, double scale) {
+  std::vector<float> g(static_cast<std::size_t>(n));
+  k::unit_gaussians(23, stream, 0, n, g.data());
+  std::vector<double> v;
+  for (const float x : g) v.push_back(scale * static_cast<double>(x));
+  return v;
+}
+at::Tensor tensor(const std::vector<double>& v, std::int64_t rows) {
+  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble).clone();
+}
+
+// softplus: 8 roundings (bounds::sqrt_softplus_relative before the root), on both sides; eps, product and sum one each.
+double bound(double logit, double noise, double deviation) {
+  const double u = 0x1p-53, part = std::fabs(noise) * deviation;
+  return 2 * bounds::gamma(8 + 3, u) * part + 2 * u * (std::fabs(logit) + part) + bounds::smallest(Float::kF64);
+}
+
+BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
+  for (const auto& [tokens, experts] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {40, 8}}) {
+    for (const double eps : {0.0, 1e-2}) {
+      const std::int64_t n = tokens * experts;
+      const auto logits = gaussians(n, 1, 1), noise = gaussians(n, 2, 1), upstream = gaussians(n, 4, 1);
+      auto noise_logits = gaussians(n, 3, 8);  // both sides of softplus's switch at 20, and far below 0
+      noise_logits[0] = -50;
+      const at::Tensor nl = tensor(noise_logits, tokens).set_requires_grad(true);
+      const at::Tensor out = ref::noisy_logits(tensor(logits, tokens), tensor(noise, tokens), nl, eps);
+      (out * tensor(upstream, tokens)).sum().backward();
+      k::NoisyLogitsArgs<double> a;
+      a.logits = logits.data(), a.noise = noise.data(), a.noise_logits = noise_logits.data();
+      a.tokens = tokens, a.experts = experts, a.eps = eps;
+      std::vector<double> got(static_cast<std::size_t>(n)), gradient(got);
+      BOOST_REQUIRE(k::noisy_logits(a, got.data()) == k::Status::kOk);
+      BOOST_REQUIRE(k::noisy_logits_backward(a, upstream.data(), gradient.data()) == k::Status::kOk);
+      const at::Tensor want = out.detach().contiguous(), slope = nl.grad().contiguous();
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double deviation = std::log1p(std::exp(std::min(noise_logits[i], 20.0))) + std::max(noise_logits[i] - 20, 0.0) + eps;
+        BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i], bound(logits[i], noise[i], deviation));
+        // Four roundings for a sigmoid, two products; torch has exp(x) / (1 + exp(x)) with as many.
+        const double expected = slope.data_ptr<double>()[i];
+        BOOST_CHECK_SMALL(gradient[i] - expected, 2 * bounds::gamma(7, 0x1p-53) * std::fabs(expected) + bounds::smallest(Float::kF64));
+      }
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(fixed_deviation_and_float32) {
+  const std::vector<float> logits = {1.0f, -2.0f, 3.0f}, noise = {0.5f, 1.0f, -0.25f};
+  k::NoisyLogitsArgs<float> a;
+  a.logits = logits.data(), a.noise = noise.data(), a.tokens = 1, a.experts = 3, a.scale = 1.0 / 3;
+  std::vector<float> got(3);
+  BOOST_REQUIRE(k::noisy_logits(a, got.data()) == k::Status::kOk);
+  for (int i = 0; i < 3; ++i) BOOST_CHECK_EQUAL(got[i], static_cast<float>(logits[i] + noise[i] * (1.0 / 3)));
+  double upstream = 1, slope = 0;
+  BOOST_CHECK(k::noisy_logits_backward(a, &upstream, &slope) == k::Status::kBadOption);
+  a.noise = nullptr;
+  BOOST_CHECK(k::noisy_logits(a, got.data()) == k::Status::kNullPointer);
+}
+
+// LibTorch multiplies two bfloat16 tensors as floats and rounds: bit for bit ours, NaN, infinities and subnormals included.
+BOOST_AUTO_TEST_CASE(jitter_has_the_bits_of_torch) {
+  const std::int64_t n = 4096;
+  at::Tensor x = at::randn({n}).to(at::kBFloat16), factor = (at::rand({n}) * 0.02 + 0.99).to(at::kBFloat16);
+  x[0] = std::numeric_limits<float>::infinity(), x[1] = std::numeric_limits<float>::quiet_NaN(), x[2] = 1e-40f, x[3] = -0.0f,
+  x[4] = 3.38e38f, factor[4] = 1.0078125f;
+  const at::Tensor want = (x * factor).to(at::kFloat).contiguous(), xf = x.to(at::kFloat).contiguous(),
+                   ff = factor.to(at::kFloat).contiguous();
+  std::vector<float> got(static_cast<std::size_t>(n));
+  BOOST_REQUIRE(k::jitter(xf.data_ptr<float>(), ff.data_ptr<float>(), n, Float::kBF16, got.data()) == k::Status::kOk);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float w = want.data_ptr<float>()[i];
+    BOOST_CHECK_MESSAGE((std::isnan(w) && std::isnan(got[i])) || w == got[i], i << ": " << got[i] << " against " << w);
+  }
+  BOOST_CHECK(std::signbit(got[3]));
+}
+
+}  // namespace
