@@ -11,11 +11,6 @@ namespace {
 
 constexpr int kWarp = kLanes;
 
-__device__ float exp_shifted(float x) { return exp_of_non_positive(x); }
-__device__ double exp_shifted(double x) { return exp_exact_order(x); }
-__device__ float sigmoid(float x) { return sigmoid_float(x); }
-__device__ double sigmoid(double x) { return sigmoid_exact_order(x); }
-
 template <class T>
 __device__ T minus_infinity() {
   return static_cast<T>(-__longlong_as_double(0x7ff0000000000000ll));
@@ -84,7 +79,7 @@ __device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
       scores[e] = logits[e];
     } else {
       const T s = a.score == Score::kSigmoid
-                      ? sigmoid(logits[e])
+                      ? sigmoid_of(logits[e])
                       : static_cast<T>(sqrt_softplus_exact_order(static_cast<double>(logits[e])));
       scores[e] = rounded(s, a.tensor_dtype);
     }

@@ -141,7 +141,8 @@ template <class T>
 Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, CUstream_st* stream) {
   if (const Status status = check_route_backward(a, d_logits); status != Status::kOk) return status;
   if (a.forward.tokens == 0) return Status::kOk;
-  if (const std::int64_t v = parts(a.forward.experts, kLanes); v <= 12 && a.forward.top_k <= kLanes) {
+  if (const std::int64_t v = parts(a.forward.experts, kLanes); 
+      v <= 12 && a.forward.top_k <= kLanes && !is_narrow(a.forward.tensor_dtype)) {
     const auto call = v == 1   ? launch_registers<1, T>
                       : v == 2 ? launch_registers<2, T>
                       : v <= 4 ? launch_registers<4, T>

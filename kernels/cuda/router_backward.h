@@ -11,7 +11,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to it; callers need no CUDA he
 namespace moeaudit::kernels::cuda {
 
 /// Bytes of device memory, aligned to 8, that route_backward() needs as `workspace`; it may be null for up to 384 experts
-/// and 32 choices, which fit into registers.
+/// and 32 choices in the exact formulas, which fit into registers.
 std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 
 /// Queue the work on `stream` and return. A token a warp or a thread, an element a thread: every sum in the host's order, so the

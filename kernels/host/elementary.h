@@ -70,29 +70,6 @@ MOE_AUDIT_HOST_DEVICE inline double log1p_exact_order(double y) {
   return log_exact_order(u) + (y - (u - 1.0)) / u;
 }
 
-/// The same in float32, within 2 units in the last place: ln 2 in two parts of 15 and more bits, the Taylor sum to r^7
-/// (r^8/8! < 6e-9).
-MOE_AUDIT_HOST_DEVICE inline float exp_exact_order_f32(float x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  const float clamped = x < -105.0f ? -105.0f : (x > 89.5f ? 89.5f : x);
-  const float shifted = clamped * 1.44269504f + kMagic;
-  const float k = shifted - kMagic;
-  const float r = (clamped - k * 0.693359375f) - k * -2.12194440e-4f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = 1.0f + (r + (r * r) * p);
-  const float first = k < -126.0f ? -126.0f : (k > 127.0f ? 127.0f : k);
-  const auto two_to = [](float n) {
-    return std::bit_cast<float>((std::bit_cast<std::uint32_t>(n + (kMagic + 127.0f)) & 0xff) << 23);
-  };
-  return x != x ? x : p * two_to(first) * two_to(k - first);
-}
-MOE_AUDIT_HOST_DEVICE inline float sigmoid_exact_order_f32(float x) { return 1.0f / (1.0f + exp_exact_order_f32(-x)); }
-
 MOE_AUDIT_HOST_DEVICE inline double sigmoid_exact_order(double x) { return 1.0 / (1.0 + exp_exact_order(-x)); }
 
 /// sqrt(softplus(x)); above 20 softplus is x itself, as torch.nn.functional.softplus has it.
@@ -143,6 +120,12 @@ MOE_AUDIT_HOST_DEVICE inline float sigmoid_float(float x) {
   const float e = exp_of_non_positive(x < 0.0f ? x : -x);
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
+
+/// The same names for both types.
+MOE_AUDIT_HOST_DEVICE inline float exp_shifted(float x) { return exp_of_non_positive(x); }
+MOE_AUDIT_HOST_DEVICE inline double exp_shifted(double x) { return exp_exact_order(x); }
+MOE_AUDIT_HOST_DEVICE inline float sigmoid_of(float x) { return sigmoid_float(x); }
+MOE_AUDIT_HOST_DEVICE inline double sigmoid_of(double x) { return sigmoid_exact_order(x); }
 
 // ---- sums over experts or words
 

@@ -150,9 +150,6 @@ struct ActivationRealOf<BFloat16> {
 template <class T>
 using ActivationReal = typename ActivationRealOf<T>::Type;
 
-MOE_AUDIT_HOST_DEVICE inline double sigmoid_of(double z) { return sigmoid_exact_order(z); }
-MOE_AUDIT_HOST_DEVICE inline float sigmoid_of(float z) { return sigmoid_exact_order_f32(z); }
-
 template <class R>
 struct Curve {
   R value, slope;

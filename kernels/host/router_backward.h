@@ -15,7 +15,9 @@ namespace moeaudit::kernels {
 
 template <class T>
 struct RouteBackwardArgs {
-  /// As route() had them; tensor_dtype must be kF64 or that of T: gradients are those of the exact formulas.
+  /// As route() had them. With a tensor_dtype narrower than T the gradients are those of a framework whose tensors have
+  /// it: every operation computes in T and each of its results, a gradient like a value, is rounded once (PyTorch's
+  /// autograd: derivatives.yaml of div, sum, gather, softmax and sigmoid). Otherwise they are those of the exact formulas.
   RouteArgs<T> forward;
   const std::int32_t* chosen = nullptr;  // [tokens, top_k], of route(); negative: dropped, no gradient from it
   const double* weights = nullptr;       // [tokens, top_k], d loss / d weights of route(); or null
@@ -26,7 +28,8 @@ struct RouteBackwardArgs {
 };
 
 /// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in kLanes lanes (elementary.h). kBadShape
-/// also for an id beyond the experts; kBadOption for scores with softmax_after_top_k; kNullPointer without chosen where
+/// also for an id beyond the experts; kBadOption for scores with softmax_after_top_k, and for kSqrtSoftplus in a narrow
+/// tensor_dtype, which no framework has; kNullPointer without chosen where
 /// there are weights.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits);
@@ -43,12 +46,15 @@ struct GateBackwardArgs {
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x);
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x);
 
+MOE_AUDIT_HOST_DEVICE inline bool is_narrow(Float dtype) { return dtype == Float::kBF16 || dtype == Float::kF16; }
+
 template <class T>
 Status check_route_backward(const RouteBackwardArgs<T>& a, const double* d_logits) {
   const RouteArgs<T>& f = a.forward;
   if (f.tokens < 0 || f.experts < 1) return Status::kBadShape;
   if (f.top_k < 1 || f.top_k > f.experts) return Status::kBadTopK;
   if (f.softmax_after_top_k && (a.scores != nullptr || f.score != Score::kSoftmax)) return Status::kBadOption;
+  if (is_narrow(f.tensor_dtype) && f.score == Score::kSqrtSoftplus) return Status::kBadOption;
   if (f.tokens > 0 && (f.logits == nullptr || d_logits == nullptr || (a.weights != nullptr && a.chosen == nullptr)))
     return Status::kNullPointer;
   return Status::kOk;
@@ -62,11 +68,83 @@ MOE_AUDIT_HOST_DEVICE inline double score_slope(Score score, double logit, doubl
                        : 0.0;  // sqrt of softplus
 }
 
+/// One token with tensors of a narrow dtype. `score` has room for `experts` values; d_logits [experts].
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwardArgs<T>& a, std::int64_t t,
+                                                              double* score, double* d_logits) {
+  const RouteArgs<T>& f = a.forward;
+  const T* logits = f.logits + t * f.experts;
+  const std::int32_t* chosen = a.chosen == nullptr ? nullptr : a.chosen + t * f.top_k;
+  const double* upstream = a.weights == nullptr ? nullptr : a.weights + t * f.top_k;
+  const auto rounded = [&](T v) { return static_cast<T>(round_to(static_cast<double>(v), f.tensor_dtype)); };
+  const auto is_in = [&](std::int64_t e) {
+    if (!f.softmax_after_top_k) return true;
+    for (std::int64_t j = 0; chosen != nullptr && j < f.top_k; ++j) {
+      if (chosen[j] == e) return true;
+    }
+    return false;
+  };
+  // Forward, as route() has it, but for the lanes of a softmax after top-k.
+  const bool softmax = f.score == Score::kSoftmax;
+  T largest = -std::numeric_limits<T>::infinity(), lane[kLanes] = {};
+  for (std::int64_t e = 0; e < f.experts; ++e) {
+    if (softmax && is_in(e) && logits[e] > largest) largest = logits[e];
+    d_logits[e] = 0;
+  }
+  for (std::int64_t e = 0; e < f.experts; ++e) {
+    const T v = !softmax ? rounded(sigmoid_of(logits[e])) : is_in(e) ? exp_shifted(logits[e] - largest) : T(0);
+    lane[e % kLanes] += v;
+    score[e] = static_cast<double>(v);
+  }
+  const T sum = add_lanes(lane);
+  for (std::int64_t e = 0; softmax && e < f.experts; ++e)
+    score[e] = static_cast<double>(rounded(static_cast<T>(score[e]) / sum));
+  // w = gather(score); v = w / (sum of w + eps); v scaling.
+  if (upstream != nullptr) {
+    T total = 0;
+    for (std::int64_t j = 0; j < f.top_k; ++j) {
+      if (chosen[j] >= 0) total += static_cast<T>(score[chosen[j]]);
+    }
+    const T by = rounded(rounded(total) + f.renormalise_eps);
+    const auto of_weight = [&](std::int64_t j) {
+      const T g = rounded(static_cast<T>(upstream[j]));
+      return f.scaling != T(1) ? rounded(g * f.scaling) : g;
+    };
+    T of_sum = 0;  // gradient of the denominator: each term a tensor element, their sum another
+    for (std::int64_t j = 0; f.renormalise && j < f.top_k; ++j) {
+      if (chosen[j] < 0) continue;
+      const T w = static_cast<T>(score[chosen[j]]);
+      of_sum += rounded(-of_weight(j) * rounded(rounded(w / by) / by));
+    }
+    of_sum = rounded(of_sum);
+    for (std::int64_t j = 0; j < f.top_k; ++j) {
+      if (chosen[j] < 0) continue;
+      const T g = of_weight(j);
+      d_logits[chosen[j]] = static_cast<double>(f.renormalise ? rounded(rounded(g / by) + of_sum) : g);
+    }
+  }
+  for (T& v : lane) v = 0;
+  for (std::int64_t e = 0; e < f.experts; ++e) {
+    if (a.scores != nullptr)
+      d_logits[e] = static_cast<double>(
+          rounded(static_cast<T>(d_logits[e]) + rounded(static_cast<T>(a.scores[t * f.experts + e]))));
+    lane[e % kLanes] += static_cast<T>(d_logits[e]) * static_cast<T>(score[e]);
+  }
+  const T along = add_lanes(lane);
+  for (std::int64_t e = 0; e < f.experts; ++e) {
+    const T g = static_cast<T>(d_logits[e]), s = static_cast<T>(score[e]);
+    T out = rounded(softmax ? (g - along) * s : g * (T(1) - s) * s);
+    if (a.logits != nullptr) out = rounded(out + rounded(static_cast<T>(a.logits[t * f.experts + e])));
+    d_logits[e] = static_cast<double>(out);
+  }
+}
+
 /// One token. `score` and `d` have room for `experts` values; d_logits [experts].
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T>& a, std::int64_t t, double* score,
                                                        double* d_logits) {
   const RouteArgs<T>& f = a.forward;
+  if (is_narrow(f.tensor_dtype)) return route_backward_narrow_token(a, t, score, d_logits);
   const T* logits = f.logits + t * f.experts;
   const std::int32_t* chosen = a.chosen == nullptr ? nullptr : a.chosen + t * f.top_k;
   const double* upstream = a.weights == nullptr ? nullptr : a.weights + t * f.top_k;

@@ -32,7 +32,7 @@ std::vector<T> gaussians(std::int64_t n, std::uint64_t stream) {
 
 template <class T>
 void check(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::int64_t top_k, Score score, bool after,
-           bool renormalise, const std::string& what) {
+           bool renormalise, const std::string& what, Float dtype = Float::kF64) {
   const std::vector<T> logits = gaussians<T>(tokens * experts, 1), x = gaussians<T>(tokens * hidden, 2),
                        w = gaussians<T>(experts * hidden, 3);
   const std::vector<double> upstream = gaussians<double>(tokens * top_k, 4);
@@ -43,7 +43,7 @@ void check(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::
   f.logits = logits.data();
   f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score = score, f.softmax_after_top_k = after,
   f.renormalise = renormalise;
-  f.renormalise_eps = T(1e-9);
+  f.renormalise_eps = T(1e-9), f.tensor_dtype = dtype;
   ASSERT_EQ(route(f, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk) << what;
   std::vector<double> d_logits(logits.size(), -7), d_w(w.size(), -7), d_x(x.size(), -7);
   const test::OnDevice<T> g_logits(logits), g_x(x), g_w(w);
@@ -76,6 +76,8 @@ TEST_F(RouterBackwardCuda, SameBitsAsTheHost) {
   check<float>(33, 8, 384, 32, Score::kSoftmax, false, true, "widest in registers");
   check<double>(33, 8, 385, 8, Score::kSoftmax, false, true, "one more");
   check<float>(33, 8, 64, 33, Score::kSigmoid, false, true, "33 choices");
+  check<float>(33, 8, 64, 8, Score::kSoftmax, false, true, "bfloat16 tensors", Float::kBF16);
+  check<float>(33, 8, 60, 4, Score::kSigmoid, false, true, "float16 tensors", Float::kF16);
 }
 
 /// bfloat16 values, as bits and as doubles.
