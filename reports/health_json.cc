@@ -66,6 +66,7 @@ Json layer_json(const LayerHealth& l) {
   if (!l.importance.empty()) object["importance"] = json_of(l.importance);
   if (!l.gate_mass.empty()) object["gate_mass"] = json_of(l.gate_mass);
   if (!l.together.empty()) {
+    object["lift_chance"] = json_of(l.lift_chance);
     for (const CoActivation& c : l.together) object["most_together"].push_back(object_of(c));
   }
   if (!l.co_activation.empty()) {

@@ -166,7 +166,7 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
   write_section("Load, all tokens together",
                 {{"MaxVio", "max_violation_pooled", number, true, true}, {"MinVio", "min_violation_pooled", number}, {"CV (pop.)", "cv_population", number, true, true},
                  {"CV (N-1)", "cv_sample", number}, {"H/ln E", "normalised_entropy", number, false, true}, {"eff. experts", "effective_experts", number},
-                 {"Gini", "gini", number, false, true}, {"idle", "idle_experts", count}, {"dead", "dead_experts", count}, {"cold", "cold_experts", count}}, r, paint, width, out);
+                 {"Gini", "gini", number, false, true}, {"busiest 1/8", "share_of_busiest_eighth", number, false, false, true}, {"idle", "idle_experts", count}, {"dead", "dead_experts", count}, {"cold", "cold_experts", count}}, r, paint, width, out);
   write_section("Load, MaxVio a window",
                 {{"step, mean", "max_violation_step_mean", number, false, true}, {"worst", "max_violation_step_worst", number},
                  {"micro-batch, mean", "max_violation_micro_batch_mean", number, false, true}, {"worst", "max_violation_micro_batch_worst", number}}, r, paint, width, out);
@@ -178,7 +178,7 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
                  {"p10", "margin_p10", number}, {"p50", "margin_p50", number}, {"near ties", "near_ties_as_recorded", percent}, {"in bf16", "near_ties_in_bf16", percent, true},
                  {"non-finite", "tokens_with_non_finite_logits", percent}}, r, paint, width, out);
   write_section("What became of the choices",
-                {{"no expert", "choices_of_no_expert", percent}, {"recompute differs", "recompute_changed", percent, true}, {"dropped", "dropped_choices", percent, true},
+                {{"no expert", "choices_of_no_expert", percent}, {"one twice", "tokens_with_an_expert_twice", percent}, {"recompute differs", "recompute_changed", percent, true}, {"dropped", "dropped_choices", percent, true},
                  {"lost all", "tokens_with_all_dropped", percent}, {"saturation", "saturation", number, false, false, true}, {"changed", "routing_changed", percent, true}}, r, paint, width, out);
 
   if (!r.across.empty()) {
@@ -192,7 +192,7 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
   if (r.placement.ranks > 0) {
     const PlacementForecast& p = r.placement;
     out << "\n" << paint.bold("On " + std::to_string(p.ranks) + " expert-parallel ranks, experts in contiguous runs") << "\n";
-    fill(out, "straggler factor " + number(p.straggler_factor) + " (busiest rank / mean, summed over the layers); worst layer " + std::to_string(p.worst_layer) + ": " + number(p.worst) +
+    fill(out, "straggler factor " + number(p.straggler_factor) + " (busiest rank / mean, summed over the layers); worst layer " + std::to_string(p.worst_layer) + ": " + number(p.worst) + " (floor " + number(1 + p.floor) + ")" +
                   (std::isnan(p.bytes_per_token) ? "" : "; " + number(p.bytes_per_token / 1e6) + " MB a token to other ranks and back over all layers, in 16-bit"), 2, width);
   }
   if (options.verbose) {

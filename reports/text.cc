@@ -122,6 +122,17 @@ void write_precision(const PrecisionTable& t, bool quantised, int width, std::os
   }
 }
 
+/// The layer of the trace whose busiest expert got most, and what chance alone would show.
+void write_loads(const TraceLoads& t, int width, std::ostream& out) {
+  if (t.layer.empty()) return;
+  const auto worst = static_cast<std::size_t>(std::max_element(t.max_violation.begin(), t.max_violation.end()) - t.max_violation.begin());
+  char text[240];
+  std::snprintf(text, sizeof text, "experts in the trace: MaxVio %.3g in layer %d, the worst of %zu (an even router shows %.2g in so few tokens)%s; moe-audit health says more",
+                t.max_violation[worst], t.layer[worst], t.layer.size(), t.max_violation_floor[worst],
+                t.can_judge[worst] ? "" : ", from fewer than 100 choices an expert: cannot tell");
+  fill(out, text, 4, width);
+}
+
 /// What does not count, and who said so: nothing disappears.
 void write_suppressed(const RunResult& run, const Paint& paint, int width, std::ostream& out) {
   if (run.suppressed.empty()) return;
@@ -227,6 +238,7 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
     fill(out, text, 4, width);
   }
   if (run.facts.router_precision.known()) write_precision(run.facts.router_precision.value(), run.facts.router_quantised.known() && run.facts.router_quantised.value(), width, out);
+  if (run.facts.trace_loads.known()) write_loads(run.facts.trace_loads.value(), width, out);
   write_base(run.facts, width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";

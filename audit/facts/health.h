@@ -54,6 +54,7 @@ struct LayerHealth {
   std::vector<double> importance;       // router probability of e over all tokens / fair share; empty without logits
   std::vector<double> gate_mass;        // routing weight that e got / fair share; empty without weights
   std::vector<CoActivation> together;   // the pairs of the largest lift
+  double lift_chance = 0;               // lift of k different experts chosen at random
   std::vector<std::int64_t> co_activation;  // [E, E]; the diagonal is n_e; only where asked for
 
   const HealthMetric* find(std::string_view name) const {
@@ -90,6 +91,7 @@ struct PlacementForecast {
   std::int64_t ranks = 0;             // 0: not asked for
   double straggler_factor = 0;        // sum over layers of the busiest rank's load / sum of the mean loads
   double worst = 0;                   // max / mean load of a rank in the worst layer
+  double floor = 0;                   // an even router's max / mean - 1 of a layer, in so few tokens
   int worst_layer = -1;
   double bytes_per_token = 0;         // sent to other ranks a token, dispatch and combine, all layers; NaN without d
   std::vector<std::vector<double>> load;  // [layers][ranks], relative to the mean
@@ -99,6 +101,7 @@ struct PlacementForecast {
     f("ranks", s.ranks);
     f("straggler_factor", s.straggler_factor);
     f("worst", s.worst);
+    f("floor", s.floor);
     f("worst_layer", s.worst_layer);
     f("bytes_per_token", s.bytes_per_token);
     f("load", s.load);

@@ -17,6 +17,7 @@
 #include "kernels/host/expert_load.h"
 #include "kernels/host/low_precision.h"
 #include "kernels/host/router.h"
+#include "kernels/host/routing_metrics.h"
 
 namespace moeaudit {
 namespace {
@@ -93,6 +94,40 @@ class LogHistogram {
   double least_ = std::numeric_limits<double>::infinity();
 };
 
+/// Two choices of k experts for the same tokens, counted over many pieces of them.
+class Agreement {
+ public:
+  void add(const std::int32_t* now, const std::int32_t* reference, const std::uint8_t* valid, std::int64_t tokens, std::int64_t top_k) {
+    args_ = {now, reference, valid, tokens, top_k, top_k};
+    const auto size = static_cast<std::size_t>(k::agreement_rows(args_) * k::agreement_columns(args_));
+    piece_.resize(size), table_.resize(size);
+    k::AgreementCounts c;
+    if (k::count_agreement(args_, piece_.data(), &c) != k::Status::kOk) return;
+    for (std::size_t i = 0; i < size; ++i) table_[i] += piece_[i];
+    counts_.tokens += c.tokens;
+    counts_.same_first += c.same_first;
+    counts_.chosen_now += c.chosen_now;
+    counts_.chosen_then += c.chosen_then;
+  }
+  std::int64_t tokens() const { return counts_.tokens; }
+  k::Agreement result(std::int64_t experts) const {
+    k::Agreement out;
+    k::agreement(args_, table_.data(), counts_, experts, &out);
+    return out;
+  }
+  /// Tokens with another set.
+  std::int64_t changed() const {
+    std::int64_t same = 0;
+    for (std::int64_t s = 0; s < k::agreement_rows(args_); ++s) same += table_[static_cast<std::size_t>(s * k::agreement_columns(args_) + s)];
+    return counts_.tokens - same;
+  }
+
+ private:
+  k::AgreementArgs args_;  // of the last piece; its pointers are not used again
+  std::vector<std::int64_t> table_, piece_;
+  k::AgreementCounts counts_;
+};
+
 /// MaxVio of many windows.
 struct Windows {
   std::int64_t n = 0;
@@ -125,7 +160,7 @@ struct Frame {
 /// One worker's memory for a piece of rows.
 struct Scratch {
   std::vector<std::int32_t> ids, top, runner_up, other_ids;
-  std::vector<std::uint8_t> valid, usable, flags;
+  std::vector<std::uint8_t> valid, sets, others, usable, flags;  // sets: valid rows of k different experts
   std::vector<float> logits, probabilities, weights;
 };
 
@@ -222,7 +257,7 @@ class LayerSums {
   bool add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n);
   bool add_logits(const TensorView& logits, std::int64_t first, std::int64_t n);
   void compare_with_logits(std::int64_t n, k::Float dtype);
-  double set_overlap(const std::int32_t* a, const std::int32_t* b);
+  std::int64_t drop_repeated(const std::int32_t* ids, std::int64_t n, std::vector<std::uint8_t>* rows);
 
   TraceLayer layer_;
   Scoring score_;
@@ -241,32 +276,32 @@ class LayerSums {
   bool gates_ = false;
   // the choice against the logits
   LogHistogram margins_;
-  double agreement_sum_ = 0;
-  std::int64_t compared_ = 0, not_top_k_ = 0, near_recorded_ = 0, near_bf16_ = 0;
-  // other choices of the same tokens
-  std::int64_t recomputed_ = 0, recompute_changed_ = 0, against_ = 0, against_changed_ = 0;
-  double against_overlap_ = 0;
+  std::int64_t not_top_k_ = 0, near_recorded_ = 0, near_bf16_ = 0;
+  Agreement top_k_agreement_, recompute_, against_;
+  std::int64_t repeated_ = 0;
   std::int64_t drop_choices_ = 0, dropped_ = 0, drop_tokens_ = 0, all_dropped_ = 0;
-  std::vector<int> stamp_;
-  int now_ = 0;
+  std::vector<std::int64_t> stamp_;
+  std::int64_t now_ = 0;
   Scratch* piece_ = nullptr;  // while add() runs
 };
 
-/// |A and B| of two choices of k experts.
-double LayerSums::set_overlap(const std::int32_t* a, const std::int32_t* b) {
-  ++now_;
-  const auto inside = [&](std::int32_t id) { return id >= 0 && id < experts_; };
-  for (std::int64_t j = 0; j < top_k_; ++j) {
-    if (inside(a[j])) stamp_[static_cast<std::size_t>(a[j])] = now_;
+/// Takes rows that name an expert twice out of `rows`: no set of k experts. Returns how many.
+std::int64_t LayerSums::drop_repeated(const std::int32_t* ids, std::int64_t n, std::vector<std::uint8_t>* rows) {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    ++now_;
+    bool twice = false;
+    for (std::int64_t j = 0; j < top_k_; ++j) {
+      const std::int32_t id = ids[i * top_k_ + j];
+      if (id < 0 || id >= experts_) continue;
+      twice = twice || stamp_[static_cast<std::size_t>(id)] == now_;
+      stamp_[static_cast<std::size_t>(id)] = now_;
+    }
+    std::uint8_t& row = (*rows)[static_cast<std::size_t>(i)];
+    found += twice && row;
+    if (twice) row = 0;
   }
-  int both = 0;
-  for (std::int64_t j = 0; j < top_k_; ++j) {
-    if (!inside(b[j]) || stamp_[static_cast<std::size_t>(b[j])] != now_) continue;
-    ++both;
-    stamp_[static_cast<std::size_t>(b[j])] = now_ - 1;  // an id that stands twice counts once
-  }
-  ++now_;
-  return both;
+  return found;
 }
 
 bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n) {
@@ -288,6 +323,8 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
   for (const std::uint8_t v : piece_->valid) tokens += v;
   add_tokens(tokens);
   outside_ += outside;
+  piece_->sets = piece_->valid;
+  repeated_ += drop_repeated(piece_->ids.data(), n, &piece_->sets);
   if (!pairs_.empty()) {
     k::co_activation({piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_}, pair_chunk_.data());
     for (std::size_t i = 0; i < pairs_.size(); ++i) pairs_[i] += pair_chunk_[i];
@@ -306,27 +343,16 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
       if (piece_->valid[i / static_cast<std::size_t>(top_k_)] && id >= 0 && id < experts_ && std::isfinite(piece_->weights[i])) gate_[static_cast<std::size_t>(id)] += static_cast<double>(piece_->weights[i]);
     }
   }
-  const auto each_other = [&](const TensorView& view, auto&& f) {
+  const auto compare = [&](const TensorView& view, Agreement* with) {
     piece_->other_ids.resize(size);
     if (!read_ids(view, first * top_k_, n * top_k_, piece_->other_ids.data())) return false;
-    for (std::int64_t i = 0; i < n; ++i) {
-      if (piece_->valid[static_cast<std::size_t>(i)]) f(set_overlap(piece_->ids.data() + i * top_k_, piece_->other_ids.data() + i * top_k_));
-    }
+    piece_->others = piece_->sets;
+    drop_repeated(piece_->other_ids.data(), n, &piece_->others);
+    with->add(piece_->other_ids.data(), piece_->ids.data(), piece_->others.data(), n, top_k_);
     return true;
   };
-  if (t.recomputed_selected_experts && !each_other(*t.recomputed_selected_experts, [&](double both) {
-        ++recomputed_;
-        recompute_changed_ += both < static_cast<double>(top_k_);
-      })) {
-    return false;
-  }
-  if (other && other->selected_experts && other->top_k == top_k_ && !each_other(*other->selected_experts, [&](double both) {
-        ++against_;
-        against_overlap_ += both;
-        against_changed_ += both < static_cast<double>(top_k_);
-      })) {
-    return false;
-  }
+  if (t.recomputed_selected_experts && !compare(*t.recomputed_selected_experts, &recompute_)) return false;
+  if (other && other->selected_experts && other->top_k == top_k_ && !compare(*other->selected_experts, &against_)) return false;
   if (t.dropped) {
     piece_->flags.resize(size);
     if (!read_flags(*t.dropped, first * top_k_, n * top_k_, piece_->flags.data())) return false;
@@ -380,44 +406,33 @@ bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int6
   return true;
 }
 
-/// piece_->ids against piece_->logits, for the rows of piece_->usable.
+/// The choice against the logits, for usable rows that chose k different experts.
 void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
   const std::int64_t e = experts_;
   importance_.resize(static_cast<std::size_t>(e));
   if (top_k_ < 1) return;
   for (std::int64_t i = 0; i < n; ++i) {
-    if (!piece_->usable[static_cast<std::size_t>(i)]) continue;
+    std::uint8_t& row = piece_->usable[static_cast<std::size_t>(i)];
     const std::int32_t* chosen = piece_->ids.data() + i * top_k_;
-    const bool inside = std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
-    if (!inside) {
-      piece_->usable[static_cast<std::size_t>(i)] = 0;
-      continue;
-    }
+    row = row && piece_->sets[static_cast<std::size_t>(i)] && std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
+    if (!row) continue;
     const float* p = piece_->probabilities.data() + i * e;
     for (std::int64_t j = 0; j < e; ++j) importance_[static_cast<std::size_t>(j)] += static_cast<double>(p[j]);
-    if (top_k_ >= e) continue;
-    const double both = set_overlap(chosen, piece_->top.data() + i * top_k_);
-    agreement_sum_ += both / (2 * static_cast<double>(top_k_) - both);
-    ++compared_;
-    const float* z = piece_->logits.data() + i * e;
-    double least_in = z[chosen[0]], most_out = -std::numeric_limits<double>::infinity();
-    for (std::int64_t j = 1; j < top_k_; ++j) least_in = std::min(least_in, static_cast<double>(z[chosen[j]]));
-    if (both == static_cast<double>(top_k_)) {
-      most_out = z[piece_->runner_up[static_cast<std::size_t>(i)]];
-    } else {
-      ++now_;
-      for (std::int64_t j = 0; j < top_k_; ++j) stamp_[static_cast<std::size_t>(chosen[j])] = now_;
-      for (std::int64_t j = 0; j < e; ++j) {
-        if (stamp_[static_cast<std::size_t>(j)] != now_) most_out = std::max(most_out, static_cast<double>(z[j]));
-      }
-      ++now_;
+  }
+  if (top_k_ < e) {
+    top_k_agreement_.add(piece_->top.data(), piece_->ids.data(), piece_->usable.data(), n, top_k_);
+    k::MarginArgs<float> in_bf16{piece_->logits.data(), piece_->ids.data(), nullptr, n, e, top_k_, k::Float::kBF16};
+    k::MarginArgs<float> as_recorded = in_bf16;
+    as_recorded.dtype = dtype;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (!piece_->usable[static_cast<std::size_t>(i)]) continue;
+      const k::TokenMargin m = k::token_margin(in_bf16, i);
+      not_top_k_ += m.margin < 0;
+      if (m.margin < 0) continue;
+      margins_.add(m.margin);
+      near_bf16_ += m.near;
+      near_recorded_ += m.near && (dtype == k::Float::kBF16 || k::token_margin(as_recorded, i).near);
     }
-    const double margin = least_in - most_out;
-    not_top_k_ += margin < 0;
-    if (margin < 0) continue;
-    margins_.add(margin);
-    near_recorded_ += margin < k::spacing(least_in, dtype);
-    near_bf16_ += margin < k::spacing(least_in, k::Float::kBF16);
   }
   std::int64_t usable = 0;
   for (const std::uint8_t u : piece_->usable) usable += u;
@@ -470,7 +485,7 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   out.load = counts_;
   const k::LoadStatistics s = statistics(counts_, tokens_);
   out.choices = s.choices;
-  const double e = static_cast<double>(experts_), n = static_cast<double>(s.choices), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
+  const double e = static_cast<double>(experts_), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
   std::string few;
   if (s.choices == 0) few = "no choice was recorded";
   else if (!s.can_judge) few = "fair share of " + number(s.fair_share) + " choices an expert; below 100 chance alone looks like this";
@@ -498,6 +513,10 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   load_metric("effective_experts", s.effective_experts, e, e * (1 - short_of));
   load_metric("kl_to_uniform", s.kl_to_uniform, 0, short_of);
   load_metric("gini", s.gini, 0, s.cv_floor / std::sqrt(3.14159265358979323846));
+  double covered = kNan;
+  const std::int64_t busiest = (experts_ + 7) / 8;
+  k::coverage(counts_.data(), experts_, busiest, &covered);
+  load_metric("share_of_busiest_eighth", covered, static_cast<double>(busiest) / e, kNan);
   add("idle_experts", static_cast<double>(s.idle)).chance = 0;
   HealthMetric& dead = add("dead_experts", static_cast<double>(s.idle));
   dead.chance = 0;
@@ -554,14 +573,13 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     out.gate_mass = relative_to_fair(gate_);
     add("gate_mass_cv_population", cv_of(out.gate_mass)).chance = 0;
   }
-  if (compared_ > 0) {
-    const std::string other = not_top_k_ == 0 ? "" : number(100 * static_cast<double>(not_top_k_) / static_cast<double>(compared_)) +
+  if (const std::int64_t compared = top_k_agreement_.tokens(); compared > 0) {
+    const std::string other = not_top_k_ == 0 ? "" : number(100 * static_cast<double>(not_top_k_) / static_cast<double>(compared)) +
                                                        " % of the choices are not the top k of the logits (correction bias, groups, jitter): their margin lies elsewhere";
-    const bool mostly = not_top_k_ * 1000 > compared_;
-    HealthMetric agreement = share("choices_off_the_top_k", not_top_k_, compared_);
-    out.metrics.push_back(agreement);
-    const double kk = static_cast<double>(top_k_), expected = kk * kk / e;
-    add("choice_jaccard", agreement_sum_ / static_cast<double>(compared_)).chance = expected / (2 * kk - expected);
+    const bool mostly = not_top_k_ * 1000 > compared;
+    const k::Agreement agreement = top_k_agreement_.result(experts_);
+    out.metrics.push_back(share("choices_off_the_top_k", not_top_k_, compared));
+    add("choice_jaccard", agreement.jaccard).chance = agreement.jaccard_chance;
     const auto margin = [&](const char* name, double value) { add(name, value).cannot_tell = mostly ? other : ""; };
     margin("margin_min", margins_.least());
     margin("margin_p01", margins_.percentile(0.01));
@@ -574,29 +592,33 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     }
   }
   if (logit_tokens_ > 0) out.metrics.push_back(share("tokens_with_non_finite_logits", not_finite_, logit_tokens_));
-  if (choices_from_ == "selected_experts") out.metrics.push_back(share("choices_of_no_expert", outside_, outside_ + s.choices));
-  if (recomputed_ > 0) {
-    out.metrics.push_back(share("recompute_changed", recompute_changed_, recomputed_));
+  if (choices_from_ == "selected_experts") {
+    out.metrics.push_back(share("choices_of_no_expert", outside_, outside_ + s.choices));
+    out.metrics.push_back(share("tokens_with_an_expert_twice", repeated_, tokens_));
+  }
+  if (recompute_.tokens() > 0) {
+    out.metrics.push_back(share("recompute_changed", recompute_.changed(), recompute_.tokens()));
     out.metrics.back().chance = 0;
   }
   if (drop_choices_ > 0) {
     out.metrics.push_back(share("dropped_choices", dropped_, drop_choices_));
     out.metrics.push_back(share("tokens_with_all_dropped", all_dropped_, drop_tokens_));
   }
-  if (against_ > 0) {
-    const double kk = static_cast<double>(top_k_);
-    add("saturation", against_overlap_ / (static_cast<double>(against_) * kk)).chance = kk / e;
-    out.metrics.push_back(share("routing_changed", against_changed_, against_));
+  if (against_.tokens() > 0) {
+    const k::Agreement agreement = against_.result(experts_);
+    add("saturation", agreement.saturation).chance = agreement.saturation_chance;
+    out.metrics.push_back(share("routing_changed", against_.changed(), against_.tokens()));
   }
 
-  if (!pairs_.empty() && tokens_ > 0 && n > 0) {
-    const double t = static_cast<double>(tokens_);
+  std::vector<double> lift(pairs_.size());
+  k::CoActivation chance;
+  if (!pairs_.empty() && k::co_activation_rates(pairs_.data(), experts_, k_or_one(), tokens_, nullptr, lift.data(), &chance) == k::Status::kOk) {
+    out.lift_chance = chance.lift_chance;
     for (std::int64_t a = 0; a < experts_; ++a) {
       for (std::int64_t b = a + 1; b < experts_; ++b) {
-        const std::int64_t both = pairs_[static_cast<std::size_t>(a * experts_ + b)];
-        const double by_chance = static_cast<double>(counts_[static_cast<std::size_t>(a)]) * static_cast<double>(counts_[static_cast<std::size_t>(b)]) / t;
-        if (both < 30) continue;  // the lift of fewer is noise: its deviation is about 1 / sqrt(both)
-        out.together.push_back({static_cast<int>(a), static_cast<int>(b), both, static_cast<double>(both) / by_chance});
+        const auto at = static_cast<std::size_t>(a * experts_ + b);
+        if (pairs_[at] < 30) continue;  // the lift of fewer is noise: its deviation is about 1 / sqrt(n)
+        out.together.push_back({static_cast<int>(a), static_cast<int>(b), pairs_[at], lift[at]});
       }
     }
     std::stable_sort(out.together.begin(), out.together.end(), [](const auto& x, const auto& y) { return x.lift > y.lift; });
@@ -667,29 +689,36 @@ AcrossLayers across(std::string name, const std::vector<LayerHealth>& layers, bo
 PlacementForecast forecast(const std::vector<LayerHealth>& layers, std::int64_t ranks, const TraceFacts& facts) {
   PlacementForecast out;
   out.ranks = ranks;
-  double busiest = 0, mean = 0, choices = 0, tokens = 0;
+  out.straggler_factor = out.worst = out.floor = out.bytes_per_token = kNan;
+  std::vector<std::int64_t> counts;
+  std::vector<std::int32_t> rank_of;
+  double choices = 0;
+  std::int64_t tokens = 0;
   for (const LayerHealth& l : layers) {
-    std::vector<double> load(static_cast<std::size_t>(ranks));
+    if (l.experts != layers.front().experts || ranks > l.experts) return out;  // no contiguous runs of one size
     const std::int64_t each = (l.experts + ranks - 1) / ranks;
-    double sum = 0;
-    for (std::int64_t e = 0; e < l.experts; ++e) {
-      load[static_cast<std::size_t>(e / each)] += static_cast<double>(l.load[static_cast<std::size_t>(e)]);
-      sum += static_cast<double>(l.load[static_cast<std::size_t>(e)]);
-    }
-    const double fair = sum / static_cast<double>(ranks), most = *std::max_element(load.begin(), load.end());
-    if (fair > 0) {
-      for (double& x : load) x /= fair;
-      busiest += most, mean += fair;
-      if (most / fair > out.worst) out.worst = most / fair, out.worst_layer = l.layer;
-    }
-    choices += sum;
-    tokens = std::max(tokens, static_cast<double>(l.tokens));
-    out.load.push_back(std::move(load));
+    for (std::int64_t e = 0; e < l.experts; ++e) rank_of.push_back(static_cast<std::int32_t>(e / each));
+    counts.insert(counts.end(), l.load.begin(), l.load.end());
+    choices += static_cast<double>(l.choices);
+    tokens = std::max(tokens, l.tokens);
   }
-  out.straggler_factor = mean > 0 ? busiest / mean : kNan;
-  out.bytes_per_token = facts.hidden_size && tokens > 0 ? choices / tokens * static_cast<double>(*facts.hidden_size) * 2 * 2 *
-                                                              (1 - 1 / static_cast<double>(ranks))
-                                                        : kNan;
+  if (layers.empty()) return out;
+  const k::PlacementArgs args{counts.data(), rank_of.data(), static_cast<std::int64_t>(layers.size()), layers.front().experts, ranks,
+                              std::max<std::int64_t>(layers.front().top_k, 1), tokens};
+  const auto width = static_cast<std::size_t>(ranks);
+  std::vector<std::int64_t> loads(layers.size() * width);
+  k::Placement p;
+  if (k::placement_load(args, loads.data(), &p) != k::Status::kOk) return out;
+  out.straggler_factor = p.slowdown;
+  out.worst = p.worst_max_over_mean;
+  out.worst_layer = p.worst_layer < 0 ? -1 : layers[static_cast<std::size_t>(p.worst_layer)].layer;
+  out.floor = tokens > 0 ? p.floor : kNan;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    out.load.push_back(relative_to_fair({loads.begin() + static_cast<std::ptrdiff_t>(i * width), loads.begin() + static_cast<std::ptrdiff_t>((i + 1) * width)}));
+  }
+  if (facts.hidden_size && tokens > 0) {
+    out.bytes_per_token = choices / static_cast<double>(tokens) * static_cast<double>(*facts.hidden_size) * 2 * 2 * (1 - 1 / static_cast<double>(ranks));
+  }
   return out;
 }
 
