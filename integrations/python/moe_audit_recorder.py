@@ -305,9 +305,9 @@ class Recorder:
         self.model, self.dir, self.steps, self.max_tokens = model, str(trace_dir), set(steps), max_tokens
         self.hidden_states, self.evaluation, self.training = hidden_states, evaluation, dict(training or {})
         self.dead, self.warned, self.handles, self.optimizer_handles = False, set(), [], []
-        self.step, self.micro_batches, self.current, self.pending = None, 0, None, None
+        self.step, self.micro_batches, self.current, self.parked, self.pending = None, 0, None, None, None
         self.layers, self.extra, self.output_router_logits, self.opened, self.static = [], {}, None, False, None
-        self.backward, self.accumulated = None, {}
+        self.backward, self.accumulated, self.probes = None, {}, []
         atexit.register(self.close)
         self._guarded(self._setup)(optimizer)
 
@@ -388,9 +388,11 @@ class Recorder:
                     layer.block.register_forward_hook(functools.partial(self._block_ends, layer), always_call=True)]
             put(layer.router.register_forward_pre_hook(guard(functools.partial(self._router_begins, layer)), with_kwargs=True))
             put(layer.router.register_forward_hook(guard(functools.partial(self._router_ends, layer))))
-            weight = layer.weight()
-            if not self.sharded and weight.requires_grad and weight.is_leaf:
-                put(weight.register_post_accumulate_grad_hook(guard(functools.partial(self._accumulate, layer.number))))
+        if not self.sharded:  # what accumulates, before it is clipped: of the routers, or of some that are trained
+            self.probes = [w for layer in self.layers if (w := layer.weight()).requires_grad and w.is_leaf] or \
+                [p for p in self.model.parameters() if p.requires_grad and p.is_leaf][-4:]
+            for i, probe in enumerate(self.probes):
+                put(probe.register_post_accumulate_grad_hook(guard(functools.partial(self._accumulate, i))))
         begins = guard(self._model_begins)
         put(self.model.register_forward_pre_hook(lambda m, a, k: begins(m, a, k, torch.is_grad_enabled()), with_kwargs=True))
         put(self.model.register_forward_hook(guard(self._model_ends)))
@@ -433,10 +435,11 @@ class Recorder:
     def _model_begins(self, model, args, kwargs, grad_enabled):
         if _in_backward():
             return
-        self._flush()
+        self.current, self.parked = self.current or self.parked, None
         if model.training and not grad_enabled or not model.training and not self.evaluation:
-            self.current = None  # a reference model's pass, or an evaluation
+            self.current, self.parked = None, self.current  # a reference pass before the backward, or an evaluation: not recorded
             return
+        self._flush()
         if self.micro_batches == 0:
             self._finish_step()
             self.bias_before = {} if self.sharded else {
@@ -528,6 +531,9 @@ class Recorder:
 
     def _model_ends(self, model, args, output):
         current = self.current
+        if current is None and self.parked is not None and not _in_backward():
+            self.current, self.parked = self.parked, None
+            return
         if current is None or _in_backward():
             return
         current.forwarded = True
@@ -762,8 +768,8 @@ class Recorder:
         if self.world_size > 1 or self.training.get("mixed_precision") == "fp16":
             return None  # averaged over ranks, or unscaled, between the two
         best = None
-        for layer in self.layers:
-            before, now = self.accumulated.get(layer.number), layer.weight().grad
+        for i, probe in enumerate(self.probes):
+            before, now = self.accumulated.get(i), probe.grad
             if before is not None and now is not None and before.shape == now.shape:
                 size = float(before.double().pow(2).sum())
                 if size > 0 and (best is None or size > best[0]):

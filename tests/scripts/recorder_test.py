@@ -228,6 +228,7 @@ def nothing_changes(name, family, recorded=2, **kw):
         logged = [r for r in watched[0] if "grad_norm" in r]
         for s in steps:
             check(s["reported"]["loss"] == logged[s["step"]]["loss"], f"{name}: what the trainer reported of step {s['step']}")
+            check(s["clip_coefficient"] is not None, f"{name}: the clipping of step {s['step']} was seen")
             if s["clip_coefficient"] is not None:
                 expected = min(1, 0.5 / (s["grad_norm"] + 1e-6))
                 check(abs(s["clip_coefficient"] / expected - 1) < 1e-4, f"{name}: clipped by {s['clip_coefficient']}, {expected} by the norm")
@@ -316,6 +317,23 @@ def bias_of_a_loop():
         for s, t in got.items():
             p = f"layer.{layer.number}.correction_bias_"
             check(same(t[p + "before"], history[s]) and same(t[p + "after"], history[s + 1]), f"loop: bias before and after step {s}")
+
+
+def reference_pass():
+    """A forward without gradients between forward and backward, as DPO's with the adapter switched off, is no micro-batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = small("mixtral", output_router_logits=True)
+        recorder = Recorder(model, folder)
+        for b in range(2):
+            batch = collate(Tokens(2, (12, 12), seed=b).rows)
+            out = model(**batch)
+            with torch.no_grad():
+                model(**batch)
+            (out.loss / 2).backward()
+        recorder.close()
+        rows = records(folder)
+        check([r["loss_grad"] for r in rows] == [0.5, 0.5] and all("layer.0.logits_grad" in tensors(folder, r) for r in rows),
+              "reference pass: the forward before it got its loss and gradients")
 
 
 def trouble():
@@ -412,6 +430,7 @@ if not sys.argv[3:]:
     sampling()
     if exists("deepseek_v3"):
         bias_of_a_loop()
+    reference_pass()
     trouble()
     two_ranks()
     if TRAINER:
