@@ -194,6 +194,10 @@ class LayerSums {
         if (!add_rows(frame, t, other, first, std::min(most, end - first))) return fault("a tensor could not be read: its file became shorter or the disk failed");
       }
       finish_block();
+      // Read once: a file larger than the memory must not fill it.
+      for (const auto* view : {&t.router_logits, &t.selected_experts, &t.routing_weights, &t.recomputed_selected_experts, &t.dropped}) {
+        if (*view) drop_pages(**view, end * (*view)->shape[1]);
+      }
       begin = end;
     }
   }
@@ -421,17 +425,24 @@ void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
   }
   if (top_k_ < e) {
     top_k_agreement_.add(piece_->top.data(), piece_->ids.data(), piece_->usable.data(), n, top_k_);
-    k::MarginArgs<float> in_bf16{piece_->logits.data(), piece_->ids.data(), nullptr, n, e, top_k_, k::Float::kBF16};
-    k::MarginArgs<float> as_recorded = in_bf16;
-    as_recorded.dtype = dtype;
+    const k::AgreementArgs sets{piece_->top.data(), piece_->ids.data(), nullptr, n, top_k_, top_k_};
     for (std::int64_t i = 0; i < n; ++i) {
       if (!piece_->usable[static_cast<std::size_t>(i)]) continue;
-      const k::TokenMargin m = k::token_margin(in_bf16, i);
+      // Where the choice is the top k, its last and the runner-up are all that the margin depends on.
+      const float* z = piece_->logits.data() + i * e;
+      const bool is_top = k::token_agreement(sets, i).shared == top_k_;
+      const float pair[2] = {z[piece_->top[static_cast<std::size_t>((i + 1) * top_k_ - 1)]], z[piece_->runner_up[static_cast<std::size_t>(i)]]};
+      constexpr std::int32_t kFirst = 0;
+      const auto margin_in = [&](k::Float f) {
+        return is_top ? k::token_margin(k::MarginArgs<float>{pair, &kFirst, nullptr, 1, 2, 1, f}, 0)
+                      : k::token_margin(k::MarginArgs<float>{z, piece_->ids.data() + i * top_k_, nullptr, 1, e, top_k_, f}, 0);
+      };
+      const k::TokenMargin m = margin_in(k::Float::kBF16);
       not_top_k_ += m.margin < 0;
       if (m.margin < 0) continue;
       margins_.add(m.margin);
       near_bf16_ += m.near;
-      near_recorded_ += m.near && (dtype == k::Float::kBF16 || k::token_margin(as_recorded, i).near);
+      near_recorded_ += m.near && (dtype == k::Float::kBF16 || margin_in(dtype).near);
     }
   }
   std::int64_t usable = 0;
