@@ -49,6 +49,15 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 }  // namespace
 
+void add_device_option(CLI::App& app, std::string& device) {
+  app.add_option("--device", device, "auto, cpu or cuda: where kernels run")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))->type_name("DEVICE");
+}
+
+std::string no_cuda(const std::string& why) {
+  return "--device cuda: " + why + "; use --device auto or cpu: the verdicts are the same";
+}
+
 void add_input_options(CLI::App& app, Arguments& a) {
   app.add_option("PATH", a.run.paths,
                  "Model directory, training config, adapter, checkpoint or run folder, lock file, trainer_state.json; "

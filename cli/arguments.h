@@ -31,6 +31,11 @@ struct UsageError {
   std::string message;
 };
 
+/// --device auto|cpu|cuda.
+void add_device_option(CLI::App& app, std::string& device);
+/// The message of --device cuda where there is none: why, and what to do.
+std::string no_cuda(const std::string& why);
+
 void add_input_options(CLI::App& app, Arguments& arguments);
 void add_output_options(CLI::App& app, Arguments& arguments);
 

@@ -25,6 +25,12 @@ if(MOE_AUDIT_HAVE_TORCH AND reference_sources)
   if(Torch_VERSION VERSION_LESS 2.1)
     target_compile_features(moe_audit_reference PUBLIC cxx_std_17)
   endif()
+  # The second executable: moe-audit itself never loads LibTorch.
+  file(GLOB executable_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/reference/executable/*.cc)
+  add_executable(moe-audit-reference ${executable_sources})
+  target_link_libraries(moe-audit-reference PRIVATE moe_audit_reference nlohmann_json::nlohmann_json)
+  target_compile_options(moe-audit-reference PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # as in tests/
+  install(TARGETS moe-audit-reference RUNTIME DESTINATION bin)
 endif()
 
 # --- kernels/cuda ----------------------------------------------------------------------------------------------------
@@ -55,6 +61,9 @@ if(MOE_AUDIT_HAVE_CUDA AND cuda_sources)
                          $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   target_include_directories(moe_audit_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   target_link_libraries(moe_audit_cuda PUBLIC moe_audit_kernels)
+  # kernels/backend.cc chooses at run time; the CUDA runtime is linked statically.
+  target_compile_definitions(moe_audit_kernels PRIVATE MOE_AUDIT_HAVE_CUDA)
+  target_link_libraries(moe_audit_kernels PRIVATE moe_audit_cuda)
 endif()
 
 if(MOE_AUDIT_BENCH)

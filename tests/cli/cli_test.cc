@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -297,6 +298,49 @@ TEST_F(Cli, TheReportSumsUpAdvisoriesThatHaveNothingToSay) {
   const Result one = run("check fixtures/runs/mixtral-full-healthy --static --select AV001 --assume transformers=5.2.0");
   EXPECT_EQ(one.exit_code, 1);
   EXPECT_TRUE(contains(one.out, "error AV001 balance-loss-softmaxed-twice")) << one.out;
+}
+
+TEST_F(Cli, SelftestRunsEveryBackendOrSaysWhyNot) {
+  const Result r = run("selftest --format json");
+  ASSERT_EQ(r.exit_code, 0) << r.out << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_TRUE(j["passed"]);
+  ASSERT_EQ(j["backends"].size(), 3u);  // host, CUDA, reference
+  for (const auto& backend : j["backends"]) {
+    ASSERT_EQ(backend["ran"].get<bool>(), !backend.contains("reason")) << backend["name"];
+    EXPECT_EQ(backend["stems"].size(), backend["ran"] ? 14u : 0u) << backend["name"];
+    for (const auto& stem : backend["stems"]) EXPECT_LE(stem["largest_share_of_bound"], 1.0);
+  }
+  EXPECT_TRUE(j["backends"][0]["ran"]);
+  // A sigmoid router with softmax probabilities (A12) has the value of the right loss: the vector cannot tell.
+  bool found = false;
+  for (const auto& c : j["classes"]) {
+    const auto rows = c["rows"].get<std::vector<std::string>>();
+    if (c["stem"] != "balance_loss" || rows.front() != "right") continue;
+    found = std::find(rows.begin(), rows.end(), "A12") != rows.end();
+    EXPECT_EQ(std::find(rows.begin(), rows.end(), "A8"), rows.end());
+  }
+  EXPECT_TRUE(found);
+}
+
+TEST_F(Cli, SelftestNamesTheVectorThatFails) {
+  auto file = nlohmann::ordered_json::parse(slurp(kRoot + "/fixtures/selftest/vectors.json"));
+  for (auto& v : file["vectors"]) {
+    auto& values = v["outputs"].begin().value()["values"];
+    if (v["id"] == "lora/merge") values[5] = values[5].get<double>() + 1e-12;  // its bound is a hundredth of that
+    if (v["id"] == "balance_loss/A7") v["row"]["published"][0] = "1.241710525";
+    if (v["id"] == "dispatch/tokens") values[0] = values[0].get<int>() + 1;
+  }
+  const std::string path = write("vectors.json", file.dump()).string();
+  const Result r = run("selftest --vectors " + path);
+  EXPECT_EQ(r.exit_code, 1) << r.out;
+  for (const char* what : {"FAILED lora/merge on host", "merged[5]", "FAILED balance_loss/A7 on host", "published as 1.241710525", "FAILED dispatch/tokens on host"})
+    EXPECT_NE(r.out.find(what), std::string::npos) << what << "\n" << r.out;
+  const auto j = nlohmann::json::parse(run("selftest --format json --vectors " + path).out);
+  EXPECT_FALSE(j["passed"]);
+  EXPECT_EQ(j["backends"][0]["failures"].size(), 3u);
+  EXPECT_EQ(run("selftest --vectors " + write("broken.json", "{\"vectors\": [").string()).exit_code, 2);
+  EXPECT_EQ(run("selftest --vectors " + (dir_ / "missing.json").string()).exit_code, 2);
 }
 
 TEST_F(Cli, HealthOfPublishedCounts) {

@@ -1,0 +1,420 @@
+#include "reference/executable/compute.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#include "reference/balance_loss.h"
+#include "reference/dispatch.h"
+#include "reference/expert_load.h"
+#include "reference/lora.h"
+#include "reference/moe_layer.h"
+#include "reference/permute.h"
+#include "reference/quantised_weights.h"
+#include "reference/router.h"
+#include "reference/router_regularisers.h"
+#include "reference/routing_metrics.h"
+#include "reference/token_loss.h"
+
+namespace moeaudit::reference {
+namespace {
+
+at::Tensor get(const Inputs& in, const char* name) {
+  const auto at = in.find(name);
+  return at == in.end() ? at::Tensor() : at->second;
+}
+double largest(const at::Tensor& t) { return t.numel() == 0 ? 0.0 : t.abs().max().item<double>(); }
+double range_of(const at::Tensor& logits) { return (logits.amax(-1) - logits.amin(-1)).max().item<double>(); }
+std::int64_t last(const at::Tensor& t) { return t.size(-1); }
+double twice(double roundings) { return 2 * std::ceil(roundings); }
+/// Of a softmax: l - max l counts 2 |range| of them (numerator and sum), exponentials 2 and 2, E additions, a division.
+double softmax_roundings(const at::Tensor& logits) {
+  return 2 * range_of(logits) + static_cast<double>(last(logits)) + 5;
+}
+/// Of the logarithm of a sum of exponentials, of the larger of 1 and itself (kernels/host/bounds.h, log_sum_exp()).
+double log_sum_exp_roundings(const at::Tensor& logits) {
+  const double e = static_cast<double>(last(logits));
+  return e + 4 + 2 * range_of(logits) + 4 * std::log(e + 1);
+}
+/// What the gradient of `value` by `t` is; t must require one.
+at::Tensor gradient(const at::Tensor& value, const at::Tensor& t, const at::Tensor& upstream = {}) {
+  t.mutable_grad() = at::Tensor();
+  value.backward(upstream, /*retain_graph=*/true);
+  return t.grad().clone();
+}
+at::Tensor leaf(const at::Tensor& t) { return t.detach().clone().set_requires_grad(true); }
+
+template <class E>
+E one_of(const Json& options, const char* key, const std::vector<std::pair<const char*, E>>& names) {
+  const std::string name = options.value(key, std::string(names.front().first));
+  for (const auto& [known, value] : names) {
+    if (name == known) return value;
+  }
+  throw std::runtime_error("option " + std::string(key) + " has no value " + name);
+}
+
+Outputs gate(const Json&, const Inputs& in) {
+  const at::Tensor x = get(in, "x"), w = get(in, "w"), bias = get(in, "bias");
+  const double scale = largest(gate_logits(x.abs(), w.abs(), bias.defined() ? bias.abs() : bias));
+  return {{"logits", {gate_logits(x, w, bias), twice(static_cast<double>(last(x)) + 1), scale}}};
+}
+
+RouteOptions route_options(const Json& j) {
+  RouteOptions o;
+  o.top_k = j.value("top_k", 2);
+  o.score = one_of<Score>(
+      j, "score", {{"softmax", Score::kSoftmax}, {"sigmoid", Score::kSigmoid}, {"sqrtsoftplus", Score::kSqrtSoftplus}});
+  o.softmax_after_top_k = j.value("softmax_after_top_k", false);
+  o.group_score = one_of<GroupScore>(
+      j, "group_score",
+      {{"none", GroupScore::kNone}, {"max", GroupScore::kMax}, {"top2_sum", GroupScore::kTop2Sum}});
+  o.groups = j.value("groups", 1);
+  o.top_groups = j.value("top_groups", 1);
+  o.renormalise = j.value("renormalise", false);
+  o.renormalise_eps = j.value("renormalise_eps", 0.0);
+  o.scaling = j.value("scaling", 1.0);
+  return o;
+}
+double route_roundings(const RouteOptions& o, const at::Tensor& logits) {
+  const double score = o.score == Score::kSoftmax ? softmax_roundings(logits) : 10;
+  return 2 * score + static_cast<double>(o.top_k) + 5;  // of the weight and of their sum; division, scaling
+}
+
+Outputs route_of(const Json& j, const Inputs& in) {
+  const at::Tensor logits = get(in, "logits");
+  const RouteOptions o = route_options(j);
+  Routed r = route(logits, o, get(in, "correction_bias"));
+  if (j.value("weighs", std::string("scores")) == "choice") {  // W1: what chose is what weighs
+    r.weights = r.choice.gather(-1, r.chosen);
+    r.weights = r.weights / r.weights.sum(-1, true);
+  }
+  return {{"chosen", {r.chosen, 0, 0}}, {"weights", {r.weights, twice(route_roundings(o, logits)), largest(r.weights)}}};
+}
+
+Outputs route_backward(const Json& j, const Inputs& in) {
+  const at::Tensor logits = leaf(get(in, "logits")), upstream = get(in, "d_weights");
+  const RouteOptions o = route_options(j);
+  const Routed r = route(logits, o, get(in, "correction_bias"));
+  RouteOptions raw = o;
+  raw.renormalise = false, raw.scaling = 1;
+  const double least = route(logits.detach(), raw, get(in, "correction_bias")).weights.sum(-1).min().item<double>();
+  // Terms of one logit: scaling u_j / sum, and scaling sum_j u_j s_j / sum^2, both times a slope of at most 1.
+  const double scale = 2 * o.scaling * static_cast<double>(o.top_k) * largest(upstream) / (o.renormalise ? least : 1);
+  const double n = 2 * route_roundings(o, logits.detach()) + static_cast<double>(last(logits)) + 8;
+  return {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(r.weights, logits, upstream), twice(n), scale}}};
+}
+
+Outputs gate_backward(const Json&, const Inputs& in) {
+  const at::Tensor d = get(in, "d_logits"), x = get(in, "x"), w = get(in, "w");
+  return {{"d_w", {at::mm(d.t(), x), twice(static_cast<double>(d.size(0))), largest(at::mm(d.abs().t(), x.abs()))}},
+          {"d_x", {at::mm(d, w), twice(static_cast<double>(d.size(1))), largest(at::mm(d.abs(), w.abs()))}}};
+}
+
+Outputs balance(const Json& j, const Inputs& in) {
+  BalanceLossOptions o;
+  o.first_choice_only = j.value("first_choice", false);
+  o.over_k = j.value("over_k", true);
+  o.balanced = one_of<Balanced>(j, "balanced",
+                                {{"experts", Balanced::kExperts},
+                                 {"devices", Balanced::kDevices},
+                                 {"communication", Balanced::kCommunication}});
+  o.devices = j.value("devices", 1);
+  o.most_devices = j.value("most_devices", 1);
+  o.divide_by_all_tokens = j.value("all_tokens", false);
+  o.sum_over_sets = j.value("sum", false);
+  o.top_k = j.value("top_k", 2);
+  std::vector<std::int64_t> sets;
+  if (const at::Tensor s = get(in, "sets"); s.defined()) sets.assign(s.data_ptr<std::int64_t>(), s.data_ptr<std::int64_t>() + s.numel());
+  const auto loss_of = [&](const at::Tensor& p) {
+    return balance_loss(p, get(in, "chosen"), o, get(in, "valid"), sets, get(in, "counts"), get(in, "counted")) *
+           j.value("factor", 1.0);
+  };
+  const at::Tensor p = leaf(get(in, "probabilities")), loss = loss_of(p);
+  const double sizes = static_cast<double>(p.size(0) + p.size(1)) + static_cast<double>(sets.size());
+  Outputs out = {{"loss", {loss.detach(), twice(sizes + 9), largest(loss_of(p.detach().abs()))}}};
+  if (!j.value("gradient", false)) return out;
+  const at::Tensor slope = gradient(loss, p);
+  out["gradient"] = {slope, twice(9), largest(slope)};
+  return out;
+}
+
+Outputs z(const Json& j, const Inputs& in) {
+  const at::Tensor logits = leaf(get(in, "logits")), valid = get(in, "valid");
+  const at::Tensor lse = at::logsumexp(logits.detach(), -1);
+  const double size = std::max(largest(lse), 1.0), tokens = static_cast<double>(logits.size(0)), factor = j.value("factor", 1.0);
+  const double n = twice(2 * log_sum_exp_roundings(logits.detach()) + tokens + 4);
+  const std::string what = j.value("value", std::string("loss"));
+  if (what == "mean") return {{"loss", {lse.mean(), n, size}}};
+  if (what == "squared_mean") return {{"loss", {lse.mean() * lse.mean(), n, size * size}}};
+  const at::Tensor loss = z_loss(logits, valid, j.value("all_tokens", false)) * factor;
+  Outputs out = {{"loss", {loss.detach(), n, size * size * factor}}};
+  if (!j.value("gradient", false)) return out;
+  const double slope_scale = 2 * size * factor / (valid.defined() ? valid.sum().item<double>() : tokens);
+  out["gradient"] = {gradient(loss, logits),
+                     twice(softmax_roundings(logits.detach()) + log_sum_exp_roundings(logits.detach()) + 4), slope_scale};
+  return out;
+}
+
+/// Variants Z4 and Z5: no log-sum-exp at all.
+Outputs squares(const Json& j, const Inputs& in) {
+  const at::Tensor v = get(in, "logits"), sum = (v * v).sum() * j.value("factor", 1.0);
+  return {{"loss", {sum, twice(static_cast<double>(v.numel()) + 2), largest(sum)}}};
+}
+
+Outputs bias(const Json& j, const Inputs& in) {
+  const at::Tensor counts = get(in, "counts"), before = get(in, "bias");
+  const double rate = j.value("rate", 0.001);
+  const std::string centre = j.value("centre", std::string("nothing"));
+  const bool proportional = j.value("proportional", false);
+  const at::Tensor after = bias_update(before, counts, rate, proportional, centre == "step", centre == "bias");
+  const double step = std::fabs(rate) * (proportional ? 2 * largest(counts) : 1);
+  return {{"bias", {after, twice(2 * static_cast<double>(last(counts)) + 6), 2 * (largest(before) + step)}}};
+}
+
+Outputs cross_entropy(const Json& j, const Inputs& in) {
+  const at::Tensor logits = leaf(get(in, "logits")), labels = get(in, "labels");
+  const at::Tensor sum = cross_entropy_sum(logits, labels);
+  const double weight = j.value("weight", 1.0), tokens = static_cast<double>(logits.size(0));
+  const double scale = tokens * std::max(1.0, largest(at::logsumexp(logits.detach(), -1)) + largest(logits.detach()));
+  return {{"sum", {sum.detach(), twice(log_sum_exp_roundings(logits.detach()) + tokens + 3), scale}},
+          {"labels", {labels.ne(-100).sum(), 0, 0}},
+          {"gradient", {gradient(sum, logits) * weight, twice(softmax_roundings(logits.detach()) + 3), weight}}};
+}
+
+/// sums and labels [ranks, micro-batches], by the definitions of kernels/host/token_loss.h.
+Outputs normalise(const Json& j, const Inputs& in) {
+  const at::Tensor s = get(in, "sums"), n = get(in, "labels").to(at::kDouble);
+  const auto steps = static_cast<double>(s.size(1)), ranks = static_cast<double>(s.size(0));
+  const std::string how = j.value("how", std::string("tokens"));
+  at::Tensor loss = s.sum() / n.sum();
+  if (how == "mean_of_means") loss = (s / n).mean();
+  else if (how == "means_summed") loss = (s / n).sum(1).mean();
+  else if (how == "means_divided_twice") loss = (s / n).mean() / steps;
+  else if (how == "tokens_times_steps") loss = loss * steps;
+  else if (how == "tokens_divided_twice") loss = loss / steps;
+  else if (how == "tokens_of_rank") loss = (s.sum(1) / n.sum(1)).mean();
+  else if (how == "tokens_times_ranks") loss = loss * ranks;
+  else if (how == "tokens_over_ranks") loss = loss / ranks;
+  else if (how != "tokens") throw std::runtime_error("no normalisation " + how);
+  return {{"loss", {loss, twice(static_cast<double>(s.numel()) + 4), largest(loss)}}};
+}
+
+Outputs dispatch(const Json& j, const Inputs& in) {
+  const auto order = one_of<DropOrder>(j, "order",
+                                       {{"tokens", DropOrder::kTokens},
+                                        {"choices", DropOrder::kChoices},
+                                        {"weights", DropOrder::kWeights},
+                                        {"keys", DropOrder::kKeys},
+                                        {"batch_prioritised", DropOrder::kBatchPrioritised}});
+  return {{"place", {drop(get(in, "chosen"), get(in, "weights"), get(in, "keys"), order, j.value("capacity", 4)), 0, 0}}};
+}
+
+at::Tensor numbers(const std::map<std::string, double>& m, const std::vector<const char*>& names) {
+  std::vector<double> v;
+  for (const char* name : names) v.push_back(m.at(name));
+  return at::tensor(v, at::kDouble);
+}
+
+Outputs load_of_choices(const Json& j, const Inputs& in) {
+  const std::int64_t experts = j.value("experts", 8);
+  const at::Tensor counts = count_choices(get(in, "chosen"), experts);
+  const at::Tensor s = numbers(load_statistics(counts), {"max_violation", "min_violation", "cv_population", "cv_sample",
+                                                         "entropy", "normalised_entropy", "effective_experts",
+                                                         "kl_to_uniform", "gini"});
+  return {{"counts", {counts, 0, 0}},
+          {"statistics", {s, twice(4 * static_cast<double>(experts) + 16), std::max(largest(s), static_cast<double>(experts))}}};
+}
+Outputs routing_load(const Json&, const Inputs& in) {
+  const at::Tensor p = get(in, "probabilities");
+  const at::Tensor s = numbers(routing_statistics(p, get(in, "chosen")),
+                               {"token_entropy", "mean_entropy", "mutual_information", "confidence"});
+  return {{"statistics", {s, twice(static_cast<double>(p.size(0) + 2 * p.size(1)) + 16), 2 * std::log(static_cast<double>(p.size(1))) + 1}}};
+}
+
+Outputs dequantise(const Json& j, const Inputs& in) {
+  const std::int64_t rows = j.at("rows"), columns = j.at("columns");
+  const at::Tensor codes = get(in, "codes").to(at::kByte);
+  const std::string code = j.at("code"), scale = j.value("scale", std::string("f32"));
+  const bool high = j.value("high_half_first", false);
+  at::Tensor v = code == "e4m3"   ? small_float_values(codes, 4, 3, Specials::kAllOnes)
+                 : code == "e5m2" ? small_float_values(codes, 5, 2, Specials::kIeee)
+                 : code == "e2m1" ? small_float_values(halves(codes, high), 2, 1, Specials::kNone)
+                 : code == "int8" ? codes.to(at::kChar).to(at::kDouble)
+                                  : get(in, "table").index_select(0, halves(codes, high).to(at::kLong));
+  at::Tensor s = get(in, "scales");
+  if (scale == "e8m0") s = exponent_values(s.to(at::kByte));
+  if (scale == "e4m3") s = small_float_values(s.to(at::kByte), 4, 3, Specials::kAllOnes);
+  if (scale == "nested")
+    s = nested_scales(s.to(at::kByte), get(in, "nested_map").to(at::kFloat), get(in, "nested_absmax").to(at::kFloat),
+                      j.at("nested_block"), j.at("nested_offset").get<float>())
+            .to(at::kDouble);
+  s = s * j.value("factor", 1.0) / j.value("divisor", 1.0);
+  const std::int64_t rb = j.at("row_block"), cb = j.at("column_block");
+  s = s.to(at::kDouble).reshape({1, (rows + rb - 1) / rb, (columns + cb - 1) / cb});
+  v = block_scaled(v.narrow(0, 0, rows * columns).reshape({1, rows, columns}), s, rb, cb);
+  return {{"values", {v.reshape({rows, columns}), twice(3), largest(v)}}};
+}
+
+Outputs lora_merging(const Json& j, const Inputs& in) {
+  const at::Tensor w = get(in, "w"), a = get(in, "a"), b = get(in, "b");
+  const double s = j.value("scale", 1.0);
+  const at::ScalarType stored = j.value("stored", std::string("f64")) == "bf16" ? at::kBFloat16 : at::kDouble;
+  const at::Tensor m =
+      lora_merge(w, a, b, s, at::kDouble, at::kDouble, at::kDouble, at::kDouble, stored, j.value("unmerge", false));
+  // Rounded to bfloat16: the inputs are such that no sum comes near the middle of two of its values, so equal.
+  if (stored != at::kDouble) return {{"merged", {m, 0, 0}}};
+  return {{"merged", {m, twice(static_cast<double>(a.size(0)) + 4), largest(w.abs() + s * at::mm(b.abs(), a.abs()))}}};
+}
+Outputs lora_gradients(const Json& j, const Inputs& in) {
+  const double s = j.value("scale", 1.0);
+  const at::Tensor d = get(in, "d_y"), w = get(in, "w"), zero = at::zeros_like(w);
+  const auto all = [&](const std::function<at::Tensor(const at::Tensor&)>& of) {
+    const at::Tensor x = leaf(of(get(in, "x"))), a = leaf(of(get(in, "a"))), b = leaf(of(get(in, "b")));
+    lora_forward(x, zero, a, b, s).backward(of(d));
+    return std::vector<at::Tensor>{a.grad(), b.grad(), x.grad()};
+  };
+  const auto g = all([](const at::Tensor& t) { return t; }), size = all([](const at::Tensor& t) { return t.abs(); });
+  const double n = twice(static_cast<double>(w.size(0) + w.size(1) + d.size(0) + get(in, "a").size(0)) + 4);
+  return {{"d_a", {g[0], n, largest(size[0])}}, {"d_b", {g[1], n, largest(size[1])}}, {"d_x", {g[2], n, largest(size[2])}}};
+}
+
+Outputs permutation(const Json&, const Inputs& in) {
+  const at::Tensor chosen = get(in, "chosen"), row = permute(chosen);
+  const at::Tensor rows = leaf(get(in, "rows")), weights = leaf(get(in, "weights")), d_y = get(in, "d_y");
+  const at::Tensor y = combine(rows, row, weights);
+  const double k = static_cast<double>(chosen.size(1)), hidden = static_cast<double>(rows.size(1));
+  const double r = largest(rows.detach()), w = largest(weights.detach()), d = largest(d_y);
+  return {{"row_of_slot", {row, 0, 0}},
+          {"y", {y.detach(), twice(k + 1), k * r * w}},
+          {"d_rows", {gradient(y, rows, d_y), twice(2), d * w}},
+          {"d_weights", {gradient(y, weights, d_y), twice(hidden + 8), hidden * d * r}}};
+}
+
+Outputs layer(const Json& j, const Inputs& in) {
+  ExpertForm form;
+  form.alpha = j.value("alpha", 1.0);
+  form.up_offset = j.value("up_offset", 0.0);
+  const at::Tensor chosen = get(in, "chosen");
+  const auto run = [&](const ExpertForm& f, const std::function<at::Tensor(const at::Tensor&)>& of) {
+    Inputs t;
+    for (const auto& [name, v] : in) t[name] = name == "chosen" || name == "d_y" ? v : leaf(of(v));
+    const auto linear = [&](const std::string& name) {
+      return ExpertLinear{get(t, name.c_str()), {}, get(t, (name + "_lora_a").c_str()), get(t, (name + "_lora_b").c_str()),
+                          j.value("lora_scaling", 1.0)};
+    };
+    const at::Tensor y = moe_layer(t["x"], chosen, t["weights"], f, {linear("gate_up"), linear("down")},
+                                   {linear("shared_gate_up"), linear("shared_down")}, get(t, "shared_gate"));
+    y.backward(of(get(in, "d_y")));
+    std::map<std::string, at::Tensor> out = {{"y", y.detach()}};
+    for (const auto& [name, v] : t) {
+      if (name != "chosen" && name != "d_y") out["d_" + name] = v.grad();
+    }
+    return out;
+  };
+  // With magnitudes for values and max(z, 0) for the activation, whose slope SiLU's exceeds by a tenth at most, every
+  // term is added with one sign: the sums of magnitudes. Twice each, for two activations' slopes and the sigmoid.
+  ExpertForm plain = form;
+  plain.activation = Activation::kRelu;
+  const auto values = run(form, [](const at::Tensor& t) { return t; });
+  const auto sizes = run(plain, [](const at::Tensor& t) { return t.abs(); });
+  const at::Tensor x = get(in, "x");
+  const double sums = static_cast<double>(2 * x.size(1) + 2 * last(get(in, "down")) + x.size(0) + chosen.size(1));
+  Outputs out;
+  for (const auto& [name, v] : values) {
+    out[name] = {v, twice(sums + 80), 2 * (1 + std::fabs(form.alpha)) * (1 + std::fabs(form.up_offset)) * largest(sizes.at(name))};
+  }
+  return out;
+}
+
+CvOptions cv(const Json& j) { return {j.value("sample", false), j.value("eps", 0.0)}; }
+/// Of sum (v - mean)^2 / mean^2 / E: no term exceeds (2 largest / mean)^2.
+double cv_scale(const at::Tensor& v) { return 4 * std::pow(largest(v) / v.mean().item<double>(), 2) * static_cast<double>(v.numel()); }
+
+Outputs importance(const Json& j, const Inputs& in) {
+  const at::Tensor gates = get(in, "gates"), chosen = get(in, "chosen");
+  const std::int64_t experts = j.value("experts", 8);
+  const at::Tensor sums = at::zeros({experts}, at::kDouble).scatter_add(0, chosen.reshape({-1}), gates.reshape({-1}));
+  const double n = 2 * static_cast<double>(gates.size(0) * gates.size(1) + experts) + 12;
+  return {{"loss", {importance_loss(gates, chosen, experts, cv(j)), twice(n), cv_scale(sums)}}};
+}
+Outputs smooth_load(const Json& j, const Inputs& in) {
+  const at::Tensor clean = get(in, "clean"), noise = get(in, "noise"), raw = get(in, "raw");
+  const double added = j.value("added", 0.01);
+  const at::Tensor p = load_probabilities(clean, noise, raw, added, j.value("top_k", 2), j.value("last_chosen", false));
+  const at::Tensor deviation = at::softplus(raw) + added;
+  const double size = largest(clean) + largest(noise * deviation), least = deviation.min().item<double>();
+  const double one = 47 + 14 * size / least + 22 * size / least;  // normal_cdf() and load_margin() of bounds.h
+  return {{"probability", {p, twice(one), 1}},
+          {"loss", {load_loss(p, cv(j)), twice(2 * one + static_cast<double>(p.size(0) + 2 * p.size(1)) + 12),
+                    cv_scale(p.sum(0)) * std::max(1.0, static_cast<double>(p.size(0)) / largest(p.sum(0)))}}};
+}
+Outputs entropy(const Json& j, const Inputs& in) {
+  const at::Tensor logits = leaf(get(in, "logits"));
+  const at::Tensor h = routing_entropy(logits, j.value("of_mean", false));
+  const double n = 2 * softmax_roundings(logits.detach()) + static_cast<double>(logits.size(0) + 2 * logits.size(1)) + 12;
+  return {{"loss", {h.detach(), twice(n), std::log(static_cast<double>(last(logits))) + 1}},
+          {"gradient", {gradient(h, logits), twice(2 * n), (2 * range_of(logits.detach()) + 4) / static_cast<double>(logits.size(0))}}};
+}
+Outputs orthogonality(const Json& j, const Inputs& in) {
+  const at::Tensor w = get(in, "w");
+  const bool squared = j.value("squared", false);
+  const at::Tensor gram = at::mm(w.abs(), w.abs().t()) + 1;
+  const double n = static_cast<double>(w.size(1) + 2 * w.size(0)) + 4;
+  return {{"loss", {gate_orthogonality(w, squared), twice(squared ? 2 * n : n), (squared ? gram * gram : gram).sum().item<double>()}}};
+}
+Outputs overlap(const Json& j, const Inputs& in) {
+  const at::Tensor x = get(in, "outputs");
+  const auto which = one_of<Overlap>(
+      j, "overlap", {{"projection", Overlap::kProjection}, {"squared", Overlap::kSquaredProjection}, {"cosine", Overlap::kCosine}});
+  const double terms = static_cast<double>(x.size(0) * x.size(1) * x.size(1)), size = largest(x) * std::sqrt(static_cast<double>(last(x)));
+  const double each = which == Overlap::kCosine ? 1 : which == Overlap::kProjection ? size : size * size;
+  const double least = x.norm(2, -1).min().item<double>();
+  const double n = 3 * static_cast<double>(last(x)) + terms + 12;
+  return {{"loss", {expert_overlap(x, {}, which, 1e-8, j.value("mean", false)), twice(n), terms * each * std::pow(size / least, 2)}}};
+}
+Outputs variance(const Json& j, const Inputs& in) {
+  const at::Tensor s = get(in, "scores");
+  const double n = 2 * static_cast<double>(s.size(0)) + static_cast<double>(s.size(1)) + 6;
+  return {{"loss", {score_variance(s, j.value("mean", false)), twice(n), 4 * static_cast<double>(s.size(0)) * largest(s) * largest(s)}}};
+}
+
+Outputs margins(const Json&, const Inputs& in) {
+  const at::Tensor choice = get(in, "choice");
+  return {{"margin", {routing_margins(choice, get(in, "chosen")), twice(1), 2 * largest(choice)}}};
+}
+Outputs agree(const Json& j, const Inputs& in) {
+  const auto s = agreement(get(in, "now"), get(in, "then"), j.value("experts", 8), true);
+  return {{"agreement", {numbers(s, {"saturation", "changed", "jaccard", "identical", "same_first"}),
+                         twice(static_cast<double>(get(in, "now").size(0)) + 4), 1}}};
+}
+Outputs by_label(const Json& j, const Inputs& in) {
+  return {{"table", {count_by_label(get(in, "chosen"), get(in, "labels"), j.value("num_labels", 4), j.value("experts", 8)), 0, 0}}};
+}
+
+const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations() {
+  static const std::map<std::string, Outputs (*)(const Json&, const Inputs&)> kOperations = {
+      {"gate_logits", gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
+      {"balance_loss", balance}, {"z_loss", z}, {"squares", squares}, {"bias_update", bias},
+      {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", dispatch}, {"expert_load", load_of_choices},
+      {"routing_statistics", routing_load}, {"dequantise", dequantise}, {"lora_merge", lora_merging},
+      {"lora_gradient", lora_gradients}, {"permute", permutation}, {"moe_layer", layer},
+      {"importance_loss", importance}, {"load_loss", smooth_load}, {"entropy_loss", entropy},
+      {"gate_orthogonality", orthogonality}, {"expert_overlap", overlap}, {"score_variance", variance},
+      {"routing_margins", margins}, {"agreement", agree}, {"count_by_label", by_label}};
+  return kOperations;
+}
+
+}  // namespace
+
+Outputs compute(const std::string& operation, const Json& options, const Inputs& inputs) {
+  const auto at = operations().find(operation);
+  if (at == operations().end()) throw std::runtime_error("there is no operation '" + operation + "'");
+  return at->second(options, inputs);
+}
+
+}  // namespace moeaudit::reference
