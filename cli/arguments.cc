@@ -189,7 +189,7 @@ void ProgressBar::operator()(std::string_view stage, double done) {
 
 AuditResult audit(Arguments& a) {
   if (a.run.paths.empty() && a.run.models.empty() && a.run.bases.empty() && a.run.adapters.empty() && a.run.configs.empty() &&
-      a.run.logs.empty()) {
+      a.run.logs.empty() && a.run.trace.empty()) {
     throw UsageError{"nothing to audit: give a PATH (a model directory, training config, adapter or run folder); see --help"};
   }
   if (InputProblem problem; !a.baseline.empty() && !read_baseline(a.baseline, &a.engine.baseline, &problem)) {

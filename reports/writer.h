@@ -6,6 +6,7 @@
 
 #include "audit/facts/finding.h"
 #include "audit/facts/health.h"
+#include "audit/facts/replay_report.h"
 
 namespace moeaudit {
 
@@ -32,5 +33,9 @@ void write_facts_json(const AuditResult&, const WriterOptions&, std::ostream&);
 /// `moe-audit health`: text, and JSON as reports/health.schema.json has it.
 void write_health_text(const HealthReport&, const WriterOptions&, std::ostream&);
 void write_health_json(const HealthReport&, const WriterOptions&, std::ostream&);
+
+/// `moe-audit replay`: text, and JSON as reports/replay.schema.json has it.
+void write_replay_text(const ReplayReport&, const WriterOptions&, std::ostream&);
+void write_replay_json(const ReplayReport&, const WriterOptions&, std::ostream&);
 
 }  // namespace moeaudit

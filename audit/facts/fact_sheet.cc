@@ -126,6 +126,14 @@ std::string to_text(const LogTable& v) {
   if (!v.step.empty()) text += ", steps " + std::to_string(v.step.front()) + " to " + std::to_string(v.step.back());
   return text;
 }
+std::string to_text(const ReplayTable& v) {
+  std::size_t compared = 0, differ = 0;
+  for (std::size_t i = 0; i < v.quantity.size(); ++i) {
+    compared += v.compared[i] > 0;
+    differ += v.differing[i] > 0;
+  }
+  return rows(compared, "quantity", "quantities") + " compared, " + std::to_string(differ) + " differ";
+}
 std::string to_text(const std::vector<WeightProblem>& v) { return rows(v.size(), "problem", "problems"); }
 std::string to_text(const std::vector<IgnoredKey>& v) { return rows(v.size(), "key", "keys"); }
 std::string to_text(const std::vector<UnreadKey>& v) { return rows(v.size(), "key", "keys"); }

@@ -13,7 +13,7 @@ ALLOWED = {
     "audit/behaviours": {"audit/facts"},
     "audit/traces": {"audit/facts", "audit/text", "audit/tensors"},
     "audit/inputs": {"audit/facts", "audit/text", "audit/tensors", "audit/traces", "audit/families", "audit/behaviours"},
-    "audit/measures": {"audit/facts", "audit/tensors", "audit/traces", "audit/families", "audit/behaviours", "kernels"},
+    "audit/measures": {"audit/facts", "audit/tensors", "audit/traces", "audit/families", "audit/behaviours", "audit/variants", "kernels"},
     "audit/variants": {"audit/facts", "kernels"},
     "audit/rules": {"audit/facts"},
     "audit/engine": {"audit/facts", "audit/rules", "audit/measures", "audit/inputs"},

@@ -1,0 +1,497 @@
+#include "audit/variants/forms.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "kernels/host/bounds.h"
+#include "kernels/host/z_loss.h"
+
+namespace moeaudit::variants {
+namespace {
+
+namespace k = kernels;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+/// Scores of all experts: the kernels' own, asked for with k = E.
+std::vector<double> scores_of(const std::vector<double>& logits, std::int64_t tokens, std::int64_t experts, k::Score score) {
+  k::RouteArgs<double> a;
+  a.logits = logits.data();
+  a.tokens = tokens;
+  a.experts = a.top_k = experts;
+  a.score = score;
+  std::vector<std::int32_t> order(logits.size());
+  std::vector<double> sorted(logits.size()), out(logits.size());
+  if (k::route(a, k::RouteResult<double>{order.data(), sorted.data(), nullptr, nullptr}) != k::Status::kOk) return {};
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::size_t row = i / static_cast<std::size_t>(experts) * static_cast<std::size_t>(experts);
+    out[row + static_cast<std::size_t>(order[i])] = sorted[i];
+  }
+  return out;
+}
+
+void divide_by_sum(std::vector<double>* p, std::int64_t experts) {
+  const auto e = static_cast<std::size_t>(experts);
+  for (std::size_t row = 0; row < p->size(); row += e) {
+    double sum = 0;
+    for (std::size_t i = 0; i < e; ++i) sum += (*p)[row + i];
+    for (std::size_t i = 0; i < e; ++i) (*p)[row + i] /= sum;
+  }
+}
+
+/// The k largest of `values`, and what would come next.
+bool top_k_of(const std::vector<double>& values, const RoutedLayer& l, std::vector<std::int32_t>* chosen,
+              std::vector<std::int32_t>* next) {
+  k::RouteArgs<double> a;
+  a.logits = values.data();
+  a.tokens = l.tokens;
+  a.experts = l.experts;
+  a.top_k = l.top_k;
+  a.softmax_after_top_k = true;  // the choice is by the values themselves
+  chosen->resize(static_cast<std::size_t>(l.tokens * l.top_k));
+  next->resize(static_cast<std::size_t>(l.tokens));
+  return k::route(a, k::RouteResult<double>{chosen->data(), nullptr, next->data(), nullptr}) == k::Status::kOk;
+}
+
+std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer& l) {
+  switch (form.probabilities) {
+    case Probabilities::kLogits: return l.logits;
+    case Probabilities::kSoftmax: return scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+    case Probabilities::kDouble: {
+      const auto once = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+      return scores_of(once, l.tokens, l.experts, k::Score::kSoftmax);
+    }
+    case Probabilities::kUnnormalised: return scores_of(l.logits, l.tokens, l.experts, l.score);
+    case Probabilities::kRouter: {
+      auto p = scores_of(l.logits, l.tokens, l.experts, l.score);
+      if (l.score != k::Score::kSoftmax) divide_by_sum(&p, l.experts);
+      return p;
+    }
+    case Probabilities::kOfChosen:
+    case Probabilities::kChosenOnly: {
+      if (l.chosen.empty()) return {};
+      const auto all = scores_of(l.logits, l.tokens, l.experts, l.score);
+      std::vector<double> p(all.size());
+      for (std::int64_t t = 0; t < l.tokens; ++t) {
+        double sum = 0;
+        for (std::int64_t j = 0; j < l.top_k; ++j) {
+          const std::int32_t e = l.chosen[static_cast<std::size_t>(t * l.top_k + j)];
+          if (e >= 0) sum += all[static_cast<std::size_t>(t * l.experts + e)];
+        }
+        for (std::int64_t j = 0; j < l.top_k; ++j) {
+          const std::int32_t e = l.chosen[static_cast<std::size_t>(t * l.top_k + j)];
+          if (e >= 0) p[static_cast<std::size_t>(t * l.experts + e)] = all[static_cast<std::size_t>(t * l.experts + e)] / sum;
+        }
+      }
+      if (form.probabilities == Probabilities::kOfChosen) return scores_of(p, l.tokens, l.experts, k::Score::kSoftmax);
+      return p;
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+// ---- balance loss ----------------------------------------------------------------------------------------------------
+
+BalanceForm held_to(BalanceFamily family) {
+  BalanceForm f;
+  if (family == BalanceFamily::kTransformers) {
+    // transformers' load_balancing_loss_func: layers one after the other, no k, softmax of what the model returned.
+    f.name = "transformers: one set of all layers, not divided by k";
+    f.probabilities = Probabilities::kSoftmax;
+    f.choices = Choices::kSoftmax;
+    f.layers = Layers::kOneSet;
+    f.over_k = false;
+  } else {
+    f.name = "mean over layers of E sum f P, f over k";
+  }
+  return f;
+}
+
+std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router) {
+  const BalanceForm right = held_to(family);
+  std::vector<BalanceForm> all = {right};
+  const auto add = [&](std::string_view id, std::string_view name, auto&& change) {
+    BalanceForm f = right;
+    f.id = id;
+    f.name = name;
+    change(f);
+    all.push_back(f);
+  };
+  if (right.layers == Layers::kOneSet) {
+    add("A0", "each layer by itself, then the mean", [](BalanceForm& f) { f.layers = Layers::kMean; });
+  } else {
+    add("A2", "layers in one set: opposite imbalances cancel", [](BalanceForm& f) { f.layers = Layers::kOneSet; });
+  }
+  add("A7", "loads from the first choice alone", [](BalanceForm& f) {
+    f.counted = k::Counted::kFirstChoice;
+    f.over_k = true;
+  });
+  add("A8", "softmax of the softmax", [](BalanceForm& f) { f.probabilities = Probabilities::kDouble; });
+  add("A9", "probabilities renormalised over the chosen", [](BalanceForm& f) { f.probabilities = Probabilities::kChosenOnly; });
+  add("A9", "softmax of the chosen experts' weights, with zeros for the others", [](BalanceForm& f) {
+    f.probabilities = Probabilities::kOfChosen;
+    f.choices = Choices::kRecorded;
+  });
+  add("A10", "logits instead of probabilities", [](BalanceForm& f) { f.probabilities = Probabilities::kLogits; });
+  if (!softmax_router) {
+    add("A11", "scores not divided by their sum", [](BalanceForm& f) { f.probabilities = Probabilities::kUnnormalised; });
+    if (right.probabilities == Probabilities::kRouter) {
+      add("A12", "softmax for a router that scores otherwise", [](BalanceForm& f) { f.probabilities = Probabilities::kSoftmax; });
+    } else {
+      add("A0", "the router's own scores", [](BalanceForm& f) { f.probabilities = Probabilities::kRouter; });
+    }
+  }
+  add("A13", "each sequence by itself, then the mean", [](BalanceForm& f) { f.by_sequence = true; });
+  add("A16", "padding counted", [](BalanceForm& f) { f.padding = Padding::kCounted; });
+  add("A17", "padding left out of the sums, not of their divisor", [](BalanceForm& f) { f.padding = Padding::kOutOfSums; });
+  if (right.choices == Choices::kRecorded) {
+    add("A0", "loads from the choice without correction bias or groups", [](BalanceForm& f) { f.choices = Choices::kScores; });
+  } else {
+    add("A18", "loads from the router's own choice", [](BalanceForm& f) { f.choices = Choices::kRecorded; });
+  }
+  add("A19", "loads after drops", [](BalanceForm& f) { f.choices = Choices::kKept; });
+  add("A20", "loads padded to the capacity: all equal", [](BalanceForm& f) { f.choices = Choices::kEven; });
+  add("A23", "loads of the whole step", [](BalanceForm& f) { f.counts = Counts::kStep; });
+  add("A24", "running loads of the step", [](BalanceForm& f) { f.counts = Counts::kRunning; });
+  add("A25", "loads of all ranks", [](BalanceForm& f) { f.counts = Counts::kRanks; });
+  return all;
+}
+
+void BalanceSum::add(const RoutedLayer& l) {
+  ++layers_;
+  const std::vector<double> p = probabilities_of(form_, l);
+  std::vector<std::int32_t> chosen, next;
+  bool sound = !p.empty() && l.tokens > 0;
+  double slack = 0;
+  if (form_.choices == Choices::kScores || form_.choices == Choices::kSoftmax) {
+    // By the scores as the framework holds them: rounded to the dtype of the logits, where ties can arise.
+    std::vector<double> by = form_.choices == Choices::kScores ? scores_of(l.logits, l.tokens, l.experts, l.score) : p;
+    if (form_.choices == Choices::kSoftmax && form_.probabilities != Probabilities::kSoftmax &&
+        form_.probabilities != Probabilities::kDouble) {
+      by = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+    }
+    const std::vector<double> exact = by;
+    for (double& v : by) v = k::round_to(v, l.scores_dtype);
+    sound = sound && top_k_of(by, l, &chosen, &next);
+    for (std::int64_t t = 0; sound && t < l.tokens && l.top_k < l.experts; ++t) {
+      const auto last = static_cast<std::size_t>(t * l.experts + chosen[static_cast<std::size_t>((t + 1) * l.top_k - 1)]);
+      const auto after = static_cast<std::size_t>(t * l.experts + next[static_cast<std::size_t>(t)]);
+      const auto [low, high] = std::minmax_element(l.logits.begin() + t * l.experts, l.logits.begin() + (t + 1) * l.experts);
+      const double apart = 2 * k::bounds::softmax_relative(l.experts, 0, *high - *low, k::Float::kF32) * exact[last];
+      if (by[last] == by[after] || exact[last] - exact[after] <= apart) slack += 1;
+    }
+  } else {
+    sound = sound && !l.chosen.empty();
+    if (form_.choices == Choices::kKept) {
+      sound = sound && !l.dropped.empty();
+      chosen = l.chosen;
+      for (std::size_t i = 0; sound && i < chosen.size(); ++i) {
+        if (l.dropped[i]) chosen[i] = -1;
+      }
+    } else {
+      chosen = l.chosen;
+    }
+  }
+  const std::vector<std::int64_t>& given = form_.counts == Counts::kStep   ? l.step_counts
+                                           : form_.counts == Counts::kRanks ? l.rank_counts
+                                                                            : l.running_counts;
+  const std::int64_t given_tokens = form_.counts == Counts::kStep    ? l.step_tokens
+                                    : form_.counts == Counts::kRanks ? l.rank_tokens
+                                                                     : l.running_tokens;
+  if (form_.counts != Counts::kOwn && given.empty()) sound = false;
+  if (!sound) {
+    sum_ = kNan;
+    return;
+  }
+
+  const std::int64_t n = form_.by_sequence ? l.sequences : 1;
+  if (n < 1 || l.tokens % n != 0) {
+    sum_ = kNan;
+    return;
+  }
+  std::vector<std::int64_t> sets;
+  for (std::int64_t i = 0; i <= n; ++i) sets.push_back(l.tokens / n * i);
+  const auto width = static_cast<std::size_t>(n * l.experts);
+  std::vector<std::int64_t> counts(width), counted(static_cast<std::size_t>(n));
+  std::vector<double> mean(width);
+  double loss = 0;
+  k::BalanceLossArgs<double> a;
+  a.probabilities = p.data();
+  a.chosen = chosen.data();
+  a.valid = l.valid.empty() || form_.padding == Padding::kCounted ? nullptr : l.valid.data();
+  a.tokens = l.tokens;
+  a.experts = l.experts;
+  a.top_k = l.top_k;
+  a.sets = sets.data();
+  a.num_sets = n;
+  a.convention.over_k = form_.over_k;
+  a.convention.counted = form_.counted;
+  a.convention.divisor = form_.padding == Padding::kOutOfSums ? k::Divisor::kAllTokens : k::Divisor::kValidTokens;
+  k::BalanceLossResult<double> r;
+  r.loss = &loss;
+  r.mean_probability = mean.data();
+  r.counts = counts.data();
+  if (form_.choices == Choices::kEven) {
+    // As many for each expert: the counts of a map padded to the capacity.
+    std::fill(counts.begin(), counts.end(), l.top_k);
+    std::fill(counted.begin(), counted.end(), l.experts);
+  } else if (form_.counts != Counts::kOwn) {
+    counts.clear();
+    for (std::int64_t i = 0; i < n; ++i) counts.insert(counts.end(), given.begin(), given.end());
+    std::fill(counted.begin(), counted.end(), given_tokens);
+  }
+  if (form_.choices == Choices::kEven || form_.counts != Counts::kOwn) {
+    a.counts = counts.data();
+    a.counted_tokens = counted.data();
+    r.counts = nullptr;
+  }
+  if (k::balance_loss(a, r) != k::Status::kOk) {
+    sum_ = kNan;
+    return;
+  }
+  // A token whose last choice is a tie moves one count between two experts.
+  double spread = 0, least = std::numeric_limits<double>::infinity();
+  for (const double v : mean) spread = std::max(spread, v), least = std::min(least, v);
+  const double per = static_cast<double>(l.experts) / (static_cast<double>(l.tokens) * (form_.over_k ? static_cast<double>(l.top_k) : 1.0));
+  if (loss > 0) ties_ = std::max(ties_, slack * per * (spread - least) / loss);
+
+  if (form_.layers == Layers::kMean) {
+    sum_ += loss;
+    return;
+  }
+  if (form_.by_sequence) {  // sequences and one set of layers do not go together
+    sum_ = kNan;
+    return;
+  }
+  if (experts_ == 0) experts_ = l.experts, top_k_ = l.top_k, counts_.resize(static_cast<std::size_t>(l.experts));
+  if (experts_ != l.experts || top_k_ != l.top_k) {
+    sum_ = kNan;
+    return;
+  }
+  p_.insert(p_.end(), mean.begin(), mean.end());
+  for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += counts[e];
+  const bool all = a.valid == nullptr || form_.padding == Padding::kOutOfSums;
+  counted_ += a.counts != nullptr ? counted[0] : all ? l.tokens : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
+}
+
+double BalanceSum::value() const {
+  if (layers_ == 0) return kNan;
+  if (form_.layers == Layers::kMean) return sum_ / layers_;
+  if (std::isnan(sum_)) return kNan;
+  // One set of all layers: every layer has the same tokens, so its mean probabilities are the means of the layers'.
+  double loss = 0;
+  k::BalanceLossArgs<double> a;
+  a.probabilities = p_.data();
+  a.tokens = layers_;
+  a.experts = experts_;
+  a.top_k = top_k_;
+  a.counts = counts_.data();
+  a.counted_tokens = &counted_;
+  a.convention.over_k = form_.over_k;
+  a.convention.counted = form_.counted;
+  k::BalanceLossResult<double> r;
+  r.loss = &loss;
+  return k::balance_loss(a, r) == k::Status::kOk ? loss : kNan;
+}
+
+// ---- z-loss ----------------------------------------------------------------------------------------------------------
+
+std::span<const ZForm> z_forms() {
+  static constexpr ZForm kForms[] = {
+      {"", "mean over layers of the mean of lse^2"},
+      {"Z3", "of probabilities instead of logits", ZKind::kProbabilities},
+      {"Z4", "mean of squared logits", ZKind::kMeanSquaredLogit},
+      {"Z5", "sum of squared logits of a token", ZKind::kSquaredLogits},
+      {"Z6", "square of the mean lse", ZKind::kSquareOfMean},
+      {"Z7", "lse not squared", ZKind::kNoSquare},
+      {"Z9", "lse of the chosen experts alone", ZKind::kChosen},
+      {"Z11", "padding counted", ZKind::kSquare, Padding::kCounted},
+      {"Z12", "padding left out of the sum, not of its divisor", ZKind::kSquare, Padding::kOutOfSums},
+      {"Z13", "exponentials not shifted by the largest logit", ZKind::kNoShift},
+  };
+  return kForms;
+}
+
+double z_value(const ZForm& form, const RoutedLayer& l) {
+  std::vector<double> logits = l.logits;
+  std::int64_t experts = l.experts;
+  if (form.kind == ZKind::kProbabilities) logits = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+  if (form.kind == ZKind::kChosen) {
+    if (l.chosen.empty()) return kNan;
+    logits.clear();
+    experts = l.top_k;
+    for (std::int64_t i = 0; i < l.tokens * l.top_k; ++i) {
+      const std::int32_t e = l.chosen[static_cast<std::size_t>(i)];
+      if (e < 0 || e >= l.experts) return kNan;
+      logits.push_back(l.logits[static_cast<std::size_t>(i / l.top_k * l.experts + e)]);
+    }
+  }
+  std::vector<double> lse(static_cast<std::size_t>(l.tokens));
+  double loss = 0;
+  k::ZLossArgs<double> a;
+  a.logits = logits.data();
+  a.valid = l.valid.empty() || form.padding == Padding::kCounted ? nullptr : l.valid.data();
+  a.tokens = l.tokens;
+  a.experts = experts;
+  a.divisor = form.padding == Padding::kOutOfSums ? k::Divisor::kAllTokens : k::Divisor::kValidTokens;
+  k::ZLossResult<double> r;
+  r.loss = &loss;
+  r.log_sum_exp = lse.data();
+  if (k::z_loss(a, r) != k::Status::kOk) return kNan;
+  if (form.kind == ZKind::kSquare || form.kind == ZKind::kProbabilities || form.kind == ZKind::kChosen) return loss;
+  double sum = 0, n = 0;
+  for (std::int64_t t = 0; t < l.tokens; ++t) {
+    if (a.valid && !a.valid[t]) continue;
+    n += 1;
+    const double* row = l.logits.data() + t * l.experts;
+    if (form.kind == ZKind::kMeanSquaredLogit || form.kind == ZKind::kSquaredLogits) {
+      for (std::int64_t e = 0; e < l.experts; ++e) sum += row[e] * row[e];
+    } else if (form.kind == ZKind::kNoShift) {
+      // In float32, where exp overflows beyond 88.7.
+      const double largest = *std::max_element(row, row + l.experts);
+      const double v = largest > 88.72 ? std::numeric_limits<double>::infinity() : lse[static_cast<std::size_t>(t)];
+      sum += v * v;
+    } else {
+      sum += lse[static_cast<std::size_t>(t)];
+    }
+  }
+  if (n == 0) return 0;
+  if (form.kind == ZKind::kMeanSquaredLogit) return sum / (n * static_cast<double>(l.experts));
+  return form.kind == ZKind::kSquareOfMean ? sum / n * (sum / n) : sum / n;
+}
+
+// ---- weights and selection -------------------------------------------------------------------------------------------
+
+std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_bias) {
+  std::vector<RouteForm> all;
+  const auto add = [&](std::string_view id, std::string_view name, auto&& change) {
+    RouteForm f;
+    f.id = id;
+    f.name = name;
+    f.args = right;
+    change(f);
+    all.push_back(f);
+  };
+  add("", "the family's order", [](RouteForm&) {});
+  if (has_bias) {
+    add("W1", "weights of the biased scores", [](RouteForm& f) { f.bias_weighs = true; });
+    add("W2", "bias added to the logits", [](RouteForm& f) { f.bias_on_logits = true; });
+    add("A18", "chosen without the correction bias", [](RouteForm& f) { f.ignore_bias = true; });
+  }
+  if (!right.softmax_after_top_k) {
+    add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen", [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
+  }
+  if (right.score == k::Score::kSoftmax) {
+    add("W4", "softmax of the softmax", [](RouteForm& f) { f.softmax_first = true; });
+    if (right.softmax_after_top_k) {
+      add("W3", "softmax over all experts, not renormalised", [](RouteForm& f) { f.args.softmax_after_top_k = false; });
+    }
+    add("W3", "sigmoid instead of softmax", [](RouteForm& f) {
+      f.args.score = k::Score::kSigmoid;
+      f.args.softmax_after_top_k = false;
+    });
+  } else {
+    add("W3", "softmax instead of the family's score", [](RouteForm& f) { f.args.score = k::Score::kSoftmax; });
+  }
+  if (right.scaling != 1.0) {
+    add("W8", "scaling factor left out", [](RouteForm& f) { f.args.scaling = 1; });
+    add("W8", "scaling factor applied twice", [](RouteForm& f) { f.times = f.args.scaling; });
+  }
+  if (right.groups > 1) {
+    add("W9", "no limit to groups", [](RouteForm& f) { f.args.groups = f.args.top_groups = 1, f.args.group_score = k::GroupScore::kNone; });
+    add("W9", right.group_score == k::GroupScore::kMax ? "groups scored by their two best" : "groups scored by their best", [](RouteForm& f) {
+      f.args.group_score = f.args.group_score == k::GroupScore::kMax ? k::GroupScore::kTop2Sum : k::GroupScore::kMax;
+    });
+    add("W10", right.group_mask_is_zero ? "other groups masked by -inf" : "other groups masked by 0", [](RouteForm& f) { f.args.group_mask_is_zero = !f.args.group_mask_is_zero; });
+  }
+  add("W12", "logits rounded to bfloat16 first", [](RouteForm& f) { f.logits_dtype = k::Float::kBF16; });
+  return all;
+}
+
+bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::int32_t>* chosen, std::vector<double>* weights) {
+  std::vector<double> logits = l.logits, bias = form.ignore_bias ? std::vector<double>() : l.bias;
+  const auto e = static_cast<std::size_t>(l.experts);
+  if (form.softmax_first) logits = scores_of(logits, l.tokens, l.experts, k::Score::kSoftmax);
+  if (form.bias_on_logits) {
+    for (std::size_t i = 0; i < logits.size(); ++i) logits[i] += bias[i % e];
+    bias.clear();
+  }
+  if (form.logits_dtype != k::Float::kF64) k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), form.logits_dtype, logits.data());
+  k::RouteArgs<double> a = form.args;
+  a.logits = logits.data();
+  a.correction_bias = bias.empty() ? nullptr : bias.data();
+  a.tokens = l.tokens;
+  a.experts = l.experts;
+  a.top_k = l.top_k;
+  chosen->resize(static_cast<std::size_t>(l.tokens * l.top_k));
+  weights->resize(chosen->size());
+  std::vector<double> choice(form.bias_weighs ? logits.size() : 0);
+  k::RouteResult<double> r{chosen->data(), weights->data(), nullptr, form.bias_weighs ? choice.data() : nullptr};
+  if (k::route(a, r) != k::Status::kOk) return false;
+  if (form.bias_weighs) {
+    for (std::int64_t t = 0; t < l.tokens; ++t) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < l.top_k; ++j) {
+        const auto i = static_cast<std::size_t>(t * l.top_k + j);
+        (*weights)[i] = choice[static_cast<std::size_t>(t) * e + static_cast<std::size_t>((*chosen)[i])];
+        sum += (*weights)[i];
+      }
+      for (std::int64_t j = 0; j < l.top_k; ++j) {
+        double& w = (*weights)[static_cast<std::size_t>(t * l.top_k + j)];
+        w = (form.args.renormalise ? w / (sum + form.args.renormalise_eps) : w) * form.args.scaling;
+      }
+    }
+  }
+  for (double& w : *weights) w *= form.times;
+  return true;
+}
+
+// ---- cross-entropy over a step ---------------------------------------------------------------------------------------
+
+std::span<const NormalisationForm> normalisation_forms() {
+  static constexpr NormalisationForm kForms[] = {
+      {"", "sum of token losses over the labels of the step", k::Normalisation::kTokens},
+      {"G1", "mean of each micro-batch, then the mean over them", k::Normalisation::kMeanOfMeans},
+      {"G1", "ranks weigh the same, whatever labels they hold", k::Normalisation::kTokensOfRank},
+  };
+  return kForms;
+}
+
+// ---- correction bias -------------------------------------------------------------------------------------------------
+
+std::span<const BiasForm> bias_forms() {
+  static constexpr std::array kForms = [] {
+    std::array<BiasForm, 14> f{};
+    std::size_t n = 0;
+    const auto add = [&](std::string_view id, std::string_view name) -> BiasForm& {
+      f[n].id = id;
+      f[n].name = name;
+      return f[n++];
+    };
+    add("", "rate times the sign of mean - count");
+    add("B18", "the mean of the step taken from it").centre = k::Centre::kStep;
+    add("B18", "the mean of the bias taken from it").centre = k::Centre::kBias;
+    add("B1", "the wrong way: experts above the mean pushed up").rate = -1;
+    add("B2", "once a micro-batch instead of once a step").per_micro_batch = true;
+    add("B3", "from the counts of one rank").own_rank = true;
+    add("B5", "bias kept in bfloat16").bias_dtype = k::Float::kBF16;
+    add("B6", "counts kept in bfloat16").counts_dtype = k::Float::kBF16;
+    add("B6", "step computed in bfloat16").step_dtype = k::Float::kBF16;
+    add("B9", "padding counted").padding = true;
+    add("B10", "from the counts after drops").kept = true;
+    add("B14", "by the distance from the mean instead of its sign").step = k::BiasStep::kProportional;
+    BiasForm& wrong = add("B1", "the wrong way, once a micro-batch");
+    wrong.rate = -1, wrong.per_micro_batch = true;
+    BiasForm& low = add("B6", "counts and step in bfloat16");
+    low.counts_dtype = low.step_dtype = k::Float::kBF16;
+    return f;
+  }();
+  return kForms;
+}
+
+}  // namespace moeaudit::variants
