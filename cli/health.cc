@@ -6,7 +6,9 @@
 #include <memory>
 #include <thread>
 
+#include "audit/inputs/inputs.h"
 #include "audit/measures/expert_health.h"
+#include "audit/measures/routed_states.h"
 #include "cli/arguments.h"
 #include "cli/subcommand.h"
 
@@ -14,7 +16,7 @@ namespace moeaudit {
 namespace {
 
 struct HealthArguments {
-  std::string path, against, format = "text", score;
+  std::string path, hidden_states, against, format = "text", score;
   TraceOptions trace;
   HealthOptions health;
   Arguments terminal;
@@ -25,7 +27,20 @@ int run(HealthArguments& a) {
   if (!a.score.empty()) a.health.score = kScores.at(a.score);
   HealthReport report;
   report.path = a.path;
-  const std::unique_ptr<Trace> trace = open_trace(a.path, a.trace, &report.problems);
+  // A trace, or a checkpoint whose routers are run on hidden states.
+  std::vector<LoadedRun> checkpoint;
+  std::unique_ptr<Trace> trace;
+  if (recognise_trace(a.path) == TraceFormat::kNone && !a.hidden_states.empty()) {
+    RunOptions options;
+    options.paths = {a.path};
+    options.hidden_states = a.hidden_states;
+    checkpoint = load_runs(options);
+    LoadedRun& run = checkpoint.front();
+    report.problems = std::move(run.problems);
+    trace = route_hidden_states(&run.facts, run.model, run.hidden_states, &report.problems);
+  } else {
+    trace = open_trace(a.path, a.trace, &report.problems);
+  }
   std::unique_ptr<Trace> against;
   if (!a.against.empty()) against = open_trace(a.against, a.trace, &report.problems);
   if (trace) {
@@ -45,9 +60,10 @@ int run(HealthArguments& a) {
 
 std::function<int()> define(CLI::App& app) {
   auto a = std::make_shared<HealthArguments>();
-  app.add_option("path", a->path, "A trace: a folder with trace.json, Megatron-LM's router_trace_rank*.jsonl or tokens_per_expert/, a routed-experts .npy, or the JSON of expert counts")
+  app.add_option("path", a->path, "A trace: a folder with trace.json, Megatron-LM's router_trace_rank*.jsonl or tokens_per_expert/, a routed-experts .npy, or the JSON of expert counts; with --hidden-states a model")
       ->required()->type_name("PATH");
   app.add_option("--against", a->against, "A trace of the same tokens, routed by another checkpoint: saturation and change of the routing")->type_name("PATH");
+  app.add_option("--hidden-states", a->hidden_states, "PATH is a model: run its routers on these inputs, safetensors [tokens, hidden]")->type_name("FILE");
   app.add_option("--experts", a->trace.experts, "Experts a layer, where the trace does not say")->type_name("E")->check(CLI::Range(1, 1 << 16));
   app.add_flag("--layers-first", a->trace.layers_first, "A routed-experts array is [layers, tokens, k], not [tokens, layers, k]");
   app.add_option("--score", a->score, "What makes probabilities of logits, where the model's family is not known: softmax, sigmoid or sqrtsoftplus")

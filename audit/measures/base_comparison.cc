@@ -161,12 +161,6 @@ BiasChanges biases_of(const MeasureContext& ctx, const WeightPairs& w) {
 
 // ---- routing -------------------------------------------------------------------------------------------------------
 
-std::string with_layer(std::string pattern, int layer) {
-  const std::size_t at = pattern.find("{L}");
-  if (at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
-  return pattern;
-}
-
 /// Sums over tokens of |S0 and S1|, its square, and of equal sets: integers, so they merge in any order.
 struct Overlap {
   std::int64_t tokens = 0, kept = 0, squares = 0, same = 0;

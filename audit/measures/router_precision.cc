@@ -36,12 +36,6 @@ using k::Float;
 
 constexpr std::int64_t kMostTokens = 4096;
 
-std::string with_layer(std::string pattern, int layer) {
-  const std::size_t at = pattern.find("{L}");
-  if (at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
-  return pattern;
-}
-
 std::optional<Float> float_of(DType d) {
   switch (d) {
     case DType::kF32: return Float::kF32;
@@ -60,39 +54,6 @@ Float activation_dtype(const FactSheet& facts) {
     return *p == Precision::kAutocastFp16 || *p == Precision::kPureFp16 ? Float::kF16 : Float::kBF16;
   }
   return Float::kBF16;
-}
-
-/// The tensor that stands to `router` as `pattern` stands to `weight` in the family; "" if their names do not say.
-std::string beside(const std::string& router, std::string_view weight, std::string_view pattern) {
-  std::size_t same = 0;
-  while (same < weight.size() && same < pattern.size() && weight[same] == pattern[same]) ++same;
-  const std::string_view tail = weight.substr(same);
-  if (same == 0 || !std::string_view(router).ends_with(tail)) return {};
-  return router.substr(0, router.size() - tail.size()) + std::string(pattern.substr(same));
-}
-
-// ---- one router
-// ----------------------------------------------------------------------------------------------------------
-
-std::string read_router(const MeasureContext& ctx, const Routing& routing, std::size_t row, Router* out) {
-  const RouterTable& table = ctx.facts.routers.value();
-  out->layer = table.layer[row];
-  out->tensor = table.tensor[row];
-  out->experts = table.experts[row];
-  out->hidden = table.hidden[row];
-  if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
-  std::string fault = read_floats(ctx.model, out->tensor, out->experts * out->hidden, &out->w);
-  if (fault.empty() && routing.linear_bias) {
-    std::string name = beside(out->tensor, routing.weight_tensor, routing.linear_bias_tensor);
-    if (ctx.model.find(name) == nullptr) name = with_layer(routing.linear_bias_tensor, out->layer);
-    fault = read_floats(ctx.model, name, out->experts, &out->linear_bias);
-  }
-  if (fault.empty() && routing.correction_bias) {
-    const std::string name =
-        table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
-    fault = read_floats(ctx.model, name, out->experts, &out->correction_bias);
-  }
-  return fault;
 }
 
 // ---- the measure
@@ -198,7 +159,7 @@ class RouterPrecision {
   /// Empty, or why this router was left out.
   std::string run_router(std::size_t row, std::int64_t budget) {
     Router r;
-    std::string fault = read_router(ctx_, routing_, row, &r);
+    std::string fault = read_router(ctx_.model, ctx_.facts.routers.value(), routing_, row, &r);
     if (!fault.empty()) return fault;
     const std::int64_t top_k = ctx_.facts.top_k.value();
     const k::Status status = k::check_route(route_args<float>(routing_, r.experts, top_k), {});

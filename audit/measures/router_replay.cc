@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "audit/measures/router_inputs.h"
 #include "kernels/host/elementary.h"
 #include "kernels/host/quantised_weights.h"
 
@@ -51,6 +52,41 @@ double slope(Scoring scoring, double l) {
 }
 
 }  // namespace
+
+std::string with_layer(std::string pattern, int layer) {
+  const std::size_t at = pattern.find("{L}");
+  if (at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
+  return pattern;
+}
+
+std::string beside(const std::string& router, std::string_view weight, std::string_view pattern) {
+  std::size_t same = 0;
+  while (same < weight.size() && same < pattern.size() && weight[same] == pattern[same]) ++same;
+  const std::string_view tail = weight.substr(same);
+  if (same == 0 || !std::string_view(router).ends_with(tail)) return {};
+  return router.substr(0, router.size() - tail.size()) + std::string(pattern.substr(same));
+}
+
+std::string read_router(const TensorStore& model, const RouterTable& table, const Routing& routing, std::size_t row,
+                        Router* out) {
+  out->layer = table.layer[row];
+  out->tensor = table.tensor[row];
+  out->experts = table.experts[row];
+  out->hidden = table.hidden[row];
+  if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
+  std::string fault = read_floats(model, out->tensor, out->experts * out->hidden, &out->w);
+  if (fault.empty() && routing.linear_bias) {
+    std::string name = beside(out->tensor, routing.weight_tensor, routing.linear_bias_tensor);
+    if (model.find(name) == nullptr) name = with_layer(routing.linear_bias_tensor, out->layer);
+    fault = read_floats(model, name, out->experts, &out->linear_bias);
+  }
+  if (fault.empty() && routing.correction_bias) {
+    const std::string name =
+        table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
+    fault = read_floats(model, name, out->experts, &out->correction_bias);
+  }
+  return fault;
+}
 
 bool survives(const Router& r, Float dtype) {
   const auto same = [dtype](const std::vector<float>& v) {

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "audit/facts/values.h"
+#include "audit/tensors/tensor_store.h"
 #include "kernels/host/router.h"
 
 namespace moeaudit {
@@ -33,6 +35,14 @@ struct Router {
   std::int64_t hidden = 0;
   std::vector<float> w, linear_bias, correction_bias, norm;
 };
+
+/// "model.layers.{L}.gate" of layer 3: "model.layers.3.gate".
+std::string with_layer(std::string pattern, int layer);
+/// The tensor that stands to `router` as `pattern` stands to `weight` in the family; "" if their names do not say.
+std::string beside(const std::string& router, std::string_view weight, std::string_view pattern);
+/// Weight and biases of the router in a row of the table; its norm stays empty. Empty, or what is wrong with them.
+std::string read_router(const TensorStore& model, const RouterTable& table, const Routing& routing, std::size_t row,
+                        Router* out);
 
 enum class Trip { kNone, kNf4, kInt8 };
 

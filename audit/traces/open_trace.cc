@@ -102,7 +102,7 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
   }
   problems->push_back({path, 0, 0, "is no trace that moe-audit knows",
                        "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
-                       "routed-experts array (.npy), and the JSON of expert counts; see docs/trace.md"});
+                       "routed-experts array (.npy), and the JSON of expert counts (docs/trace.md); of a model health needs --hidden-states FILE"});
   return nullptr;
 }
 

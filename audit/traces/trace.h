@@ -33,7 +33,7 @@ struct TraceLayer {
 /// What trace.json says. Nothing in here is guessed: an empty string, nullopt or a null node is unknown.
 struct TraceFacts {
   std::string format;  // "moe-audit-trace", "megatron-router-trace", "megatron-tokens-per-expert", "routed-experts",
-                       // "expert-counts"
+                       // "expert-counts", "routed-hidden-states"
   std::string path;    // of the folder or file, as given
   std::string head;    // of trace.json (or of the one file), for places in messages
   std::string recorder, recorder_version;

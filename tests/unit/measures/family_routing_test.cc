@@ -24,11 +24,6 @@ using Doubles = std::vector<double>;
 
 Float float_of(const std::string& name) { return name == "bfloat16" ? Float::kBF16 : Float::kF32; }
 
-std::string with_layer(std::string pattern, int layer) {
-  if (const std::size_t at = pattern.find("{L}"); at != std::string::npos) pattern.replace(at, 3, std::to_string(layer));
-  return pattern;
-}
-
 /// x W^T + b in float64.
 Doubles exact_logits(const Doubles& x, const std::vector<float>& w, const std::vector<float>& bias, std::size_t hidden) {
   const std::size_t tokens = x.size() / hidden, experts = w.size() / hidden;
