@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/grouped_gemm.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/mma.cuh"
 
 namespace moeaudit::kernels::cuda {
 namespace {
@@ -120,38 +121,6 @@ std::int64_t blocks_of(const GroupedGemmArgs<T>& a, int height, int width) {
 constexpr int kTerms = 64;  // of one stage: 128 bytes a line
 constexpr int kStages = 3;
 
-__device__ inline void copy_16(std::uint32_t to, const void* from, bool there) {
-  const int bytes = there ? 16 : 0;  // the rest becomes 0
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ inline void end_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int kPending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-/// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-template <bool kTransposed>
-__device__ inline void load_matrices(std::uint32_t address, std::uint32_t* out) {
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
-/// sum[16, 8] += a[16, 16] b[8, 16]
-__device__ inline void multiply_add(const std::uint32_t* a, const std::uint32_t* b, float* sum) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 /// One operand's stage in shared memory: kLines lines of kTerms terms. Chunks of 16 bytes change places within a line
 /// of 128 bytes, so that eight rows of a matrix lie in different banks. kAcross: lines lie side by side.
 template <int kLines, bool kAcross>
@@ -256,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   using A = typename Stages<kProduct, S>::A;
   using B = typename Stages<kProduct, S>::B;
   extern __shared__ __align__(128) unsigned char memory[];
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(memory));
+  const auto base = shared_address(memory);
   const int warp = threadIdx.x / 32, line = warp % S::kDown * (S::kLines * 16),
             column = warp / S::kDown * (S::kColumns * 8);
   const auto a_at = [&](int slot) { return base + slot * A::kBytes; };

@@ -23,7 +23,7 @@ Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* 
 
 /// The gate's gradients in bfloat16 on tensor cores, as a bfloat16 gate has them: d_logits rounded once to bfloat16, float32
 /// sums; d_w float32 [experts, hidden], stretches of tokens added in their order; d_x bfloat16 [tokens, hidden]. Either may
-/// be null. The conditions of TensorCoreGateArgs (router.h); `workspace` aligned to 256 bytes.
+/// be null. The conditions of TensorCoreGateArgs (router.h), and at most 256 experts; `workspace` aligned to 256 bytes.
 struct TensorCoreGateBackwardArgs {
   const double* d_logits = nullptr;  // [tokens, experts]
   const std::uint16_t* x = nullptr;  // bfloat16 [tokens, hidden]; for d_w

@@ -88,12 +88,12 @@ Matrix matrix(const std::uint16_t* data, std::int64_t rows, std::int64_t columns
 }
 
 template <int kExperts>
-using GateTile = Tile<128, kExperts, kExperts == 256 ? 2 : 4, kExperts <= 64 ? 1 : kExperts / 64, true, true>;
+using GateTile = Tile<128, kExperts, kExperts == 256 ? 2 : 4, kExperts == 64 ? 2 : kExperts < 64 ? 1 : kExperts / 64, true, true>;
 
 /// 128 tokens and kExperts experts a block. With `routed` all experts must be one block's, and each warp routes tokens of
 /// the tile.
 template <int kExperts, bool kRoutes>
-__global__ void __launch_bounds__(GateTile<kExperts>::kThreads, kExperts <= 64 ? 3 : kExperts <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(GateTile<kExperts>::kThreads, kExperts < 64 ? 3 : kExperts <= 128 ? 2 : 1)
     gate_tiles(TensorCoreGateArgs a, RouteArgs<float> route, RouteResult<float> routed, float* logits) {
   extern __shared__ __align__(128) char shared[];
   using T = GateTile<kExperts>;
@@ -166,19 +166,98 @@ __global__ void narrow(const double* from, std::int64_t tokens, std::int64_t exp
   to[at] = __double2bfloat16(e < experts ? from[t * experts + e] : 0.0);
 }
 
-using InputTile = Tile<128, 128, 4, 2, true, false, 2>;    // d_x [tokens, hidden] = d_logits [tokens, experts] w [experts, hidden]
 using WeightTile = Tile<128, 128, 2, 2, false, false>;  // d_w [experts, hidden] = d_logits^T x, k along the tokens
 
-__global__ void __launch_bounds__(InputTile::kThreads, 2) input_tiles(Matrix d_logits, Matrix w, std::int64_t tokens, std::int64_t hidden,
-                                                      __nv_bfloat16* d_x) {
+/// d_x [tokens, hidden] = d_logits [tokens, experts] w [experts, hidden] for up to kExperts experts: 128 tokens a block, 64
+/// columns at a time. It is writing d_x that takes the time, so the tile leaves by whole rows of 128 bytes, and w's next
+/// columns are under way meanwhile.
+template <int kExperts>
+struct InputTile {
+  static constexpr int kThreads = 256, kTokens = 128, kColumns = 64;
+  static constexpr int kGStride = kExperts + 8, kWStride = kColumns + 8;
+  static constexpr int kGElements = kTokens * kGStride, kWElements = kExperts * kWStride;
+  static constexpr int kSharedBytes = 2 * (kGElements + 2 * kWElements + kTokens * kWStride);
+};
+
+template <int kExperts>
+__global__ void __launch_bounds__(256, kExperts <= 128 ? 2 : 1)
+    input_tiles(Matrix d_logits, Matrix w, std::int64_t hidden, __nv_bfloat16* d_x) {
   extern __shared__ __align__(128) char shared[];
-  const std::int64_t token = static_cast<std::int64_t>(blockIdx.y) * 128, at = static_cast<std::int64_t>(blockIdx.x) * 128;
-  InputTile tile;
-  tile.run(d_logits, w, token, at, 0, w.rows, shared);
-  tile.for_each_pair([&](int row, int column, float left, float right) {
-    if (token + row >= tokens || at + column >= hidden) return;  // hidden is even: a pair is inside or outside
-    *reinterpret_cast<__nv_bfloat162*>(d_x + (token + row) * hidden + at + column) = __floats2bfloat162_rn(left, right);
-  });
+  using T = InputTile<kExperts>;
+  auto* out = reinterpret_cast<__nv_bfloat16*>(shared) + T::kGElements + 2 * T::kWElements;
+  const std::uint32_t g = shared_address(shared), ws = g + 2 * T::kGElements;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * T::kTokens;
+  for (int i = thread; i < T::kTokens * kExperts / 8; i += T::kThreads) {
+    const int row = i / (kExperts / 8), column = i % (kExperts / 8) * 8;
+    const bool inside = token + row < d_logits.rows && column < d_logits.columns;  // zeros up to the next multiple of 8
+    copy_16(g + 2 * (row * T::kGStride + column),
+            inside ? d_logits.data + (token + row) * d_logits.stride + column : d_logits.data, inside);
+  }
+  const auto fetch = [&](std::int64_t at, int buffer) {
+#pragma unroll
+    for (int i = 0; i < kExperts * T::kColumns / 8 / T::kThreads; ++i) {
+      const int row = thread / 8 + i * (T::kThreads / 8), column = thread % 8 * 8;
+      const bool inside = row < w.rows && at + column < hidden;
+      copy_16(ws + 2 * (buffer * T::kWElements + row * T::kWStride + column),
+              inside ? w.data + row * w.stride + at + column : w.data, inside);
+    }
+    end_copies();
+  };
+  fetch(0, 0);
+  // Four warps down, two across, 32 by 32 each; see tensor_core_tile.cuh for the matrices.
+  const int wm = warp / 2 * 32, wn = warp % 2 * 32, low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+  int buffer = 0;
+  for (std::int64_t at = 0; at < hidden; at += T::kColumns, buffer ^= 1) {
+    wait_copies<0>();
+    __syncthreads();  // these columns are there, and the tile before has left
+    if (at + T::kColumns < hidden) fetch(at + T::kColumns, buffer ^ 1);
+    const std::uint32_t wb = ws + 2 * buffer * T::kWElements;
+    float sum[2][4][4] = {};
+#pragma unroll 4
+    for (int k = 0; k < kExperts; k += 16) {
+      std::uint32_t fa[2][4], fb[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        load_matrices<false>(g + 2 * ((wm + i * 16 + middle + low) * T::kGStride + k + high), fa[i]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        load_matrices<true>(wb + 2 * ((k + middle + low) * T::kWStride + wn + j * 16 + high), fb[j]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply_add(fa[i], fb[j / 2] + j % 2 * 2, sum[i][j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        __nv_bfloat16* to = out + (wm + i * 16 + lane / 4) * T::kWStride + wn + j * 8 + lane % 4 * 2;
+        *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(sum[i][j][0], sum[i][j][1]);
+        *reinterpret_cast<__nv_bfloat162*>(to + 8 * T::kWStride) = __floats2bfloat162_rn(sum[i][j][2], sum[i][j][3]);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < T::kTokens / 32; ++i) {
+      const int row = thread / 8 + i * 32, column = thread % 8 * 8;
+      if (token + row < d_logits.rows && at + column < hidden)
+        *reinterpret_cast<uint4*>(d_x + (token + row) * hidden + at + column) =
+            *reinterpret_cast<const uint4*>(out + row * T::kWStride + column);
+    }
+  }
+}
+
+template <int kExperts>
+Status launch_inputs(const Matrix& d_logits, const Matrix& w, std::int64_t hidden, __nv_bfloat16* d_x,
+                     CUstream_st* stream) {
+  constexpr int kBytes = InputTile<kExperts>::kSharedBytes;
+  if (cudaFuncSetAttribute(input_tiles<kExperts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess)
+    return Status::kLaunchFailed;
+  const auto blocks = static_cast<unsigned>(parts(d_logits.rows, InputTile<kExperts>::kTokens));
+  input_tiles<kExperts><<<blocks, 256, kBytes, stream>>>(d_logits, w, hidden, d_x);
+  return Status::kOk;
 }
 
 /// Block (run of hidden, run of experts, stretch of tokens): a partial d_w.
@@ -244,8 +323,8 @@ std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, st
 
 Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint16_t* d_x, void* workspace,
                      CUstream_st* stream) {
-  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.hidden % 8 != 0 || parts(a.experts, 128) > 65535 ||
-      parts(a.tokens, 128) > 65535 * 128LL)
+  if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.hidden % 8 != 0 || a.experts > kMostFusedExperts ||
+      a.tokens > std::int64_t{2147483647} * 128)
     return Status::kBadShape;
   if (a.tokens == 0) return Status::kOk;
   if (a.d_logits == nullptr || workspace == nullptr || (d_w != nullptr && a.x == nullptr) ||
@@ -258,17 +337,13 @@ Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint1
   const Matrix g = matrix(narrowed, a.tokens, a.experts, stride);
   const auto across = static_cast<unsigned>(parts(a.hidden, 128));
   if (d_x != nullptr) {
-    if (cudaFuncSetAttribute(input_tiles, cudaFuncAttributeMaxDynamicSharedMemorySize, InputTile::kSharedBytes) != cudaSuccess)
-      return Status::kLaunchFailed;
     const Matrix w = matrix(a.w, a.experts, a.hidden, a.hidden);
-    constexpr std::int64_t kRows = 65535;  // of blocks, the most along y
-    for (std::int64_t first = 0; first < parts(a.tokens, 128); first += kRows) {
-      const std::int64_t skip = first * 128, tokens = a.tokens - skip < kRows * 128 ? a.tokens - skip : kRows * 128;
-      Matrix part = g;
-      part.data += skip * stride, part.rows = tokens;
-      input_tiles<<<dim3(across, static_cast<unsigned>(parts(tokens, 128))), InputTile::kThreads, InputTile::kSharedBytes, stream>>>(
-          part, w, tokens, a.hidden, reinterpret_cast<__nv_bfloat16*>(d_x) + skip * a.hidden);
-    }
+    auto* out = reinterpret_cast<__nv_bfloat16*>(d_x);
+    const Status status = a.experts <= 32    ? launch_inputs<32>(g, w, a.hidden, out, stream)
+                          : a.experts <= 64  ? launch_inputs<64>(g, w, a.hidden, out, stream)
+                          : a.experts <= 128 ? launch_inputs<128>(g, w, a.hidden, out, stream)
+                                             : launch_inputs<256>(g, w, a.hidden, out, stream);
+    if (status != Status::kOk) return status;
   }
   if (d_w != nullptr) {
     if (cudaFuncSetAttribute(weight_tiles, cudaFuncAttributeMaxDynamicSharedMemorySize, WeightTile::kSharedBytes) != cudaSuccess)

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/mma.cuh"
+
 namespace moeaudit::kernels::cuda {
 
 struct Matrix {
@@ -19,28 +21,6 @@ struct Matrix {
   std::int64_t stride;  // between rows
   std::int64_t rows, columns;
 };
-
-/// Four 8 by 8 squares from shared memory into the registers of a warp, each lane giving the row of one; transposed where
-/// k runs down the rows.
-template <bool kTransposed>
-__device__ __forceinline__ void load_squares(const __nv_bfloat16* row, unsigned (&r)[4]) {
-  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at));
-}
-/// sum[16, 8] += a[16, 16] b[16, 8].
-__device__ __forceinline__ void multiply_add(const unsigned (&a)[4], const unsigned* b, float (&sum)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 template <int kM, int kN, int kWarpsM, int kWarpsN, bool kAKNext, bool kBKNext, int kStages = 3>
 struct Tile {
@@ -82,8 +62,7 @@ struct Tile {
         const int r = row + i * kStep;
         if (kRows % kStep != 0 && r >= kRows) break;
         const bool inside = kKNext ? r < other_left && column < k_left : r < k_left && column < other_left;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(stage + to + i * kStep * kStride * 2),
-                     "l"(inside ? from + i * row_step : from), "r"(inside ? 16 : 0));
+        copy_16(stage + to + i * kStep * kStride * 2, inside ? from + i * row_step : from, inside);
       }
       from += kKNext ? kK : kK * stride;
     }
@@ -96,15 +75,13 @@ struct Tile {
   /// shared memory is theirs again when it returns.
   __device__ void run(const Matrix& a, const Matrix& b, std::int64_t m, std::int64_t n, std::int64_t first,
                       std::int64_t last, char* shared) {
-    auto* a_stages = reinterpret_cast<__nv_bfloat16*>(shared);
-    auto* b_stages = a_stages + kStages * kAElements;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int wm = warp / kWarpsN * kWarpM * 16, wn = warp % kWarpsN * kWarpN * 16;
-    // Where this lane's row of the 8 by 8 squares begins that ldmatrix brings; four of them make 16 by 16.
+    // Where this lane's row of the 8 by 8 matrices begins; four of them make 16 by 16.
     const int low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
     const int a_at = kAKNext ? (wm + middle + low) * kAStride + high : (high + low) * kAStride + wm + middle;
     const int b_at = kBKNext ? (wn + high + low) * kBStride + middle : (middle + low) * kBStride + wn + high;
-    const auto base = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    const std::uint32_t base = shared_address(shared);
     Fetcher<kARows, kAColumns, kAStride, kAKNext> fetch_a(a, m, first);
     Fetcher<kBRows, kBColumns, kBStride, kBKNext> fetch_b(b, n, first);
     const auto steps = static_cast<int>((last - first + kK - 1) / kK);
@@ -116,34 +93,33 @@ struct Tile {
         fetch_b.fetch(base + (kStages * kAElements + filling * kBElements) * 2, k_left, b.stride);
         k_left -= kK;
       }
-      asm volatile("cp.async.commit_group;");
+      end_copies();
       ++fetched;
       filling = filling + 1 == kStages ? 0 : filling + 1;
     };
     for (int s = 0; s < kStages - 1; ++s) fetch();
     int stage = 0;
     for (int step = 0; step < steps; ++step) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      wait_copies<kStages - 2>();
       __syncthreads();  // the stretch is there for all, and all are done with the one that is overwritten next
       fetch();
-      const __nv_bfloat16* as = a_stages + stage * kAElements;
-      const __nv_bfloat16* bs = b_stages + stage * kBElements;
+      const std::uint32_t as = base + stage * kAElements * 2, bs = base + (kStages * kAElements + stage * kBElements) * 2;
       stage = stage + 1 == kStages ? 0 : stage + 1;
-      // The squares of the next 16 along k are under way while the present ones are multiplied.
-      unsigned fa[2][kWarpM][4], fb[2][kWarpN][4];
-      const auto squares = [&](int k, int buffer) {
+      // The matrices of the next 16 along k are under way while the present ones are multiplied.
+      std::uint32_t fa[2][kWarpM][4], fb[2][kWarpN][4];
+      const auto matrices = [&](int k, int buffer) {
 #pragma unroll
         for (int i = 0; i < kWarpM; ++i)
-          load_squares<!kAKNext>(as + a_at + (kAKNext ? i * 16 * kAStride + k : k * kAStride + i * 16), fa[buffer][i]);
+          load_matrices<!kAKNext>(as + 2 * (a_at + (kAKNext ? i * 16 * kAStride + k : k * kAStride + i * 16)), fa[buffer][i]);
 #pragma unroll
         for (int j = 0; j < kWarpN; ++j)
-          load_squares<!kBKNext>(bs + b_at + (kBKNext ? j * 16 * kBStride + k : k * kBStride + j * 16), fb[buffer][j]);
+          load_matrices<!kBKNext>(bs + 2 * (b_at + (kBKNext ? j * 16 * kBStride + k : k * kBStride + j * 16)), fb[buffer][j]);
       };
-      squares(0, 0);
+      matrices(0, 0);
 #pragma unroll
       for (int k = 0; k < kK; k += 16) {
         const int now = k / 16 % 2;
-        if (k + 16 < kK) squares(k + 16, 1 - now);
+        if (k + 16 < kK) matrices(k + 16, 1 - now);
 #pragma unroll
         for (int i = 0; i < kWarpM; ++i) {
 #pragma unroll
@@ -151,7 +127,7 @@ struct Tile {
         }
       }
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_copies<0>();
     __syncthreads();
   }
 

@@ -105,6 +105,7 @@ TEST_F(RouterCuda, EveryRegisterWidth) {
       a.softmax_after_top_k = false, a.score = Score::kSigmoid;
       for (const GroupScore group : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
         a.group_score = group, a.groups = experts / 32, a.top_groups = (a.groups + 1) / 2;
+        if (group_members(a) > 32) continue;
         check(a, 19, true, what + ", groups");
         a.group_mask_is_zero = true;
         check(a, 19, true, what + ", groups, zero mask");
