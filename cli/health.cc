@@ -23,7 +23,8 @@ struct HealthArguments {
 };
 
 int run(HealthArguments& a) {
-  static const std::map<std::string, Scoring> kScores = {{"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}, {"sqrtsoftplus", Scoring::kSqrtSoftplus}};
+  static const std::map<std::string, Scoring> kScores = {
+      {"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}, {"sqrtsoftplus", Scoring::kSqrtSoftplus}};
   if (!a.score.empty()) a.health.score = kScores.at(a.score);
   HealthReport report;
   report.path = a.path;
@@ -52,38 +53,64 @@ int run(HealthArguments& a) {
     report.problems = std::move(problems);
   }
   const WriterOptions options = terminal_options(a.terminal);
-  if (a.format == "json") write_health_json(report, options, std::cout);
-  else write_health_text(report, options, std::cout);
-  const bool fatal = std::any_of(report.problems.begin(), report.problems.end(), [](const InputProblem& p) { return p.fatal; });
+  if (a.format == "json")
+    write_health_json(report, options, std::cout);
+  else
+    write_health_text(report, options, std::cout);
+  const bool fatal =
+      std::any_of(report.problems.begin(), report.problems.end(), [](const InputProblem& p) { return p.fatal; });
   return fatal || !report.weight_problems.empty() || report.layers.empty() ? 2 : 0;
 }
 
 std::function<int()> define(CLI::App& app) {
   auto a = std::make_shared<HealthArguments>();
-  app.add_option("path", a->path, "A trace: a folder with trace.json, Megatron-LM's router_trace_rank*.jsonl or tokens_per_expert/, a routed-experts .npy, or the JSON of expert counts; with --hidden-states a model")
-      ->required()->type_name("PATH");
-  app.add_option("--against", a->against, "A trace of the same tokens, routed by another checkpoint: saturation and change of the routing")->type_name("PATH");
-  app.add_option("--hidden-states", a->hidden_states, "PATH is a model: run its routers on these inputs, safetensors [tokens, hidden]")->type_name("FILE");
-  app.add_option("--experts", a->trace.experts, "Experts a layer, where the trace does not say")->type_name("E")->check(CLI::Range(1, 1 << 16));
-  app.add_flag("--layers-first", a->trace.layers_first, "A routed-experts array is [layers, tokens, k], not [tokens, layers, k]");
-  app.add_option("--score", a->score, "What makes probabilities of logits, where the model's family is not known: softmax, sigmoid or sqrtsoftplus")
-      ->check(CLI::IsMember({"softmax", "sigmoid", "sqrtsoftplus"}))->type_name("SCORE");
-  app.add_option("--expert-parallel", a->health.ranks, "Forecast the load of N expert-parallel ranks")->type_name("N")->check(CLI::Range(2, 1 << 16));
+  app.add_option("path", a->path,
+                 "A trace: a folder with trace.json, Megatron-LM's router_trace_rank*.jsonl or tokens_per_expert/, a "
+                 "routed-experts .npy, or the JSON of expert counts; with --hidden-states a model")
+      ->required()
+      ->type_name("PATH");
+  app.add_option("--against", a->against,
+                 "A trace of the same tokens, routed by another checkpoint: saturation and change of the routing")
+      ->type_name("PATH");
+  app.add_option("--hidden-states", a->hidden_states,
+                 "PATH is a model: run its routers on these inputs, safetensors [tokens, hidden]")
+      ->type_name("FILE");
+  app.add_option("--experts", a->trace.experts, "Experts a layer, where the trace does not say")
+      ->type_name("E")
+      ->check(CLI::Range(1, 1 << 16));
+  app.add_flag("--layers-first", a->trace.layers_first,
+               "A routed-experts array is [layers, tokens, k], not [tokens, layers, k]");
+  app.add_option(
+         "--score", a->score,
+         "What makes probabilities of logits, where the model's family is not known: softmax, sigmoid or sqrtsoftplus")
+      ->check(CLI::IsMember({"softmax", "sigmoid", "sqrtsoftplus"}))
+      ->type_name("SCORE");
+  app.add_option("--expert-parallel", a->health.ranks, "Forecast the load of N expert-parallel ranks")
+      ->type_name("N")
+      ->check(CLI::Range(2, 1 << 16));
   app.add_flag("--co-activation", a->health.co_activation, "JSON: the whole table of pairs a layer, up to 512 experts");
   app.add_option("--format", a->format, "text or json")->check(CLI::IsMember({"text", "json"}))->type_name("FORMAT");
   a->health.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  app.add_option("--threads", a->health.threads, "Threads; the result does not depend on it")->type_name("N")->check(CLI::Range(1, 1024));
+  app.add_option("--threads", a->health.threads, "Threads; the result does not depend on it")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1024));
   app.add_flag("-v,--verbose", a->terminal.verbose, "Text: the busiest and the least used experts of each layer");
   app.add_flag("--no-progress", a->terminal.no_progress, "No progress bar on stderr");
-  app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")->check(CLI::IsMember({"auto", "always", "never"}))->type_name("WHEN");
-  app.footer("Measures and judges nothing: each number stands beside what chance and too few tokens would show. Exit code 0, or 2 if\n"
-             "a piece of the input could not be read or there was nothing to measure.");
+  app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")
+      ->check(CLI::IsMember({"auto", "always", "never"}))
+      ->type_name("WHEN");
+  app.footer(
+      "Measures and judges nothing: each number stands beside what chance and too few tokens would show. Exit code 0, "
+      "or 2 if\n"
+      "a piece of the input could not be read or there was nothing to measure.");
   return [a] { return run(*a); };
 }
 
 }  // namespace
 
 extern const Subcommand subcommand_health;
-const Subcommand subcommand_health = {"health", "Measure how tokens spread over the experts, from a trace, Megatron-LM's logs, routed experts or counts", define};
+const Subcommand subcommand_health = {
+    "health", "Measure how tokens spread over the experts, from a trace, Megatron-LM's logs, routed experts or counts",
+    define};
 
 }  // namespace moeaudit

@@ -1,9 +1,8 @@
-// Expert health as JSON, described by reports/health.schema.json. A number that does not exist or was not measured has no
-// key.
+// Expert health as JSON, described by reports/health.schema.json. A number that does not exist or was not measured has
+// no key.
 #include <cmath>
-#include <ostream>
-
 #include <nlohmann/json.hpp>
+#include <ostream>
 
 #include "reports/writer.h"
 

@@ -46,7 +46,8 @@ void write_table(const std::vector<std::vector<std::string>>& rows, const Paint&
   }
   for (std::size_t r = 0; r < rows.size(); ++r) {
     std::string line = " ";
-    for (std::size_t i = 0; i < rows[r].size(); ++i) line += " " + std::string(widths[i] - rows[r][i].size(), ' ') + rows[r][i] + " ";
+    for (std::size_t i = 0; i < rows[r].size(); ++i)
+      line += " " + std::string(widths[i] - rows[r][i].size(), ' ') + rows[r][i] + " ";
     while (!line.empty() && line.back() == ' ') line.pop_back();
     out << (r == 0 ? paint.dim(line) : line) << "\n";
   }
@@ -57,14 +58,16 @@ std::string layer_list(const std::vector<int>& layers) {
   for (std::size_t i = 0; i < layers.size(); ++i) {
     std::size_t last = i;
     while (last + 1 < layers.size() && layers[last + 1] == layers[last] + 1) ++last;
-    text += (text.empty() ? "" : ", ") + std::to_string(layers[i]) + (last > i ? "-" + std::to_string(layers[last]) : "");
+    text +=
+        (text.empty() ? "" : ", ") + std::to_string(layers[i]) + (last > i ? "-" + std::to_string(layers[last]) : "");
     i = last;
   }
   return text;
 }
 
 /// A table of those columns that any layer has; nothing where none has one.
-void write_section(const char* title, const std::vector<Column>& columns, const HealthReport& r, const Paint& paint, int width, std::ostream& out) {
+void write_section(const char* title, const std::vector<Column>& columns, const HealthReport& r, const Paint& paint,
+                   int width, std::ostream& out) {
   std::vector<Column> used;
   for (const Column& c : columns) {
     const bool there = std::any_of(r.layers.begin(), r.layers.end(), [&](const LayerHealth& l) {
@@ -93,7 +96,8 @@ void write_section(const char* title, const std::vector<Column>& columns, const 
       if (!m) m = &none;
       const std::string value = c.show(m->value);
       rows[i + 1].push_back(m->cannot_tell.empty() ? value : "(" + value + ")");
-      if (c.interval && any(&HealthMetric::low)) rows[i + 1].push_back(std::isnan(m->low) ? "-" : c.show(m->low) + " to " + c.show(m->high));
+      if (c.interval && any(&HealthMetric::low))
+        rows[i + 1].push_back(std::isnan(m->low) ? "-" : c.show(m->low) + " to " + c.show(m->high));
       if (c.floor) rows[i + 1].push_back(c.show(m->floor));
       if (c.chance) rows[i + 1].push_back(c.show(m->chance));
     }
@@ -109,7 +113,8 @@ void write_section(const char* title, const std::vector<Column>& columns, const 
       if (layers.empty() || layers.back() != l.layer) layers.push_back(l.layer);
     }
   }
-  for (const auto& [why, layers] : reasons) fill(out, "( ) cannot tell, layer " + layer_list(layers) + ": " + why + ".", 2, width);
+  for (const auto& [why, layers] : reasons)
+    fill(out, "( ) cannot tell, layer " + layer_list(layers) + ": " + why + ".", 2, width);
 }
 
 void write_extremes(const LayerHealth& l, std::ostream& out) {
@@ -118,16 +123,19 @@ void write_extremes(const LayerHealth& l, std::ostream& out) {
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return l.load[a] > l.load[b]; });
   const auto some = [&](auto begin, auto end) {
     std::string text;
-    for (auto it = begin; it != end; ++it) text += (text.empty() ? "" : ", ") + std::to_string(*it) + " (" + number(l.utilisation[*it]) + ")";
+    for (auto it = begin; it != end; ++it)
+      text += (text.empty() ? "" : ", ") + std::to_string(*it) + " (" + number(l.utilisation[*it]) + ")";
     return text;
   };
   const auto n = static_cast<std::ptrdiff_t>(std::min<std::size_t>(5, order.size()));
-  out << "  layer " << l.layer << ": busiest " << some(order.begin(), order.begin() + n) << "; least " << some(order.rbegin(), order.rbegin() + n) << "\n";
+  out << "  layer " << l.layer << ": busiest " << some(order.begin(), order.begin() + n) << "; least "
+      << some(order.rbegin(), order.rbegin() + n) << "\n";
   if (l.together.empty()) return;
   out << "    together more often than their loads explain:";
   for (std::size_t i = 0; i < std::min<std::size_t>(3, l.together.size()); ++i) {
     const CoActivation& c = l.together[i];
-    out << (i ? ", " : " ") << c.first << "+" << c.second << " " << number(c.lift) << " times (" << c.together << " tokens)";
+    out << (i ? ", " : " ") << c.first << "+" << c.second << " " << number(c.lift) << " times (" << c.together
+        << " tokens)";
   }
   out << "\n";
 }
@@ -143,10 +151,12 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
   if (!r.model.empty()) subject += "; " + r.model;
   if (!r.layers.empty()) {
     const LayerHealth& l = r.layers.front();
-    subject += "; " + std::to_string(l.experts) + " experts" + (l.top_k > 0 ? ", top-" + std::to_string(l.top_k) : "") + "; layers with choices: " +
-               std::to_string(r.layers.size());
+    subject += "; " + std::to_string(l.experts) + " experts" + (l.top_k > 0 ? ", top-" + std::to_string(l.top_k) : "") +
+               "; layers with choices: " + std::to_string(r.layers.size());
   }
-  if (!r.layers.empty()) subject += "; steps " + std::to_string(r.steps) + ", micro-batches " + std::to_string(r.micro_batches) + ", ranks " + std::to_string(r.ranks);
+  if (!r.layers.empty())
+    subject += "; steps " + std::to_string(r.steps) + ", micro-batches " + std::to_string(r.micro_batches) +
+               ", ranks " + std::to_string(r.ranks);
   fill(out, subject, 2, width);
   if (!r.note.empty()) fill(out, r.note, 2, width);
   for (const InputProblem& p : r.problems) {
@@ -156,52 +166,98 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
     fill(out, std::string(p.fatal ? "problem: " : "note: ") + to_text(s) + ": " + p.what + "; " + p.remedy, 2, width);
   }
   for (const WeightProblem& p : r.weight_problems) {
-    fill(out, "problem: " + p.file + (p.offset >= 0 ? " byte " + std::to_string(p.offset) : "") + (p.tensor.empty() ? "" : ", " + p.tensor) + ": " + p.what + "; left out", 2, width);
+    fill(out,
+         "problem: " + p.file + (p.offset >= 0 ? " byte " + std::to_string(p.offset) : "") +
+             (p.tensor.empty() ? "" : ", " + p.tensor) + ": " + p.what + "; left out",
+         2, width);
   }
   if (r.layers.empty()) {
-    if (!r.format.empty()) fill(out, "Nothing to measure: the trace has no choices, no counts, and no logits with a known k.", 2, width);
+    if (!r.format.empty())
+      fill(out, "Nothing to measure: the trace has no choices, no counts, and no logits with a known k.", 2, width);
     return;
   }
 
   write_section("Load, all tokens together",
-                {{"MaxVio", "max_violation_pooled", number, true, true}, {"MinVio", "min_violation_pooled", number}, {"CV (pop.)", "cv_population", number, true, true},
-                 {"CV (N-1)", "cv_sample", number}, {"H/ln E", "normalised_entropy", number, false, true}, {"eff. experts", "effective_experts", number},
-                 {"Gini", "gini", number, false, true}, {"busiest 1/8", "share_of_busiest_eighth", number, false, false, true}, {"idle", "idle_experts", count}, {"dead", "dead_experts", count}, {"cold", "cold_experts", count}}, r, paint, width, out);
+                {{"MaxVio", "max_violation_pooled", number, true, true},
+                 {"MinVio", "min_violation_pooled", number},
+                 {"CV (pop.)", "cv_population", number, true, true},
+                 {"CV (N-1)", "cv_sample", number},
+                 {"H/ln E", "normalised_entropy", number, false, true},
+                 {"eff. experts", "effective_experts", number},
+                 {"Gini", "gini", number, false, true},
+                 {"busiest 1/8", "share_of_busiest_eighth", number, false, false, true},
+                 {"idle", "idle_experts", count},
+                 {"dead", "dead_experts", count},
+                 {"cold", "cold_experts", count}},
+                r, paint, width, out);
   write_section("Load, MaxVio a window",
-                {{"step, mean", "max_violation_step_mean", number, false, true}, {"worst", "max_violation_step_worst", number},
-                 {"micro-batch, mean", "max_violation_micro_batch_mean", number, false, true}, {"worst", "max_violation_micro_batch_worst", number}}, r, paint, width, out);
+                {{"step, mean", "max_violation_step_mean", number, false, true},
+                 {"worst", "max_violation_step_worst", number},
+                 {"micro-batch, mean", "max_violation_micro_batch_mean", number, false, true},
+                 {"worst", "max_violation_micro_batch_worst", number}},
+                r, paint, width, out);
   write_section(("Router probabilities (" + r.score + ", " + r.score_from + ")").c_str(),
-                {{"token entropy", "token_entropy", number}, {"of the mean", "mean_entropy", number}, {"mutual inf. (nats)", "mutual_information", number},
-                 {"confidence", "confidence", number, false, false, true}, {"CV importance", "importance_cv_population", number}, {"CV gate mass", "gate_mass_cv_population", number}}, r, paint, width, out);
+                {{"token entropy", "token_entropy", number},
+                 {"of the mean", "mean_entropy", number},
+                 {"mutual inf. (nats)", "mutual_information", number},
+                 {"confidence", "confidence", number, false, false, true},
+                 {"CV importance", "importance_cv_population", number},
+                 {"CV gate mass", "gate_mass_cv_population", number}},
+                r, paint, width, out);
   write_section("Choice and logits",
-                {{"off the top k", "choices_off_the_top_k", percent}, {"Jaccard", "choice_jaccard", number, false, false, true}, {"margin p01", "margin_p01", number},
-                 {"p10", "margin_p10", number}, {"p50", "margin_p50", number}, {"near ties", "near_ties_as_recorded", percent}, {"in bf16", "near_ties_in_bf16", percent, true},
-                 {"non-finite", "tokens_with_non_finite_logits", percent}}, r, paint, width, out);
+                {{"off the top k", "choices_off_the_top_k", percent},
+                 {"Jaccard", "choice_jaccard", number, false, false, true},
+                 {"margin p01", "margin_p01", number},
+                 {"p10", "margin_p10", number},
+                 {"p50", "margin_p50", number},
+                 {"near ties", "near_ties_as_recorded", percent},
+                 {"in bf16", "near_ties_in_bf16", percent, true},
+                 {"non-finite", "tokens_with_non_finite_logits", percent}},
+                r, paint, width, out);
   write_section("What became of the choices",
-                {{"no expert", "choices_of_no_expert", percent}, {"one twice", "tokens_with_an_expert_twice", percent}, {"recompute differs", "recompute_changed", percent, true}, {"dropped", "dropped_choices", percent, true},
-                 {"lost all", "tokens_with_all_dropped", percent}, {"saturation", "saturation", number, false, false, true}, {"changed", "routing_changed", percent, true}}, r, paint, width, out);
+                {{"no expert", "choices_of_no_expert", percent},
+                 {"one twice", "tokens_with_an_expert_twice", percent},
+                 {"recompute differs", "recompute_changed", percent, true},
+                 {"dropped", "dropped_choices", percent, true},
+                 {"lost all", "tokens_with_all_dropped", percent},
+                 {"saturation", "saturation", number, false, false, true},
+                 {"changed", "routing_changed", percent, true}},
+                r, paint, width, out);
 
   if (!r.across.empty()) {
     out << "\n" << paint.bold("Across layers") << paint.dim(" (that can be judged)") << "\n";
-    std::vector<std::vector<std::string>> rows = {{"metric", "layers", "mean", "p50", "p75", "p90", "p95", "worst", "in layer"}};
+    std::vector<std::vector<std::string>> rows = {
+        {"metric", "layers", "mean", "p50", "p75", "p90", "p95", "worst", "in layer"}};
     for (const AcrossLayers& a : r.across) {
-      rows.push_back({a.name, std::to_string(a.layers), number(a.mean), number(a.p50), number(a.p75), number(a.p90), number(a.p95), number(a.worst), std::to_string(a.worst_layer)});
+      rows.push_back({a.name, std::to_string(a.layers), number(a.mean), number(a.p50), number(a.p75), number(a.p90),
+                      number(a.p95), number(a.worst), std::to_string(a.worst_layer)});
     }
     write_table(rows, paint, out);
   }
   if (r.placement.ranks > 0) {
     const PlacementForecast& p = r.placement;
-    out << "\n" << paint.bold("On " + std::to_string(p.ranks) + " expert-parallel ranks, experts in contiguous runs") << "\n";
-    fill(out, "straggler factor " + number(p.straggler_factor) + " (busiest rank / mean, summed over the layers); worst layer " + std::to_string(p.worst_layer) + ": " + number(p.worst) + " (floor " + number(1 + p.floor) + ")" +
-                  (std::isnan(p.bytes_per_token) ? "" : "; " + number(p.bytes_per_token / 1e6) + " MB a token to other ranks and back over all layers, in 16-bit"), 2, width);
+    out << "\n"
+        << paint.bold("On " + std::to_string(p.ranks) + " expert-parallel ranks, experts in contiguous runs") << "\n";
+    fill(out,
+         "straggler factor " + number(p.straggler_factor) +
+             " (busiest rank / mean, summed over the layers); worst layer " + std::to_string(p.worst_layer) + ": " +
+             number(p.worst) + " (floor " + number(1 + p.floor) + ")" +
+             (std::isnan(p.bytes_per_token) ? ""
+                                            : "; " + number(p.bytes_per_token / 1e6) +
+                                                  " MB a token to other ranks and back over all layers, in 16-bit"),
+         2, width);
   }
   if (options.verbose) {
     out << "\n" << paint.bold("Experts") << paint.dim(" (load relative to the fair share)") << "\n";
     for (const LayerHealth& l : r.layers) write_extremes(l, out);
   }
   out << "\n";
-  fill(out, "MaxVio = max load / fair share - 1. floor: what independent tokens of a perfectly even router show in so few tokens. A load says nothing about how much an expert matters "
-            "(arXiv 2606.10703), and one text is one text: a healthy model has idle experts on text of a single kind. docs/health.md defines every number.", 2, width);
+  fill(out,
+       "MaxVio = max load / fair share - 1. floor: what independent tokens of a perfectly even router show in so few "
+       "tokens. A load says nothing about how much an expert matters "
+       "(arXiv 2606.10703), and one text is one text: a healthy model has idle experts on text of a single kind. "
+       "docs/health.md defines every number.",
+       2, width);
 }
 
 }  // namespace moeaudit

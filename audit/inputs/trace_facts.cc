@@ -1,5 +1,5 @@
-// What a recorded trace says of the run that it was recorded in: packages, training arguments, the model's config, experts.
-// What was measured in it is for audit/measures.
+// What a recorded trace says of the run that it was recorded in: packages, training arguments, the model's config,
+// experts. What was measured in it is for audit/measures.
 #include <algorithm>
 
 #include "audit/inputs/files.h"
@@ -25,7 +25,8 @@ class TraceStatements {
     // What these words mean is known of transformers' Trainer and what derives from it.
     if (facts_.framework.empty() || facts_.framework == "torch" || facts_.framework.starts_with("megatron")) return;
     flag("gradient_checkpointing", "training.gradient_checkpointing", facts_.gradient_checkpointing);
-    flag("average_tokens_across_devices", "training.average_tokens_across_devices", facts_.average_tokens_across_devices);
+    flag("average_tokens_across_devices", "training.average_tokens_across_devices",
+         facts_.average_tokens_across_devices);
     if (facts_.mixed_precision.empty()) return;
     flag("bf16", "training.mixed_precision", facts_.mixed_precision == "bf16");
     flag("fp16", "training.mixed_precision", facts_.mixed_precision == "fp16");
@@ -71,8 +72,10 @@ void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts
   Source source;
   source.role = Role::kTrace;
   if (trace == nullptr) {
-    if (path.empty()) facts->trace_format.set("none", Origin::kAbsent, {Role::kCommandLine, "", 0, 0, "", "", ""});
-    else facts->trace_format.explain_unknown(path + " could not be read");
+    if (path.empty())
+      facts->trace_format.set("none", Origin::kAbsent, {Role::kCommandLine, "", 0, 0, "", "", ""});
+    else
+      facts->trace_format.explain_unknown(path + " could not be read");
     return;
   }
   const TraceFacts& t = trace->facts();

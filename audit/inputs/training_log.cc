@@ -1,5 +1,5 @@
-// Logs of training as a table by step: JSON lines of metrics, CSV, and the text that Megatron-LM prints. Frameworks call
-// one thing by many names; the rows below say which is which. "lm loss" is the cross-entropy alone.
+// Logs of training as a table by step: JSON lines of metrics, CSV, and the text that Megatron-LM prints. Frameworks
+// call one thing by many names; the rows below say which is which. "lm loss" is the cross-entropy alone.
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -36,14 +36,14 @@ constexpr Name kNames[] = {
     {"cross_entropy", Column::kCrossEntropy},
     {"cross_entropy_loss", Column::kCrossEntropy},
     {"nll_loss", Column::kCrossEntropy},
-    {"lm_loss", Column::kCrossEntropy},             // Megatron-LM
-    {"aux_loss", Column::kAuxLoss},                 // TRL
+    {"lm_loss", Column::kCrossEntropy},  // Megatron-LM
+    {"aux_loss", Column::kAuxLoss},      // TRL
     {"router_aux_loss", Column::kAuxLoss},
-    {"load_balancing_loss", Column::kAuxLoss},      // Megatron-LM
+    {"load_balancing_loss", Column::kAuxLoss},  // Megatron-LM
     {"moe_aux_loss", Column::kAuxLoss},
     {"lb_loss", Column::kAuxLoss},
     {"balance_loss", Column::kAuxLoss},
-    {"z_loss", Column::kZLoss},                     // Megatron-LM
+    {"z_loss", Column::kZLoss},  // Megatron-LM
     {"router_z_loss", Column::kZLoss},
     {"grad_norm", Column::kGradNorm},
     {"gradient_norm", Column::kGradNorm},
@@ -55,14 +55,19 @@ constexpr Name kNames[] = {
     {"lr", Column::kLearningRate},
 };
 
-/// "train/Grad norm" -> "grad_norm", "eval/loss" -> "eval_loss", "moe/z_loss" -> "z_loss", "my run - train/loss" -> "loss".
+/// "train/Grad norm" -> "grad_norm", "eval/loss" -> "eval_loss", "moe/z_loss" -> "z_loss", "my run - train/loss" ->
+/// "loss".
 Column column_of(std::string_view key) {
   if (const std::size_t run = key.rfind(" - "); run != std::string_view::npos) key.remove_prefix(run + 3);
   std::string name;
-  for (const char c : key) name += c == ' ' || c == '-' || c == '/' || c == '.' ? '_' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+  for (const char c : key)
+    name += c == ' ' || c == '-' || c == '/' || c == '.'
+                ? '_'
+                : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
   while (!name.empty() && name.back() == '_') name.pop_back();
   for (const std::string_view prefix : {"trainer_", "train_", "training_", "optim_", "moe_"}) {
-    if (key.size() > prefix.size() && key[prefix.size() - 1] == '/' && name.starts_with(prefix)) name.erase(0, prefix.size());
+    if (key.size() > prefix.size() && key[prefix.size() - 1] == '/' && name.starts_with(prefix))
+      name.erase(0, prefix.size());
   }
   for (const Name& n : kNames) {
     if (n.name == name) return n.column;
@@ -76,7 +81,8 @@ std::optional<double> number(std::string_view text) {
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (text.empty() || end != text.data() + text.size()) return std::nullopt;
-  if (error == std::errc::result_out_of_range) return text.find("e-") != std::string_view::npos || text.find("E-") != std::string_view::npos ? 0.0 : HUGE_VAL;
+  if (error == std::errc::result_out_of_range)
+    return text.find("e-") != std::string_view::npos || text.find("E-") != std::string_view::npos ? 0.0 : HUGE_VAL;
   return error == std::errc() ? std::optional(value) : std::nullopt;
 }
 
@@ -89,7 +95,8 @@ struct Entry {
   }
   bool says(Column column) const { return value[static_cast<std::size_t>(column)].has_value(); }
   bool something() const {
-    return says(Column::kStep) && (says(Column::kLoss) || says(Column::kCrossEntropy) || says(Column::kAuxLoss) || says(Column::kZLoss) || says(Column::kGradNorm) || says(Column::kEvalLoss));
+    return says(Column::kStep) && (says(Column::kLoss) || says(Column::kCrossEntropy) || says(Column::kAuxLoss) ||
+                                   says(Column::kZLoss) || says(Column::kGradNorm) || says(Column::kEvalLoss));
   }
 };
 
@@ -111,7 +118,8 @@ void append(const Entry& e, int line, LogTable* log) {
   log->line.push_back(line);
 }
 
-// ---- the three formats: a line -> an entry ---------------------------------------------------------------------------
+// ---- the three formats: a line -> an entry
+// ---------------------------------------------------------------------------
 
 bool json_entry(std::string_view line, Entry* entry) {
   Node root;
@@ -153,10 +161,14 @@ std::vector<std::string> csv_fields(std::string_view line) {
   bool quoted = false;
   for (std::size_t i = 0; i < line.size() && fields.size() < 10'000; ++i) {
     const char c = line[i];
-    if (quoted && c == '"' && i + 1 < line.size() && line[i + 1] == '"') fields.back() += line[++i];
-    else if (c == '"') quoted = !quoted;
-    else if (c == ',' && !quoted) fields.emplace_back();
-    else if (c != '\r') fields.back() += c;
+    if (quoted && c == '"' && i + 1 < line.size() && line[i + 1] == '"')
+      fields.back() += line[++i];
+    else if (c == '"')
+      quoted = !quoted;
+    else if (c == ',' && !quoted)
+      fields.emplace_back();
+    else if (c != '\r')
+      fields.back() += c;
   }
   return fields;
 }
@@ -195,15 +207,17 @@ LogFormat format_of(const std::string& path) {
 }  // namespace
 
 bool is_training_log(const std::string& path) {
-  const bool named = has_ending(path, ".jsonl") || has_ending(path, ".ndjson") || has_ending(path, ".csv") || has_ending(path, ".log") ||
-                     has_ending(path, ".out") || has_ending(path, ".txt");
+  const bool named = has_ending(path, ".jsonl") || has_ending(path, ".ndjson") || has_ending(path, ".csv") ||
+                     has_ending(path, ".log") || has_ending(path, ".out") || has_ending(path, ".txt");
   return named && format_of(path) != LogFormat::kNone;
 }
 
 void read_training_log(const std::string& path, Material* material) {
   const auto problem = [&](int line, std::string what, bool fatal) {
     material->problems.push_back({path, line, 0, std::move(what),
-                                  "give trainer_state.json, JSON lines or CSV with a column step and losses, or the text that Megatron-LM prints", fatal});
+                                  "give trainer_state.json, JSON lines or CSV with a column step and losses, or the "
+                                  "text that Megatron-LM prints",
+                                  fatal});
   };
   const LogFormat format = format_of(path);
   LineReader lines;
@@ -231,7 +245,8 @@ void read_training_log(const std::string& path, Material* material) {
       case LogFormat::kMegatron: megatron_entry(line, &entry); break;
       default: {
         const std::vector<std::string> fields = csv_fields(line);
-        for (std::size_t i = 0; i < std::min(fields.size(), columns.size()); ++i) entry.set(columns[i], number(fields[i]));
+        for (std::size_t i = 0; i < std::min(fields.size(), columns.size()); ++i)
+          entry.set(columns[i], number(fields[i]));
       }
     }
     if (!entry.something()) continue;

@@ -33,7 +33,8 @@ constexpr std::uint64_t kSeed = 20250117;
 constexpr std::int64_t kMostPaired = 512;  // experts: beyond it no table of pairs is kept
 constexpr std::size_t kPairsShown = 10;
 
-// ---- small collectors ------------------------------------------------------------------------------------------------
+// ---- small collectors
+// ------------------------------------------------------------------------------------------------
 
 /// Counts of blocks of tokens. When there are too many, neighbours become one.
 class Blocks {
@@ -47,13 +48,16 @@ class Blocks {
     pending_size_ = 0;
     if (size() == 2 * kMostBlocks) halve(counts.size());
   }
-  std::int64_t size() const { return pending_.empty() ? 0 : static_cast<std::int64_t>(counts_.size() / pending_.size()); }
+  std::int64_t size() const {
+    return pending_.empty() ? 0 : static_cast<std::int64_t>(counts_.size() / pending_.size());
+  }
   const std::int64_t* data() const { return counts_.data(); }
 
  private:
   void halve(std::size_t experts) {
     for (std::size_t b = 0; b < static_cast<std::size_t>(kMostBlocks); ++b) {
-      for (std::size_t e = 0; e < experts; ++e) counts_[b * experts + e] = counts_[2 * b * experts + e] + counts_[(2 * b + 1) * experts + e];
+      for (std::size_t e = 0; e < experts; ++e)
+        counts_[b * experts + e] = counts_[2 * b * experts + e] + counts_[(2 * b + 1) * experts + e];
     }
     counts_.resize(static_cast<std::size_t>(kMostBlocks) * experts);
     stride_ *= 2;
@@ -83,7 +87,8 @@ class LogHistogram {
     if (seen >= rank) return std::max(0.0, least_);
     for (std::size_t i = 0; i < bins_.size(); ++i) {
       seen += bins_[i];
-      if (seen >= rank) return std::max(least_, std::bit_cast<double>(((std::bit_cast<std::uint64_t>(0x1p-40) >> 45) + i) << 45));
+      if (seen >= rank)
+        return std::max(least_, std::bit_cast<double>(((std::bit_cast<std::uint64_t>(0x1p-40) >> 45) + i) << 45));
     }
     return kNan;
   }
@@ -97,7 +102,8 @@ class LogHistogram {
 /// Two choices of k experts for the same tokens, counted over many pieces of them.
 class Agreement {
  public:
-  void add(const std::int32_t* now, const std::int32_t* reference, const std::uint8_t* valid, std::int64_t tokens, std::int64_t top_k) {
+  void add(const std::int32_t* now, const std::int32_t* reference, const std::uint8_t* valid, std::int64_t tokens,
+           std::int64_t top_k) {
     args_ = {now, reference, valid, tokens, top_k, top_k};
     const auto size = static_cast<std::size_t>(k::agreement_rows(args_) * k::agreement_columns(args_));
     piece_.resize(size), table_.resize(size);
@@ -118,7 +124,8 @@ class Agreement {
   /// Tokens with another set.
   std::int64_t changed() const {
     std::int64_t same = 0;
-    for (std::int64_t s = 0; s < k::agreement_rows(args_); ++s) same += table_[static_cast<std::size_t>(s * k::agreement_columns(args_) + s)];
+    for (std::int64_t s = 0; s < k::agreement_rows(args_); ++s)
+      same += table_[static_cast<std::size_t>(s * k::agreement_columns(args_) + s)];
     return counts_.tokens - same;
   }
 
@@ -149,7 +156,8 @@ std::string number(double v) {
   return text;
 }
 
-// ---- one layer -------------------------------------------------------------------------------------------------------
+// ---- one layer
+// -------------------------------------------------------------------------------------------------------
 
 /// What of a micro-batch all layers share.
 struct Frame {
@@ -171,13 +179,16 @@ class LayerSums {
   /// Adds the rows of a micro-batch. `other`: the same tokens in another trace, or null.
   void add(const Frame& frame, const LayerTensors& t, const LayerTensors* other, Scratch* piece,
            std::vector<WeightProblem>* problems) {
-    const auto fault = [&](std::string what) { problems->push_back({"", -1, "layer." + std::to_string(layer_.layer) + ".*", std::move(what)}); };
+    const auto fault = [&](std::string what) {
+      problems->push_back({"", -1, "layer." + std::to_string(layer_.layer) + ".*", std::move(what)});
+    };
     if (experts_ == 0) experts_ = t.experts;
     if (top_k_ == 0) top_k_ = t.top_k > 0 ? t.top_k : layer_.top_k;
     if (experts_ < 1) return;
     if (t.experts != experts_ || (t.selected_experts && t.top_k != top_k_) || top_k_ > experts_) {
-      return fault("has " + std::to_string(t.experts) + " experts and " + std::to_string(t.top_k) + " choices a token, the layer before had " +
-                   std::to_string(experts_) + " and " + std::to_string(top_k_));
+      return fault("has " + std::to_string(t.experts) + " experts and " + std::to_string(t.top_k) +
+                   " choices a token, the layer before had " + std::to_string(experts_) + " and " +
+                   std::to_string(top_k_));
     }
     if (counts_.empty()) start();
     piece_ = piece;
@@ -191,11 +202,13 @@ class LayerSums {
       std::fill(block_.begin(), block_.end(), 0);
       const std::int64_t most = std::clamp<std::int64_t>(kValues / experts_, 16, 1024);
       for (std::int64_t first = begin; first < end; first += most) {
-        if (!add_rows(frame, t, other, first, std::min(most, end - first))) return fault("a tensor could not be read: its file became shorter or the disk failed");
+        if (!add_rows(frame, t, other, first, std::min(most, end - first)))
+          return fault("a tensor could not be read: its file became shorter or the disk failed");
       }
       finish_block();
       // Read once: a file larger than the memory must not fill it.
-      for (const auto* view : {&t.router_logits, &t.selected_experts, &t.routing_weights, &t.recomputed_selected_experts, &t.dropped}) {
+      for (const auto* view :
+           {&t.router_logits, &t.selected_experts, &t.routing_weights, &t.recomputed_selected_experts, &t.dropped}) {
         if (*view) drop_pages(**view, end * (*view)->shape[1]);
       }
       begin = end;
@@ -258,7 +271,8 @@ class LayerSums {
     finish_block();
   }
 
-  bool add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n);
+  bool add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first,
+                std::int64_t n);
   bool add_logits(const TensorView& logits, std::int64_t first, std::int64_t n);
   void compare_with_logits(std::int64_t n, k::Float dtype);
   std::int64_t drop_repeated(const std::int32_t* ids, std::int64_t n, std::vector<std::uint8_t>* rows);
@@ -308,7 +322,8 @@ std::int64_t LayerSums::drop_repeated(const std::int32_t* ids, std::int64_t n, s
   return found;
 }
 
-bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first, std::int64_t n) {
+bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerTensors* other, std::int64_t first,
+                         std::int64_t n) {
   const auto size = static_cast<std::size_t>(n * top_k_);
   piece_->valid.assign(static_cast<std::size_t>(n), 1);
   if (!frame.valid.empty()) std::copy_n(frame.valid.begin() + first, n, piece_->valid.begin());
@@ -319,10 +334,12 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
     if (!read_ids(*t.selected_experts, first * top_k_, n * top_k_, piece_->ids.data())) return false;
   } else {
     piece_->ids = piece_->top;
-    for (std::int64_t i = 0; i < n; ++i) piece_->valid[static_cast<std::size_t>(i)] &= piece_->usable[static_cast<std::size_t>(i)];
+    for (std::int64_t i = 0; i < n; ++i)
+      piece_->valid[static_cast<std::size_t>(i)] &= piece_->usable[static_cast<std::size_t>(i)];
   }
   std::int64_t outside = 0, tokens = 0;
-  k::count_choices(k::CountArgs<std::int32_t>{piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_}, chunk_.data(), &outside);
+  k::count_choices(k::CountArgs<std::int32_t>{piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_},
+                   chunk_.data(), &outside);
   for (std::size_t e = 0; e < chunk_.size(); ++e) block_[e] += chunk_[e];
   for (const std::uint8_t v : piece_->valid) tokens += v;
   add_tokens(tokens);
@@ -335,7 +352,10 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
   }
   if (logits) {
     const DType d = t.router_logits->dtype;
-    compare_with_logits(n, d == DType::kBF16 ? k::Float::kBF16 : d == DType::kF16 ? k::Float::kF16 : d == DType::kF32 ? k::Float::kF32 : k::Float::kF64);
+    compare_with_logits(n, d == DType::kBF16  ? k::Float::kBF16
+                           : d == DType::kF16 ? k::Float::kF16
+                           : d == DType::kF32 ? k::Float::kF32
+                                              : k::Float::kF64);
   }
   if (t.routing_weights) {
     piece_->weights.resize(size);
@@ -344,7 +364,9 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
     gate_.resize(static_cast<std::size_t>(experts_));
     for (std::size_t i = 0; i < size; ++i) {
       const std::int32_t id = piece_->ids[i];
-      if (piece_->valid[i / static_cast<std::size_t>(top_k_)] && id >= 0 && id < experts_ && std::isfinite(piece_->weights[i])) gate_[static_cast<std::size_t>(id)] += static_cast<double>(piece_->weights[i]);
+      if (piece_->valid[i / static_cast<std::size_t>(top_k_)] && id >= 0 && id < experts_ &&
+          std::isfinite(piece_->weights[i]))
+        gate_[static_cast<std::size_t>(id)] += static_cast<double>(piece_->weights[i]);
     }
   }
   const auto compare = [&](const TensorView& view, Agreement* with) {
@@ -356,7 +378,8 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
     return true;
   };
   if (t.recomputed_selected_experts && !compare(*t.recomputed_selected_experts, &recompute_)) return false;
-  if (other && other->selected_experts && other->top_k == top_k_ && !compare(*other->selected_experts, &against_)) return false;
+  if (other && other->selected_experts && other->top_k == top_k_ && !compare(*other->selected_experts, &against_))
+    return false;
   if (t.dropped) {
     piece_->flags.resize(size);
     if (!read_flags(*t.dropped, first * top_k_, n * top_k_, piece_->flags.data())) return false;
@@ -373,7 +396,8 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
   return true;
 }
 
-/// Reads the logits, and makes of them probabilities, the top k and the runner-up. piece_->usable: valid rows of finite logits.
+/// Reads the logits, and makes of them probabilities, the top k and the runner-up. piece_->usable: valid rows of finite
+/// logits.
 bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int64_t n) {
   const std::int64_t e = experts_, top_k = k_or_one();
   const auto size = static_cast<std::size_t>(n * e);
@@ -382,7 +406,8 @@ bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int6
   piece_->usable = piece_->valid;
   for (std::int64_t i = 0; i < n; ++i) {
     logit_tokens_ += piece_->valid[static_cast<std::size_t>(i)];
-    const bool finite = std::all_of(piece_->logits.begin() + i * e, piece_->logits.begin() + (i + 1) * e, [](float z) { return std::isfinite(z); });
+    const bool finite = std::all_of(piece_->logits.begin() + i * e, piece_->logits.begin() + (i + 1) * e,
+                                    [](float z) { return std::isfinite(z); });
     if (finite) continue;
     not_finite_ += piece_->valid[static_cast<std::size_t>(i)];
     piece_->usable[static_cast<std::size_t>(i)] = 0;
@@ -393,7 +418,9 @@ bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int6
   args.tokens = n;
   args.experts = e;
   args.top_k = top_k;
-  args.score = score_ == Scoring::kSoftmax ? k::Score::kSoftmax : score_ == Scoring::kSigmoid ? k::Score::kSigmoid : k::Score::kSqrtSoftplus;
+  args.score = score_ == Scoring::kSoftmax   ? k::Score::kSoftmax
+               : score_ == Scoring::kSigmoid ? k::Score::kSigmoid
+                                             : k::Score::kSqrtSoftplus;
   k::RouteResult<float> result;
   result.chosen = piece_->top.data();
   result.runner_up = piece_->runner_up.data();
@@ -418,7 +445,8 @@ void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
   for (std::int64_t i = 0; i < n; ++i) {
     std::uint8_t& row = piece_->usable[static_cast<std::size_t>(i)];
     const std::int32_t* chosen = piece_->ids.data() + i * top_k_;
-    row = row && piece_->sets[static_cast<std::size_t>(i)] && std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
+    row = row && piece_->sets[static_cast<std::size_t>(i)] &&
+          std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
     if (!row) continue;
     const float* p = piece_->probabilities.data() + i * e;
     for (std::int64_t j = 0; j < e; ++j) importance_[static_cast<std::size_t>(j)] += static_cast<double>(p[j]);
@@ -431,11 +459,13 @@ void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
       // Where the choice is the top k, its last and the runner-up are all that the margin depends on.
       const float* z = piece_->logits.data() + i * e;
       const bool is_top = k::token_agreement(sets, i).shared == top_k_;
-      const float pair[2] = {z[piece_->top[static_cast<std::size_t>((i + 1) * top_k_ - 1)]], z[piece_->runner_up[static_cast<std::size_t>(i)]]};
+      const float pair[2] = {z[piece_->top[static_cast<std::size_t>((i + 1) * top_k_ - 1)]],
+                             z[piece_->runner_up[static_cast<std::size_t>(i)]]};
       constexpr std::int32_t kFirst = 0;
       const auto margin_in = [&](k::Float f) {
         return is_top ? k::token_margin(k::MarginArgs<float>{pair, &kFirst, nullptr, 1, 2, 1, f}, 0)
-                      : k::token_margin(k::MarginArgs<float>{z, piece_->ids.data() + i * top_k_, nullptr, 1, e, top_k_, f}, 0);
+                      : k::token_margin(
+                            k::MarginArgs<float>{z, piece_->ids.data() + i * top_k_, nullptr, 1, e, top_k_, f}, 0);
       };
       const k::TokenMargin m = margin_in(k::Float::kBF16);
       not_top_k_ += m.margin < 0;
@@ -448,13 +478,18 @@ void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
   std::int64_t usable = 0;
   for (const std::uint8_t u : piece_->usable) usable += u;
   k::RoutingStatistics s;
-  if (usable == 0 || k::routing_statistics(k::RoutingStatisticsArgs<float>{piece_->probabilities.data(), piece_->ids.data(), piece_->usable.data(), n, e, top_k_}, &s) != k::Status::kOk) return;
+  if (usable == 0 ||
+      k::routing_statistics(k::RoutingStatisticsArgs<float>{piece_->probabilities.data(), piece_->ids.data(),
+                                                            piece_->usable.data(), n, e, top_k_},
+                            &s) != k::Status::kOk)
+    return;
   scored_tokens_ += usable;
   entropy_sum_ += s.token_entropy * static_cast<double>(usable);
   confidence_sum_ += s.confidence * static_cast<double>(usable);
 }
 
-// ---- from sums to metrics --------------------------------------------------------------------------------------------
+// ---- from sums to metrics
+// --------------------------------------------------------------------------------------------
 
 double entropy_of(const std::vector<double>& masses, double sum) {
   double h = 0;
@@ -498,8 +533,10 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   out.choices = s.choices;
   const double e = static_cast<double>(experts_), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
   std::string few;
-  if (s.choices == 0) few = "no choice was recorded";
-  else if (!s.can_judge) few = "fair share of " + number(s.fair_share) + " choices an expert; below 100 chance alone looks like this";
+  if (s.choices == 0)
+    few = "no choice was recorded";
+  else if (!s.can_judge)
+    few = "fair share of " + number(s.fair_share) + " choices an expert; below 100 chance alone looks like this";
 
   const auto add = [&](const char* name, double value) -> HealthMetric& {
     HealthMetric& m = out.metrics.emplace_back();
@@ -517,8 +554,8 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   load_metric("min_violation_pooled", s.min_violation, 0, std::min(1.0, s.max_violation_floor));
   load_metric("cv_population", s.cv_population, 0, s.cv_floor);
   load_metric("cv_sample", s.cv_sample, 0, experts_ > 1 ? s.cv_floor * std::sqrt(e / (e - 1)) : kNan);
-  // An even router's q_e deviates by CV_0; to second order its entropy falls short by CV_0^2 / 2, and the Gini index of a
-  // normal deviation is CV / sqrt(pi).
+  // An even router's q_e deviates by CV_0; to second order its entropy falls short by CV_0^2 / 2, and the Gini index of
+  // a normal deviation is CV / sqrt(pi).
   const double short_of = s.cv_floor * s.cv_floor / 2;
   load_metric("normalised_entropy", s.normalised_entropy, 1, 1 - short_of / log_e);
   load_metric("effective_experts", s.effective_experts, e, e * (1 - short_of));
@@ -532,7 +569,9 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   HealthMetric& dead = add("dead_experts", static_cast<double>(s.idle));
   dead.chance = 0;
   if (!s.idle_is_dead) {
-    dead.cannot_tell = "fair share of " + number(s.fair_share) + " choices an expert; below 69 an expert with a tenth of it is idle by chance more often than once in 1000";
+    dead.cannot_tell =
+        "fair share of " + number(s.fair_share) +
+        " choices an expert; below 69 an expert with a tenth of it is idle by chance more often than once in 1000";
   }
   HealthMetric& cold = add("cold_experts", static_cast<double>(s.below_tenth));
   cold.chance = 0;
@@ -542,7 +581,9 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     if (w.n < 2) return;  // one window is all tokens together
     const double count = static_cast<double>(w.n);
     std::string why;
-    if (w.least_share < 100) why = "fair share of " + number(w.least_share) + " choices an expert in the smallest; below 100 chance alone looks like this";
+    if (w.least_share < 100)
+      why = "fair share of " + number(w.least_share) +
+            " choices an expert in the smallest; below 100 chance alone looks like this";
     for (const bool of_worst : {false, true}) {
       HealthMetric& m = add(of_worst ? worst : mean, of_worst ? w.worst : w.sum / count);
       m.chance = 0;
@@ -555,7 +596,8 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
 
   out.blocks = blocks_.size();
   k::LoadIntervals intervals;
-  if (out.blocks >= kFewestBlocks && k::load_intervals(blocks_.data(), out.blocks, experts_, kDraws, kSeed, &intervals) == k::Status::kOk) {
+  if (out.blocks >= kFewestBlocks &&
+      k::load_intervals(blocks_.data(), out.blocks, experts_, kDraws, kSeed, &intervals) == k::Status::kOk) {
     for (HealthMetric& m : out.metrics) {
       const auto set = [&](const k::Interval& i, double factor) { m.low = i.low * factor, m.high = i.high * factor; };
       if (m.name == "max_violation_pooled") set(intervals.max_violation, 1);
@@ -585,8 +627,11 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     add("gate_mass_cv_population", cv_of(out.gate_mass)).chance = 0;
   }
   if (const std::int64_t compared = top_k_agreement_.tokens(); compared > 0) {
-    const std::string other = not_top_k_ == 0 ? "" : number(100 * static_cast<double>(not_top_k_) / static_cast<double>(compared)) +
-                                                       " % of the choices are not the top k of the logits (correction bias, groups, jitter): their margin lies elsewhere";
+    const std::string other = not_top_k_ == 0
+                                  ? ""
+                                  : number(100 * static_cast<double>(not_top_k_) / static_cast<double>(compared)) +
+                                        " % of the choices are not the top k of the logits (correction bias, groups, "
+                                        "jitter): their margin lies elsewhere";
     const bool mostly = not_top_k_ * 1000 > compared;
     const k::Agreement agreement = top_k_agreement_.result(experts_);
     out.metrics.push_back(share("choices_off_the_top_k", not_top_k_, compared));
@@ -596,7 +641,8 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     margin("margin_p01", margins_.percentile(0.01));
     margin("margin_p10", margins_.percentile(0.10));
     margin("margin_p50", margins_.percentile(0.50));
-    for (const auto& [name, hits] : {std::pair{"near_ties_as_recorded", near_recorded_}, {"near_ties_in_bf16", near_bf16_}}) {
+    for (const auto& [name, hits] :
+         {std::pair{"near_ties_as_recorded", near_recorded_}, {"near_ties_in_bf16", near_bf16_}}) {
       HealthMetric m = share(name, hits, margins_.size());
       if (mostly) m.cannot_tell = other;
       out.metrics.push_back(std::move(m));
@@ -623,7 +669,8 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
 
   std::vector<double> lift(pairs_.size());
   k::CoActivation chance;
-  if (!pairs_.empty() && k::co_activation_rates(pairs_.data(), experts_, k_or_one(), tokens_, nullptr, lift.data(), &chance) == k::Status::kOk) {
+  if (!pairs_.empty() && k::co_activation_rates(pairs_.data(), experts_, k_or_one(), tokens_, nullptr, lift.data(),
+                                                &chance) == k::Status::kOk) {
     out.lift_chance = chance.lift_chance;
     for (std::int64_t a = 0; a < experts_; ++a) {
       for (std::int64_t b = a + 1; b < experts_; ++b) {
@@ -632,14 +679,16 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
         out.together.push_back({static_cast<int>(a), static_cast<int>(b), pairs_[at], lift[at]});
       }
     }
-    std::stable_sort(out.together.begin(), out.together.end(), [](const auto& x, const auto& y) { return x.lift > y.lift; });
+    std::stable_sort(out.together.begin(), out.together.end(),
+                     [](const auto& x, const auto& y) { return x.lift > y.lift; });
     if (out.together.size() > kPairsShown) out.together.resize(kPairsShown);
     if (keep_pairs) out.co_activation = pairs_;
   }
   return out;
 }
 
-// ---- the pass --------------------------------------------------------------------------------------------------------
+// ---- the pass
+// --------------------------------------------------------------------------------------------------------
 
 /// Blocks of alike tokens: sequences, where the file says where they end; else a sixteenth of the micro-batch.
 Frame frame_of(const MicroBatch& mb, std::int64_t rows) {
@@ -647,7 +696,8 @@ Frame frame_of(const MicroBatch& mb, std::int64_t rows) {
   const MicroBatchRecord& r = *mb.record;
   if (mb.token_mask) {
     frame.valid.resize(static_cast<std::size_t>(rows));
-    if (mb.token_mask->elements() != rows || !read_flags(*mb.token_mask, 0, rows, frame.valid.data())) frame.valid.clear();
+    if (mb.token_mask->elements() != rows || !read_flags(*mb.token_mask, 0, rows, frame.valid.data()))
+      frame.valid.clear();
   }
   if (r.sequences > 1 && r.sequence_length > 0 && (rows == r.tokens || mb.sampled)) {
     std::vector<std::int64_t> at;
@@ -690,7 +740,8 @@ AcrossLayers across(std::string name, const std::vector<LayerHealth>& layers, bo
     return a.first != b.first ? (a.first < b.first) == large_is_bad : a.second > b.second;
   });
   const auto rank = [&](double share) {
-    return values[static_cast<std::size_t>(std::max(1.0, std::ceil(share * static_cast<double>(values.size())))) - 1].first;
+    return values[static_cast<std::size_t>(std::max(1.0, std::ceil(share * static_cast<double>(values.size())))) - 1]
+        .first;
   };
   out.p50 = rank(0.50), out.p75 = rank(0.75), out.p90 = rank(0.90), out.p95 = rank(0.95);
   std::tie(out.worst, out.worst_layer) = values.back();
@@ -714,8 +765,13 @@ PlacementForecast forecast(const std::vector<LayerHealth>& layers, std::int64_t 
     tokens = std::max(tokens, l.tokens);
   }
   if (layers.empty()) return out;
-  const k::PlacementArgs args{counts.data(), rank_of.data(), static_cast<std::int64_t>(layers.size()), layers.front().experts, ranks,
-                              std::max<std::int64_t>(layers.front().top_k, 1), tokens};
+  const k::PlacementArgs args{counts.data(),
+                              rank_of.data(),
+                              static_cast<std::int64_t>(layers.size()),
+                              layers.front().experts,
+                              ranks,
+                              std::max<std::int64_t>(layers.front().top_k, 1),
+                              tokens};
   const auto width = static_cast<std::size_t>(ranks);
   std::vector<std::int64_t> loads(layers.size() * width);
   k::Placement p;
@@ -725,10 +781,12 @@ PlacementForecast forecast(const std::vector<LayerHealth>& layers, std::int64_t 
   out.worst_layer = p.worst_layer < 0 ? -1 : layers[static_cast<std::size_t>(p.worst_layer)].layer;
   out.floor = tokens > 0 ? p.floor : kNan;
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    out.load.push_back(relative_to_fair({loads.begin() + static_cast<std::ptrdiff_t>(i * width), loads.begin() + static_cast<std::ptrdiff_t>((i + 1) * width)}));
+    out.load.push_back(relative_to_fair({loads.begin() + static_cast<std::ptrdiff_t>(i * width),
+                                         loads.begin() + static_cast<std::ptrdiff_t>((i + 1) * width)}));
   }
   if (facts.hidden_size && tokens > 0) {
-    out.bytes_per_token = choices / static_cast<double>(tokens) * static_cast<double>(*facts.hidden_size) * 2 * 2 * (1 - 1 / static_cast<double>(ranks));
+    out.bytes_per_token = choices / static_cast<double>(tokens) * static_cast<double>(*facts.hidden_size) * 2 * 2 *
+                          (1 - 1 / static_cast<double>(ranks));
   }
   return out;
 }
@@ -758,11 +816,22 @@ class Pass {
     parallel_for(options_.threads, static_cast<std::int64_t>(used.size()), [&](std::int64_t i, int) {
       report_.layers[static_cast<std::size_t>(i)] = used[static_cast<std::size_t>(i)]->report(options_.co_activation);
     });
-    const bool scored = std::any_of(report_.layers.begin(), report_.layers.end(), [](const LayerHealth& l) { return !l.importance.empty(); });
+    const bool scored = std::any_of(report_.layers.begin(), report_.layers.end(),
+                                    [](const LayerHealth& l) { return !l.importance.empty(); });
     if (!scored) report_.score = report_.score_from = "";
-    for (const auto& [name, large_is_bad] : {std::pair{"max_violation_pooled", true}, {"max_violation_step_mean", true}, {"max_violation_micro_batch_mean", true}, {"min_violation_pooled", true}, {"cv_population", true},
-                                             {"normalised_entropy", false}, {"gini", true}, {"token_entropy", false}, {"mutual_information", false}, {"near_ties_in_bf16", true}, {"dropped_choices", true},
-                                             {"recompute_changed", true}, {"saturation", false}}) {
+    for (const auto& [name, large_is_bad] : {std::pair{"max_violation_pooled", true},
+                                             {"max_violation_step_mean", true},
+                                             {"max_violation_micro_batch_mean", true},
+                                             {"min_violation_pooled", true},
+                                             {"cv_population", true},
+                                             {"normalised_entropy", false},
+                                             {"gini", true},
+                                             {"token_entropy", false},
+                                             {"mutual_information", false},
+                                             {"near_ties_in_bf16", true},
+                                             {"dropped_choices", true},
+                                             {"recompute_changed", true},
+                                             {"saturation", false}}) {
       AcrossLayers a = across(name, report_.layers, large_is_bad);
       if (a.layers > 1) report_.across.push_back(std::move(a));
     }
@@ -789,7 +858,9 @@ class Pass {
       for (const MicroBatchRecord& record : trace_.micro_batches_of(step)) {
         ranks.insert(record.rank);
         if (record.training.value_or(true)) micro_batch(record);
-        if (options_.progress) options_.progress("expert health", static_cast<double>(++done) / static_cast<double>(trace_.micro_batches().size()));
+        if (options_.progress)
+          options_.progress("expert health",
+                            static_cast<double>(++done) / static_cast<double>(trace_.micro_batches().size()));
       }
       for (LayerSums& sums : sums_) sums.end_step();
       report_.steps += step.micro_batches > 0;
@@ -820,7 +891,8 @@ class Pass {
       LayerSums& sums = sums_[static_cast<std::size_t>(at - trace_.facts().layers.begin())];
       const LayerTensors* theirs = other.layer(t.layer);
       if (theirs && rows_of(*theirs) != rows_of(t)) theirs = nullptr;
-      sums.add(frames.at(rows_of(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)], &found[static_cast<std::size_t>(i)]);
+      sums.add(frames.at(rows_of(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)],
+               &found[static_cast<std::size_t>(i)]);
       sums.end_micro_batch();
     });
     for (auto& list : found) problems.insert(problems.end(), list.begin(), list.end());

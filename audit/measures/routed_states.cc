@@ -31,11 +31,14 @@ class StatesSource : public Trace::Source {
 
   /// "" or why this router is left out.
   std::string add(Router router) {
-    if (k::check_route(k::RouteArgs<double>(arguments(router.experts)), {}) != k::Status::kOk) return router.tensor + " does not fit the family's routing";
+    if (k::check_route(k::RouteArgs<double>(arguments(router.experts)), {}) != k::Status::kOk)
+      return router.tensor + " does not fit the family's routing";
     auto layer = std::make_unique<RoutedLayer>();
     layer->states = inputs_.tensor_of(router.layer);
     if (layer->states) layer->rows = RouterInputs::rows_of(*layer->states, router.hidden);
-    if (layer->rows == 0) return "the hidden states have no float tensor [tokens, " + std::to_string(router.hidden) + "] for " + router.tensor;
+    if (layer->rows == 0)
+      return "the hidden states have no float tensor [tokens, " + std::to_string(router.hidden) + "] for " +
+             router.tensor;
     layer->packed = Aligned<double>(k::packed_gate_size<double>(router.experts, router.hidden));
     k::pack_gate(router.w.data(), router.experts, router.hidden, layer->packed.data());
     layer->linear_bias.assign(router.linear_bias.begin(), router.linear_bias.end());
@@ -45,7 +48,8 @@ class StatesSource : public Trace::Source {
     return {};
   }
   void sort() {
-    std::sort(layers_.begin(), layers_.end(), [](const auto& a, const auto& b) { return a->router.layer < b->router.layer; });
+    std::sort(layers_.begin(), layers_.end(),
+              [](const auto& a, const auto& b) { return a->router.layer < b->router.layer; });
   }
   const std::vector<std::unique_ptr<RoutedLayer>>& layers() const { return layers_; }
 
@@ -57,10 +61,15 @@ class StatesSource : public Trace::Source {
       if (wanted <= 0) continue;
       std::vector<float> x(static_cast<std::size_t>(wanted * r.hidden));
       const std::int64_t n = inputs_.fill(nullptr, layer->states, r.hidden, first, wanted, layer->rows, x.data());
-      std::vector<double> logits(static_cast<std::size_t>(n * r.experts)), weights(static_cast<std::size_t>(n * top_k_));
+      std::vector<double> logits(static_cast<std::size_t>(n * r.experts)),
+          weights(static_cast<std::size_t>(n * top_k_));
       std::vector<std::int32_t> chosen(weights.size());
-      k::GateArgs<float, double> gate{x.data(), layer->packed.data(), layer->linear_bias.empty() ? nullptr : layer->linear_bias.data(),
-                                      n,        r.hidden,             r.experts,
+      k::GateArgs<float, double> gate{x.data(),
+                                      layer->packed.data(),
+                                      layer->linear_bias.empty() ? nullptr : layer->linear_bias.data(),
+                                      n,
+                                      r.hidden,
+                                      r.experts,
                                       logits.data()};
       k::RouteArgs<double> route = arguments(r.experts);
       route.logits = logits.data();
@@ -100,9 +109,12 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
     problems->push_back({model.files().empty() ? "" : model.files().front(), 0, 0, std::move(what), std::move(remedy)});
     return nullptr;
   };
-  if (model.empty()) return refuse("there are no weights, so no router", "give a model folder with *.safetensors, or a trace");
+  if (model.empty())
+    return refuse("there are no weights, so no router", "give a model folder with *.safetensors, or a trace");
   if (hidden_states.empty()) {
-    return refuse("weights alone do not say what experts get", "give the routers' inputs with --hidden-states FILE (safetensors, [tokens, hidden]), or a recorded trace");
+    return refuse(
+        "weights alone do not say what experts get",
+        "give the routers' inputs with --hidden-states FILE (safetensors, [tokens, hidden]), or a recorded trace");
   }
   TensorStore none;
   std::vector<MeasureRecord> records;
@@ -110,9 +122,11 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
   for (int i = 0; i < kNumMeasures; ++i) {
     if (kMeasures[i]->name == "header_scan") kMeasures[i]->run(context);
   }
-  if (!facts->routers.known() || facts->routers.value().layer.empty()) return refuse("no router was found in the weights", "give a model with routed experts");
+  if (!facts->routers.known() || facts->routers.value().layer.empty())
+    return refuse("no router was found in the weights", "give a model with routed experts");
   if (!facts->routing.known() || !facts->top_k.known()) {
-    return refuse("how this family routes is not known: " + facts->routing.why_unknown(), "give a model folder with config.json of a family that moe-audit knows");
+    return refuse("how this family routes is not known: " + facts->routing.why_unknown(),
+                  "give a model folder with config.json of a family that moe-audit knows");
   }
   auto source = std::make_unique<StatesSource>(hidden_states, facts->routing.value(), facts->top_k.value());
   TraceFacts t;
@@ -148,7 +162,8 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
     r.tokens = std::min(kTokens, rows - first);
     micro_batches.push_back(std::move(r));
   }
-  return std::make_unique<Trace>(std::move(t), std::move(micro_batches), std::vector<StepRecord>(), std::move(source), problems);
+  return std::make_unique<Trace>(std::move(t), std::move(micro_batches), std::vector<StepRecord>(), std::move(source),
+                                 problems);
 }
 
 }  // namespace moeaudit

@@ -12,8 +12,8 @@
 namespace moeaudit {
 
 /// Routes the hidden states (one tensor for all layers, or one a layer: router_inputs.h) in float64 with the family's
-/// conventions, 1024 tokens a micro-batch, when they are asked for. nullptr with a fatal problem that says what is missing.
-/// `facts` gets the routers that the headers show; the stores must outlive the trace.
+/// conventions, 1024 tokens a micro-batch, when they are asked for. nullptr with a fatal problem that says what is
+/// missing. `facts` gets the routers that the headers show; the stores must outlive the trace.
 std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& model, const TensorStore& hidden_states,
                                            std::vector<InputProblem>* problems);
 

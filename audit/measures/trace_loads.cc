@@ -59,11 +59,14 @@ void run(MeasureContext& ctx) {
   Source source;
   source.role = Role::kTrace;
   source.file = ctx.trace->facts().head;
-  if (loads.layer.empty()) f.trace_loads.explain_unknown("the trace holds neither choices nor counts, nor logits with a known k");
-  else f.trace_loads.set(std::move(loads), Origin::kMeasured, source);
+  if (loads.layer.empty())
+    f.trace_loads.explain_unknown("the trace holds neither choices nor counts, nor logits with a known k");
+  else
+    f.trace_loads.set(std::move(loads), Origin::kMeasured, source);
   f.trace_problems.set(std::move(report.weight_problems), Origin::kMeasured, source);
-  ctx.records.push_back({"trace_loads", std::string("host ") + kernels::host_backend(),
-                         std::to_string(report.micro_batches) + " micro-batches of " + std::to_string(report.steps) + " steps"});
+  ctx.records.push_back(
+      {"trace_loads", std::string("host ") + kernels::host_backend(),
+       std::to_string(report.micro_batches) + " micro-batches of " + std::to_string(report.steps) + " steps"});
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Counts alone, without the choices behind them.
 //
 // Megatron-LM --save-tokens-per-expert-interval (megatron/training/activation_logging.py at d98e8a6): a line of
-// tokens_per_expert/rank{r}.jsonl holds, for one layer and iteration, what each micro-batch sent to the experts that this
-// rank holds. Counts are taken in front of the experts: after dispatch over the expert-parallel group, after drops, and
-// after padding where the experts' GEMM wants it. With E known and fewer experts on a rank, neighbouring ranks make up one
-// group (Megatron's default order of ranks with tensor parallel size 1), and one record.
+// tokens_per_expert/rank{r}.jsonl holds, for one layer and iteration, what each micro-batch sent to the experts that
+// this rank holds. Counts are taken in front of the experts: after dispatch over the expert-parallel group, after
+// drops, and after padding where the experts' GEMM wants it. With E known and fewer experts on a rank, neighbouring
+// ranks make up one group (Megatron's default order of ranks with tensor parallel size 1), and one record.
 #include <algorithm>
 #include <filesystem>
 #include <map>
@@ -31,14 +31,16 @@ class CountsSource : public Trace::Source {
 
   void open(const MicroBatchRecord& record, MicroBatch* out, std::vector<WeightProblem>*) const override {
     const auto key = std::tuple(record.step, record.micro_batch, record.rank);
-    const auto it = std::lower_bound(counts_.begin(), counts_.end(), key, [](const auto& c, const auto& k) { return c.first < k; });
+    const auto it =
+        std::lower_bound(counts_.begin(), counts_.end(), key, [](const auto& c, const auto& k) { return c.first < k; });
     if (it == counts_.end() || it->first != key) return;
     const auto owner = std::make_shared<OwnedTensors>();
     for (const auto& [layer, counts] : it->second) {
       LayerTensors l;
       l.layer = layer;
       l.experts = static_cast<std::int64_t>(counts.size());
-      l.tokens_per_expert = owner->own("layer." + std::to_string(layer) + ".tokens_per_expert", DType::kI64, {l.experts}, counts);
+      l.tokens_per_expert =
+          owner->own("layer." + std::to_string(layer) + ".tokens_per_expert", DType::kI64, {l.experts}, counts);
       out->layers.push_back(std::move(l));
     }
     out->memory = owner;
@@ -92,7 +94,8 @@ std::vector<Line> read_lines(const std::string& folder, std::vector<InputProblem
   std::vector<std::pair<std::int64_t, std::string>> found;
   std::error_code ec;
   for (fs::directory_iterator it(folder, ec), end; !ec && it != end && found.size() < 100'000; it.increment(ec)) {
-    if (const auto rank = numbered(it->path().filename().string(), "rank", ".jsonl")) found.emplace_back(*rank, it->path().string());
+    if (const auto rank = numbered(it->path().filename().string(), "rank", ".jsonl"))
+      found.emplace_back(*rank, it->path().string());
   }
   std::sort(found.begin(), found.end());
   std::vector<Line> lines;
@@ -114,14 +117,16 @@ std::vector<Line> read_lines(const std::string& folder, std::vector<InputProblem
       std::vector<InputProblem> faults;
       if (!parse_json(text, &root, nullptr, &error)) {
         const bool torn = !file.complete();
-        list.add(file.number(), error.column, torn ? "the last line is cut short: the run ended while it was written" : "JSON error: " + error.what,
+        list.add(file.number(), error.column,
+                 torn ? "the last line is cut short: the run ended while it was written" : "JSON error: " + error.what,
                  torn ? "nothing: the lines before it are whole" : "repair or delete the line", !torn);
       } else if (read_line(root, path, file.number(), &line, &faults)) {
         line.rank = rank;
         for (const auto& counts : line.counts) numbers += counts.size();
         lines.push_back(std::move(line));
       }
-      for (InputProblem& p : faults) list.add(p.line, p.column, std::move(p.what), "this is not what --save-tokens-per-expert-interval writes");
+      for (InputProblem& p : faults)
+        list.add(p.line, p.column, std::move(p.what), "this is not what --save-tokens-per-expert-interval writes");
       if (numbers <= 50'000'000) continue;
       list.add(file.number(), 0, "more than 50,000,000 counts: the rest is left out", "give fewer iterations");
       return lines;
@@ -140,19 +145,23 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
   const std::string folder = fs::is_directory(inner, ec) ? inner.string() : path;
   const std::vector<Line> lines = read_lines(folder, problems);
   if (lines.empty()) {
-    problems->push_back({folder, 0, 0, "its rank*.jsonl hold no line that can be used", "write them with --save-tokens-per-expert-interval"});
+    problems->push_back({folder, 0, 0, "its rank*.jsonl hold no line that can be used",
+                         "write them with --save-tokens-per-expert-interval"});
     return nullptr;
   }
   std::int64_t local = 0, next_layer = 0;
   std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> heads;
   for (const Line& l : lines) {
     for (const auto& counts : l.counts) local = local == 0 ? static_cast<std::int64_t>(counts.size()) : local;
-    if (l.head < 0) next_layer = std::max(next_layer, l.layer + 1);
-    else heads[{l.head, l.layer}] = 0;
+    if (l.head < 0)
+      next_layer = std::max(next_layer, l.layer + 1);
+    else
+      heads[{l.head, l.layer}] = 0;
   }
   for (auto& [key, layer] : heads) layer = next_layer++;
   if (local == 0) {
-    problems->push_back({folder, 0, 0, "no micro-batch is in its lines", "write them with --save-tokens-per-expert-interval"});
+    problems->push_back(
+        {folder, 0, 0, "no micro-batch is in its lines", "write them with --save-tokens-per-expert-interval"});
     return nullptr;
   }
 
@@ -162,17 +171,21 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
   facts.framework = "megatron-lm";
   const std::int64_t experts = options.experts > 0 ? options.experts : local;
   if (experts % local != 0) {
-    problems->push_back({folder, 0, 0, "a rank holds " + std::to_string(local) + " experts, which does not divide " + std::to_string(experts),
-                         "give the number of experts a layer with --experts E"});
+    problems->push_back(
+        {folder, 0, 0,
+         "a rank holds " + std::to_string(local) + " experts, which does not divide " + std::to_string(experts),
+         "give the number of experts a layer with --experts E"});
     return nullptr;
   }
   const std::int64_t group = experts / local;
   facts.experts = experts;
   if (options.experts == 0) {
-    facts.note = "E = " + std::to_string(local) + ", as if each rank held all experts; with expert parallelism say --experts E. ";
+    facts.note = "E = " + std::to_string(local) +
+                 ", as if each rank held all experts; with expert parallelism say --experts E. ";
   } else if (group > 1) {
     facts.expert_parallel = group;
-    facts.note = "ranks " + std::to_string(0) + " to " + std::to_string(group - 1) + ", and so on, are taken for one expert-parallel group. ";
+    facts.note = "ranks " + std::to_string(0) + " to " + std::to_string(group - 1) +
+                 ", and so on, are taken for one expert-parallel group. ";
   }
 
   std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t>, Counts> all;
@@ -189,7 +202,9 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
     if (known_layers.insert(layer).second) facts.layers.push_back(std::move(known));
     for (std::size_t m = 0; m < l.counts.size(); ++m) {
       if (static_cast<std::int64_t>(l.counts[m].size()) != local) {
-        list.add(l.line, 0, "rank " + std::to_string(l.rank) + " has " + std::to_string(l.counts[m].size()) + " experts, others have " + std::to_string(local),
+        list.add(l.line, 0,
+                 "rank " + std::to_string(l.rank) + " has " + std::to_string(l.counts[m].size()) +
+                     " experts, others have " + std::to_string(local),
                  "give files of one run");
         continue;
       }
@@ -206,8 +221,9 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
   for (const auto& [key, count] : parts) {
     if (count >= group) continue;
     const auto& [step, micro_batch, rank, layer] = key;
-    list.add(0, 0, "iteration " + std::to_string(step) + ", layer " + std::to_string(layer) + ": " + std::to_string(count) + " of the " +
-                       std::to_string(group) + " ranks of an expert-parallel group are here; left out",
+    list.add(0, 0,
+             "iteration " + std::to_string(step) + ", layer " + std::to_string(layer) + ": " + std::to_string(count) +
+                 " of the " + std::to_string(group) + " ranks of an expert-parallel group are here; left out",
              "give the files of all ranks");
     all[{step, micro_batch, rank}].erase(layer);
   }
@@ -224,11 +240,13 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
                                  std::make_unique<CountsSource>(std::move(sorted)), problems);
 }
 
-// ---- counts as JSON --------------------------------------------------------------------------------------------------
+// ---- counts as JSON
+// --------------------------------------------------------------------------------------------------
 
 /// {"model", "num_experts", "top_k", "corpus", "layers": {"0": [count of each expert], ...}}: one window, as the OLMoE
 /// authors published theirs.
-std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOptions&, std::vector<InputProblem>* problems) {
+std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOptions&,
+                                          std::vector<InputProblem>* problems) {
   constexpr const char* kRemedy = "docs/trace.md says what a file of expert counts holds";
   std::string text, error;
   Node root;
@@ -253,7 +271,8 @@ std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOp
   const Node* layers = f.map("layers");
   if (!f.ok()) return nullptr;
   if (!layers || layers->items.empty() || !facts.experts || !facts.top_k || *facts.top_k > *facts.experts) {
-    problems->push_back({path, root.line, root.column, "has not num_experts, top_k (at most num_experts) and layers", kRemedy});
+    problems->push_back(
+        {path, root.line, root.column, "has not num_experts, top_k (at most num_experts) and layers", kRemedy});
     return nullptr;
   }
   Counts counts;
@@ -271,8 +290,10 @@ std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOp
     }
     if (!number || *number > kMaxTraceLayers || !list.is_list() || values.size() != list.items.size() ||
         static_cast<std::int64_t>(values.size()) != *facts.experts) {
-      problems->push_back({path, list.line, list.column, "layer \"" + layers->keys[i].substr(0, 20) + "\" is no list of " +
-                                                             std::to_string(*facts.experts) + " counts", kRemedy});
+      problems->push_back({path, list.line, list.column,
+                           "layer \"" + layers->keys[i].substr(0, 20) + "\" is no list of " +
+                               std::to_string(*facts.experts) + " counts",
+                           kRemedy});
       return nullptr;
     }
     TraceLayer layer;

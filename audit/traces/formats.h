@@ -22,7 +22,8 @@ std::unique_ptr<Trace> open_routed_experts(const std::string& path, const TraceO
 std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOptions& options,
                                           std::vector<InputProblem>* problems);
 
-// ---- what the formats of text share ----------------------------------------------------------------------------------
+// ---- what the formats of text share
+// ----------------------------------------------------------------------------------
 
 /// The most that is believed of a file: beyond it a number is a fault of the file.
 inline constexpr std::int64_t kMaxExperts = 1 << 16, kMaxTraceLayers = 1 << 14, kMaxTokens = std::int64_t{1} << 40;

@@ -2,8 +2,8 @@
 // router_trace_rank{r}.jsonl is one call of one router; logits_rank{r}.bin and hidden_states_rank{r}.bin hold bfloat16
 // behind the offsets that the lines state. router_state_rank{r}.pt is a pickle and is not read.
 //
-// The n-th call of a layer within a step is taken for micro-batch n. With activation recomputation the hook fires again in
-// the backward pass, and the calls are then counted twice: the file does not say which is which.
+// The n-th call of a layer within a step is taken for micro-batch n. With activation recomputation the hook fires again
+// in the backward pass, and the calls are then counted twice: the file does not say which is which.
 #include <algorithm>
 #include <filesystem>
 #include <map>
@@ -28,7 +28,7 @@ struct Sidecar {
 /// One line.
 struct Call {
   std::int64_t step = -1, layer = -1, rank = -1, tokens = -1, top_k = -1, head = -1;  // head: mtp_idx
-  bool prediction = false;                                                           // block "mtp"
+  bool prediction = false;                                                            // block "mtp"
   Sidecar logits, hidden;
   std::int64_t largest_id = -1;
   std::int64_t at = 0, length = 0;  // of the line in its file
@@ -158,11 +158,16 @@ class RouterTraceSource : public Trace::Source {
  public:
   RouterTraceSource(std::string folder, std::vector<std::string> paths, std::vector<std::unique_ptr<LineReader>> files,
                     std::vector<Call> calls, const TraceFacts& facts)
-      : folder_(std::move(folder)), paths_(std::move(paths)), files_(std::move(files)), calls_(std::move(calls)), facts_(facts) {}
+      : folder_(std::move(folder)),
+        paths_(std::move(paths)),
+        files_(std::move(files)),
+        calls_(std::move(calls)),
+        facts_(facts) {}
 
   void open(const MicroBatchRecord& record, MicroBatch* out, std::vector<WeightProblem>* problems) const override {
     const auto key = std::tuple(record.step, record.micro_batch, record.rank);
-    auto it = std::lower_bound(calls_.begin(), calls_.end(), key, [](const Call& c, const auto& k) { return group_of(c) < k; });
+    auto it = std::lower_bound(calls_.begin(), calls_.end(), key,
+                               [](const Call& c, const auto& k) { return group_of(c) < k; });
     const auto owner = std::make_shared<OwnedTensors>();
     std::shared_ptr<MappedFile> logits, hidden;
     for (; it != calls_.end() && group_of(*it) == key; ++it) {
@@ -186,7 +191,8 @@ class RouterTraceSource : public Trace::Source {
                              "line " + std::to_string(it->line) + " cannot be read again: the file was changed"});
         continue;
       }
-      l.selected_experts = owner->own(prefix + "selected_experts", DType::kI32, {it->tokens, it->top_k}, std::move(ids));
+      l.selected_experts =
+          owner->own(prefix + "selected_experts", DType::kI32, {it->tokens, it->top_k}, std::move(ids));
       sidecar(it->logits, it->tokens, l.experts, "logits", prefix + "router_logits", record.rank, &logits, owner.get(),
               &l.router_logits, problems);
       sidecar(it->hidden, it->tokens, facts_.hidden_size.value_or(0), "hidden_states", prefix + "hidden_states",
@@ -198,10 +204,11 @@ class RouterTraceSource : public Trace::Source {
 
  private:
   void sidecar(const Sidecar& at, std::int64_t tokens, std::int64_t columns, const char* stem, std::string name,
-               std::int64_t rank, std::shared_ptr<MappedFile>* file, OwnedTensors* owner, std::optional<TensorView>* out,
-               std::vector<WeightProblem>* problems) const {
+               std::int64_t rank, std::shared_ptr<MappedFile>* file, OwnedTensors* owner,
+               std::optional<TensorView>* out, std::vector<WeightProblem>* problems) const {
     if (at.bytes == 0) return;
-    const std::string path = (fs::path(folder_) / (std::string(stem) + "_rank" + std::to_string(rank) + ".bin")).string();
+    const std::string path =
+        (fs::path(folder_) / (std::string(stem) + "_rank" + std::to_string(rank) + ".bin")).string();
     const auto fault = [&](std::string what) { problems->push_back({path, at.offset, name, std::move(what)}); };
     if (!*file) {
       *file = std::make_shared<MappedFile>();
@@ -218,7 +225,8 @@ class RouterTraceSource : public Trace::Source {
                    std::to_string(columns) + " columns");
     }
     if (at.offset > (*file)->size() || at.bytes > (*file)->size() - at.offset) {
-      return fault("ends at byte " + std::to_string(at.offset + at.bytes) + " of a file of " + std::to_string((*file)->size()));
+      return fault("ends at byte " + std::to_string(at.offset + at.bytes) + " of a file of " +
+                   std::to_string((*file)->size()));
     }
     *out = owner->map(std::move(name), DType::kBF16, {at.rows, at.columns}, **file, at.offset, at.bytes);
   }
@@ -262,10 +270,12 @@ std::unique_ptr<Trace> open_megatron_router_trace(const std::string& folder, con
       Call call;
       CallParser parser(text, nullptr);
       std::string wrong = parser.parse(&call);
-      if (wrong.empty() && call.rank != rank) wrong = "is of rank " + std::to_string(call.rank) + ", the file's name says " + std::to_string(rank);
+      if (wrong.empty() && call.rank != rank)
+        wrong = "is of rank " + std::to_string(call.rank) + ", the file's name says " + std::to_string(rank);
       if (!wrong.empty()) {
         const bool torn = !file->complete();
-        list.add(file->number(), parser.column(), torn ? "the last line is cut short: the run ended while it was written" : wrong,
+        list.add(file->number(), parser.column(),
+                 torn ? "the last line is cut short: the run ended while it was written" : wrong,
                  torn ? "nothing: the lines before it are whole" : "trace again with --moe-routing-trace-path", !torn);
         continue;
       }
@@ -276,7 +286,8 @@ std::unique_ptr<Trace> open_megatron_router_trace(const std::string& folder, con
       call.micro_batch = seen[{call.step, call.prediction ? call.head : -1, call.layer}]++;
       calls.push_back(call);
       if (calls.size() > kMaxRecords) {
-        list.add(call.line, 0, "more than 4,000,000 lines: the rest is left out", "trace fewer steps: --moe-routing-trace-max-training-iters N");
+        list.add(call.line, 0, "more than 4,000,000 lines: the rest is left out",
+                 "trace fewer steps: --moe-routing-trace-max-training-iters N");
         break;
       }
     }
@@ -322,7 +333,8 @@ std::unique_ptr<Trace> open_megatron_router_trace(const std::string& folder, con
   std::int64_t experts = logit_columns > 0 ? logit_columns : options.experts;
   if (experts == 0) {
     experts = largest + 1;
-    facts.note = "E = " + std::to_string(experts) + " because the largest expert id is " + std::to_string(largest) + "; --experts E knows better. ";
+    facts.note = "E = " + std::to_string(experts) + " because the largest expert id is " + std::to_string(largest) +
+                 "; --experts E knows better. ";
   }
   facts.experts = experts;
   if (state) facts.note += "router_state_rank*.pt is a pickle and is not read. ";
@@ -337,7 +349,8 @@ std::unique_ptr<Trace> open_megatron_router_trace(const std::string& folder, con
   });
   std::vector<MicroBatchRecord> records;
   for (const Call& c : calls) {
-    const bool fresh = records.empty() || std::tuple(records.back().step, records.back().micro_batch, records.back().rank) != group_of(c);
+    const bool fresh = records.empty() ||
+                       std::tuple(records.back().step, records.back().micro_batch, records.back().rank) != group_of(c);
     if (fresh) {
       MicroBatchRecord r;
       r.step = c.step;
@@ -349,8 +362,10 @@ std::unique_ptr<Trace> open_megatron_router_trace(const std::string& folder, con
       records.push_back(std::move(r));
     }
   }
-  auto source = std::make_unique<RouterTraceSource>(folder, std::move(paths), std::move(files), std::move(calls), facts);
-  return std::make_unique<Trace>(std::move(facts), std::move(records), std::vector<StepRecord>(), std::move(source), problems);
+  auto source =
+      std::make_unique<RouterTraceSource>(folder, std::move(paths), std::move(files), std::move(calls), facts);
+  return std::make_unique<Trace>(std::move(facts), std::move(records), std::vector<StepRecord>(), std::move(source),
+                                 problems);
 }
 
 }  // namespace moeaudit

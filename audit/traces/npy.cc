@@ -109,7 +109,9 @@ bool parse_npy_header(std::string_view start, std::int64_t file_size, NpyHeader*
   if (version != 1) length |= byte(10) << 16 | byte(11) << 24;
   if (version < 1 || version > 3) return fail("is a .npy file of version " + std::to_string(version));
   out->data = static_cast<std::int64_t>(before) + length;
-  if (out->data > static_cast<std::int64_t>(start.size())) return fail("its header of " + std::to_string(length) + " bytes is longer than the file or than any array of numbers needs");
+  if (out->data > static_cast<std::int64_t>(start.size()))
+    return fail("its header of " + std::to_string(length) +
+                " bytes is longer than the file or than any array of numbers needs");
   std::string descr;
   bool fortran = false;
   out->shape.clear();
@@ -127,7 +129,8 @@ bool parse_npy_header(std::string_view start, std::int64_t file_size, NpyHeader*
     if (__builtin_mul_overflow(out->bytes, n, &out->bytes)) return fail("its shape overflows");
   }
   if (out->bytes > file_size - out->data) {
-    return fail("needs " + std::to_string(out->bytes) + " bytes of values, the file has " + std::to_string(file_size - out->data));
+    return fail("needs " + std::to_string(out->bytes) + " bytes of values, the file has " +
+                std::to_string(file_size - out->data));
   }
   return true;
 }

@@ -48,7 +48,8 @@ TraceFormat of_folder(const std::string& path) {
 }  // namespace
 
 std::optional<std::int64_t> numbered(std::string_view name, std::string_view prefix, std::string_view suffix) {
-  if (name.size() <= prefix.size() + suffix.size() || !name.starts_with(prefix) || !name.ends_with(suffix)) return std::nullopt;
+  if (name.size() <= prefix.size() + suffix.size() || !name.starts_with(prefix) || !name.ends_with(suffix))
+    return std::nullopt;
   return plain_number(name.substr(prefix.size(), name.size() - prefix.size() - suffix.size()));
 }
 
@@ -64,7 +65,8 @@ void ProblemList::add(int line, int column, std::string what, std::string remedy
   if (++count_ < kMaxTraceProblems) {
     problems_->push_back({file_, line, column, std::move(what), std::move(remedy), fatal});
   } else if (count_ == kMaxTraceProblems) {
-    problems_->push_back({file_, line, 0, "more faults than are listed: the rest of the file is not read", std::move(remedy)});
+    problems_->push_back(
+        {file_, line, 0, "more faults than are listed: the rest of the file is not read", std::move(remedy)});
   }
 }
 
@@ -75,7 +77,8 @@ TraceFormat recognise_trace(const std::string& path) {
   if (!fs::is_regular_file(status)) return TraceFormat::kNone;
   const fs::path file(path);
   if (file.filename() == "trace.json") {
-    return first_bytes(path).find("\"moe-audit-trace\"") != std::string::npos ? TraceFormat::kTrace : TraceFormat::kNone;
+    return first_bytes(path).find("\"moe-audit-trace\"") != std::string::npos ? TraceFormat::kTrace
+                                                                              : TraceFormat::kNone;
   }
   if (numbered(file.filename().string(), "router_trace_rank", ".jsonl")) return TraceFormat::kMegatronRouterTrace;
   if (path.ends_with(".npy")) return TraceFormat::kRoutedExperts;
@@ -91,7 +94,9 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
                                   std::vector<InputProblem>* problems) {
   const fs::path file(path);
   std::error_code ec;
-  const std::string folder = fs::is_directory(path, ec) ? path : file.has_parent_path() ? file.parent_path().string() : ".";
+  const std::string folder = fs::is_directory(path, ec) ? path
+                             : file.has_parent_path()   ? file.parent_path().string()
+                                                        : ".";
   switch (recognise_trace(path)) {
     case TraceFormat::kTrace: return open_moe_audit_trace(folder, problems);
     case TraceFormat::kMegatronRouterTrace: return open_megatron_router_trace(folder, options, problems);
@@ -100,9 +105,11 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
     case TraceFormat::kExpertCounts: return open_expert_counts(path, options, problems);
     case TraceFormat::kNone: break;
   }
-  problems->push_back({path, 0, 0, "is no trace that moe-audit knows",
-                       "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
-                       "routed-experts array (.npy), and the JSON of expert counts (docs/trace.md); of a model health needs --hidden-states FILE"});
+  problems->push_back(
+      {path, 0, 0, "is no trace that moe-audit knows",
+       "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
+       "routed-experts array (.npy), and the JSON of expert counts (docs/trace.md); of a model health needs "
+       "--hidden-states FILE"});
   return nullptr;
 }
 

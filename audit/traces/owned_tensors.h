@@ -20,7 +20,8 @@ class OwnedTensors {
   TensorView own(std::string name, DType dtype, std::initializer_list<std::int64_t> shape, std::vector<T> values) {
     auto memory = std::make_shared<std::vector<T>>(std::move(values));
     owners_.push_back(memory);
-    return view(std::move(name), dtype, shape, {reinterpret_cast<const std::byte*>(memory->data()), memory->size() * sizeof(T)});
+    return view(std::move(name), dtype, shape,
+                {reinterpret_cast<const std::byte*>(memory->data()), memory->size() * sizeof(T)});
   }
 
   /// A tensor in a file that keep() holds.
@@ -35,7 +36,8 @@ class OwnedTensors {
   void keep(std::shared_ptr<const void> owner) { owners_.push_back(std::move(owner)); }
 
  private:
-  TensorView view(std::string name, DType dtype, std::initializer_list<std::int64_t> shape, std::span<const std::byte> bytes) {
+  TensorView view(std::string name, DType dtype, std::initializer_list<std::int64_t> shape,
+                  std::span<const std::byte> bytes) {
     TensorView v;
     v.name = names_.emplace_back(std::move(name));
     v.dtype = dtype;

@@ -21,7 +21,12 @@ class ArraySource : public Trace::Source {
  public:
   ArraySource(std::string path, std::shared_ptr<const MappedFile> file, const NpyHeader& header, bool layers_first,
               std::int64_t block, const TraceFacts& facts)
-      : path_(std::move(path)), file_(std::move(file)), header_(header), layers_first_(layers_first), block_(block), facts_(facts) {}
+      : path_(std::move(path)),
+        file_(std::move(file)),
+        header_(header),
+        layers_first_(layers_first),
+        block_(block),
+        facts_(facts) {}
 
   void open(const MicroBatchRecord& record, MicroBatch* out, std::vector<WeightProblem>* problems) const override {
     const std::int64_t k = header_.shape[2], layers = header_.shape[layers_first_ ? 0 : 1];
@@ -46,7 +51,8 @@ class ArraySource : public Trace::Source {
       l.layer = static_cast<int>(layer);
       l.experts = *facts_.experts;
       l.top_k = k;
-      l.selected_experts = owner->own("layer." + std::to_string(layer) + ".selected_experts", DType::kI32, {record.tokens, k}, std::move(ids));
+      l.selected_experts = owner->own("layer." + std::to_string(layer) + ".selected_experts", DType::kI32,
+                                      {record.tokens, k}, std::move(ids));
       out->layers.push_back(std::move(l));
     }
     out->memory = owner;
@@ -77,14 +83,18 @@ std::unique_ptr<Trace> open_routed_experts(const std::string& path, const TraceO
   std::array<char, kMaxNpyHeader> start;
   const std::size_t length = static_cast<std::size_t>(std::min<std::int64_t>(file->size(), kMaxNpyHeader));
   const ReadGuard guard;
-  if (length > 0 && !guard.guarded([&] { std::memcpy(start.data(), file->data(), length); })) return refuse("could not be read");
+  if (length > 0 && !guard.guarded([&] { std::memcpy(start.data(), file->data(), length); }))
+    return refuse("could not be read");
   if (!parse_npy_header({start.data(), length}, file->size(), &header, &why)) return refuse(why);
-  if (header.shape.size() != 3) return refuse("is an array of " + std::to_string(header.shape.size()) + " dimensions, not 3");
-  const std::int64_t tokens = header.shape[options.layers_first ? 1 : 0], layers = header.shape[options.layers_first ? 0 : 1];
+  if (header.shape.size() != 3)
+    return refuse("is an array of " + std::to_string(header.shape.size()) + " dimensions, not 3");
+  const std::int64_t tokens = header.shape[options.layers_first ? 1 : 0],
+                     layers = header.shape[options.layers_first ? 0 : 1];
   const std::int64_t k = header.shape[2];
   if (tokens == 0 || layers == 0 || k == 0) return refuse("holds no expert id");
   if (layers > kMaxTraceLayers || k > kMaxExperts) {
-    return refuse("would be " + std::to_string(layers) + " layers of " + std::to_string(k) + " choices; is it [layers, tokens, k]? Say --layers-first");
+    return refuse("would be " + std::to_string(layers) + " layers of " + std::to_string(k) +
+                  " choices; is it [layers, tokens, k]? Say --layers-first");
   }
   TraceFacts facts;
   facts.path = facts.head = path;
@@ -105,10 +115,13 @@ std::unique_ptr<Trace> open_routed_experts(const std::string& path, const TraceO
     }
     if (largest >= kMaxExperts) return refuse("holds " + std::to_string(largest) + ", which is no expert id");
     facts.experts = largest + 1;
-    facts.note = "E = " + std::to_string(largest + 1) + " because the largest expert id is " + std::to_string(largest) + "; --experts E knows better. ";
+    facts.note = "E = " + std::to_string(largest + 1) + " because the largest expert id is " + std::to_string(largest) +
+                 "; --experts E knows better. ";
   }
-  if (k > *facts.experts) return refuse("has " + std::to_string(k) + " choices a token of " + std::to_string(*facts.experts) + " experts");
-  facts.note += std::to_string(tokens) + " tokens, " + std::to_string(layers) + " layers, " + std::to_string(k) + " choices";
+  if (k > *facts.experts)
+    return refuse("has " + std::to_string(k) + " choices a token of " + std::to_string(*facts.experts) + " experts");
+  facts.note +=
+      std::to_string(tokens) + " tokens, " + std::to_string(layers) + " layers, " + std::to_string(k) + " choices";
   facts.note += options.layers_first ? " (--layers-first). " : ", read as [tokens, layers, k]. ";
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     TraceLayer l;
@@ -127,7 +140,8 @@ std::unique_ptr<Trace> open_routed_experts(const std::string& path, const TraceO
     records.push_back(std::move(r));
   }
   auto source = std::make_unique<ArraySource>(path, file, header, options.layers_first, block, facts);
-  return std::make_unique<Trace>(std::move(facts), std::move(records), std::vector<StepRecord>(), std::move(source), problems);
+  return std::make_unique<Trace>(std::move(facts), std::move(records), std::vector<StepRecord>(), std::move(source),
+                                 problems);
 }
 
 }  // namespace moeaudit

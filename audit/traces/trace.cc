@@ -56,16 +56,15 @@ Trace::Trace(TraceFacts facts, std::vector<MicroBatchRecord> micro_batches, std:
   if (twice > 0) {
     problems->push_back({facts_.head, 0, 0,
                          std::to_string(twice) + " records of a step, micro-batch and rank that were recorded again "
-                         "later; the last one counts",
+                                                 "later; the last one counts",
                          "record a resumed run into a folder of its own", false});
   }
   std::size_t m = 0, s = 0;
   while (m < micro_batches_.size() || s < step_records_.size()) {
     TraceStep step;
-    step.step = m == micro_batches_.size() ? step_records_[s].step
-                : s == step_records_.size()
-                    ? micro_batches_[m].step
-                    : std::min(micro_batches_[m].step, step_records_[s].step);
+    step.step = m == micro_batches_.size()  ? step_records_[s].step
+                : s == step_records_.size() ? micro_batches_[m].step
+                                            : std::min(micro_batches_[m].step, step_records_[s].step);
     step.first_micro_batch = m;
     step.first_rank = s;
     while (m < micro_batches_.size() && micro_batches_[m].step == step.step) ++m;

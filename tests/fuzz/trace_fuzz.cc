@@ -15,7 +15,8 @@ namespace {
 
 constexpr const char* kHead =
     R"({"format":"moe-audit-trace","version":1,"model":{"num_experts":3,"top_k":2,"hidden_size":2},"layers":[{"layer":0},{"layer":1}]})";
-constexpr const char* kRecords = R"({"kind":"micro_batch","step":0,"micro_batch":0,"file":"a.safetensors","tokens":4,"batch":[2,2]}
+constexpr const char* kRecords =
+    R"({"kind":"micro_batch","step":0,"micro_batch":0,"file":"a.safetensors","tokens":4,"batch":[2,2]}
 {"kind":"step","step":0,"file":"a.safetensors"}
 )";
 
@@ -23,7 +24,8 @@ constexpr const char* kRecords = R"({"kind":"micro_batch","step":0,"micro_batch"
 const std::string& root() {
   static const std::string path = [] {
     std::error_code ec;
-    std::string pattern = (std::filesystem::is_directory("/dev/shm", ec) ? "/dev/shm" : "/tmp") + std::string("/moe-audit-fuzz-XXXXXX");
+    std::string pattern =
+        (std::filesystem::is_directory("/dev/shm", ec) ? "/dev/shm" : "/tmp") + std::string("/moe-audit-fuzz-XXXXXX");
     FUZZ_REQUIRE(::mkdtemp(pattern.data()));
     return pattern;
   }();
@@ -88,7 +90,8 @@ void read_all(const Trace& trace) {
       if (++seen > 50) return;
       const StepTensors s = trace.open(record, &problems);
       for (const StepLayerTensors& l : s.layers) {
-        for (const auto* v : {&l.router_weight, &l.router_grad, &l.router_grad_ce, &l.router_grad_aux, &l.correction_bias_before, &l.correction_bias_after, &l.expert_grad_norm}) {
+        for (const auto* v : {&l.router_weight, &l.router_grad, &l.router_grad_ce, &l.router_grad_aux,
+                              &l.correction_bias_before, &l.correction_bias_after, &l.expert_grad_norm}) {
           if (*v) check(**v);
         }
       }
@@ -104,7 +107,8 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   const std::string_view text = as_text(data + 1, size - 1);
   const int kind = data[0] % 7;
   static const char* const kFolders[] = {"own", "own", "own", "router", "tokens_per_expert", "array", "counts"};
-  static const char* const kFiles[] = {"trace.json", "records.jsonl", "a.safetensors", "router_trace_rank0.jsonl", "rank0.jsonl", "a.npy", "a.json"};
+  static const char* const kFiles[] = {"trace.json",  "records.jsonl", "a.safetensors", "router_trace_rank0.jsonl",
+                                       "rank0.jsonl", "a.npy",         "a.json"};
   const std::string folder = kFolders[kind];
   std::filesystem::create_directories(root() + "/" + folder);
   if (folder == "own") {
@@ -120,9 +124,12 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
   options.layers_first = data[0] & 128;
   std::vector<InputProblem> problems;
   const bool file = folder == "array" || folder == "counts";
-  const auto trace = open_trace(root() + "/" + folder + (file ? std::string("/") + kFiles[kind] : ""), options, &problems);
+  const auto trace =
+      open_trace(root() + "/" + folder + (file ? std::string("/") + kFiles[kind] : ""), options, &problems);
   for (const InputProblem& p : problems) FUZZ_REQUIRE(!p.what.empty() && !p.file.empty());
-  if (trace) read_all(*trace);
-  else FUZZ_REQUIRE(!problems.empty());
+  if (trace)
+    read_all(*trace);
+  else
+    FUZZ_REQUIRE(!problems.empty());
   return 0;
 }

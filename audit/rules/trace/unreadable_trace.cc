@@ -34,10 +34,13 @@ Outcome check(Facts& f) {
     Finding finding;
     finding.severity = Severity::kError;
     finding.message = p.file + (p.offset >= 0 ? ", byte " + std::to_string(p.offset) : "") +
-                      (p.tensor.empty() ? "" : ", tensor " + p.tensor) + ": " + p.what + ". It is left out of every check.";
+                      (p.tensor.empty() ? "" : ", tensor " + p.tensor) + ": " + p.what +
+                      ". It is left out of every check.";
     const Location where{p.file, 0, "", p.tensor};
     finding.evidence = {{"file", p.file, where}};
-    finding.remedy = "Record these steps again, into an empty folder:\n    trainer.add_callback(MoeAuditCallback(\"trace\", steps=[0, 1]))";
+    finding.remedy =
+        "Record these steps again, into an empty folder:\n    trainer.add_callback(MoeAuditCallback(\"trace\", "
+        "steps=[0, 1]))";
     finding.does_not_show = "That the run itself is wrong: this is about its recording.";
     finding.locations = {where};
     finding.sources = {"docs/trace.md"};
