@@ -8,6 +8,7 @@
 #include "kernels/host/router.h"
 
 #include <hwy/aligned_allocator.h>
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
@@ -32,10 +33,25 @@ template <class Sum>
 inline constexpr int kBlockTokens = HWY_MAX_BYTES >= 64 ? 12 : (kVectors<Sum> >= 12 ? 1 : 12 / kVectors<Sum>);
 inline constexpr std::int64_t kTileTokens = 96;  // their sums stay in the second-level cache; a multiple of every block
 
+/// Asks for the next stretch of kT rows while this one is multiplied, a line of the cache every so often: rows are read a
+/// stretch at a time, too little for the machine to see what comes, and all at once would be more than it can have under
+/// way.
+template <int kT, class In>
+struct Ahead {
+  static constexpr std::int64_t kPerRow = kGateRun * static_cast<std::int64_t>(sizeof(In)) / 64, kLines = kT * kPerRow;
+  const In* rows;  // or null
+  std::int64_t hidden;
+  HWY_INLINE void step(std::int64_t i) const {
+    if (rows == nullptr) return;
+    for (std::int64_t line = i * kLines / kGateRun; line < (i + 1) * kLines / kGateRun; ++line)
+      hwy::Prefetch(rows + line / kPerRow * hidden + line % kPerRow * (64 / static_cast<std::int64_t>(sizeof(In))));
+  }
+};
+
 /// sums[t, panels] += x[t, 0..length) * w[panels, 0..length), from zero and in order. Both operands lie packed.
-template <int kT, int kP, class Sum, bool kExactProducts>
+template <int kT, int kP, bool kExactProducts, class In, class Sum>
 HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length,
-                        Sum* HWY_RESTRICT sums, std::int64_t stride) {
+                        Sum* HWY_RESTRICT sums, std::int64_t stride, Ahead<kT, In> ahead) {
   const hn::CappedTag<Sum, kPanel<Sum>> d;
   constexpr int kV = kP * kVectors<Sum>;
   constexpr std::int64_t kWidth = hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>());
@@ -45,6 +61,7 @@ HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, st
     for (int v = 0; v < kV; ++v) sum[t][v] = hn::Zero(d);
   }
   for (std::int64_t i = 0; i < length; ++i) {
+    ahead.step(i);
     hn::Vec<decltype(d)> weight[kV];
     for (int v = 0; v < kV; ++v) {
       const std::int64_t at = v / kVectors<Sum> * next_panel + i * kPanel<Sum> + v % kVectors<Sum> * kWidth;
@@ -80,11 +97,17 @@ void add_stretch(const GateArgs<In, Sum>& a, std::int64_t token, std::int64_t fi
   }
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   const Sum* w = a.packed + first * padded;
+  const bool more = first + 2 * kGateRun <= a.hidden;
+  Ahead<kT, In> ahead{more ? a.x + token * a.hidden + first + kGateRun : nullptr, a.hidden};
   std::int64_t e = 0;
   for (; e + kPanels * kPanel<Sum> <= padded; e += kPanels * kPanel<Sum>) {
-    add_run<kT, kPanels, Sum, kExactProducts>(x, w + e * length, length, sums + e, padded);
+    add_run<kT, kPanels, kExactProducts>(x, w + e * length, length, sums + e, padded, ahead);
+    ahead.rows = nullptr;
   }
-  for (; e < padded; e += kPanel<Sum>) add_run<kT, 1, Sum, kExactProducts>(x, w + e * length, length, sums + e, padded);
+  for (; e < padded; e += kPanel<Sum>) {
+    add_run<kT, 1, kExactProducts>(x, w + e * length, length, sums + e, padded, ahead);
+    ahead.rows = nullptr;
+  }
 }
 
 template <class In, class Sum>
