@@ -27,28 +27,40 @@ int run(ReplayArguments& a) {
     report.table = replay_trace(*trace, options, &report.weight_problems);
   }
   const WriterOptions options = terminal_options(a.terminal);
-  if (a.format == "json") write_replay_json(report, options, std::cout);
-  else write_replay_text(report, options, std::cout);
-  const bool fatal = std::any_of(report.problems.begin(), report.problems.end(), [](const InputProblem& p) { return p.fatal; });
-  const bool any = std::any_of(report.table.compared.begin(), report.table.compared.end(), [](std::int64_t n) { return n > 0; });
+  if (a.format == "json")
+    write_replay_json(report, options, std::cout);
+  else
+    write_replay_text(report, options, std::cout);
+  const bool fatal =
+      std::any_of(report.problems.begin(), report.problems.end(), [](const InputProblem& p) { return p.fatal; });
+  const bool any =
+      std::any_of(report.table.compared.begin(), report.table.compared.end(), [](std::int64_t n) { return n > 0; });
   return fatal || !report.weight_problems.empty() || !any ? 2 : 0;
 }
 
 std::function<int()> define(CLI::App& app) {
   auto a = std::make_shared<ReplayArguments>();
-  app.add_option("path", a->path, "A trace: a folder with trace.json, or another that docs/trace.md lists")->required()->type_name("PATH");
+  app.add_option("path", a->path, "A trace: a folder with trace.json, or another that docs/trace.md lists")
+      ->required()
+      ->type_name("PATH");
   app.add_option("--format", a->format, "text or json")->check(CLI::IsMember({"text", "json"}))->type_name("FORMAT");
   app.add_flag("-v,--verbose", a->terminal.verbose, "Text: every layer, not only those that differ");
   app.add_flag("--no-progress", a->terminal.no_progress, "No progress bar on stderr");
-  app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")->check(CLI::IsMember({"auto", "always", "never"}))->type_name("WHEN");
-  app.footer("Recomputes selection, weights, losses and their scales, and names what was computed instead; judges nothing: that is\n"
-             "`moe-audit check --trace PATH`. Exit code 0, or 2 if a piece of the trace could not be read or there was nothing to compare.");
+  app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")
+      ->check(CLI::IsMember({"auto", "always", "never"}))
+      ->type_name("WHEN");
+  app.footer(
+      "Recomputes selection, weights, losses and their scales, and names what was computed instead; judges nothing: "
+      "that is\n"
+      "`moe-audit check --trace PATH`. Exit code 0, or 2 if a piece of the trace could not be read or there was "
+      "nothing to compare.");
   return [a] { return run(*a); };
 }
 
 }  // namespace
 
 extern const Subcommand subcommand_replay;
-const Subcommand subcommand_replay = {"replay", "Recompute a recorded training step and name the formulas that were computed", define};
+const Subcommand subcommand_replay = {
+    "replay", "Recompute a recorded training step and name the formulas that were computed", define};
 
 }  // namespace moeaudit

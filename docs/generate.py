@@ -65,7 +65,31 @@ def detection(root, rules, advisories):
     lines += ["", "## Not decided, and what would", ""]
     for need, reports in data["needs"].items():
         lines += [f"### {need[0].upper() + need[1:]} ({len(reports)})", "", ", ".join(map(link, reports)), ""]
+    lines += named_formulas(root, data)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def named_formulas(root, data):
+    """What a replay calls a wrong formula, measured on synthetic traces by tests/scripts/naming_test.py."""
+    naming = json.loads(read(root, "docs/naming.json"))
+    rows = naming["rows"]
+    total = sum(r["traces"] for r in rows.values())
+    hit = sum(r["named"].get(key.split()[1], 0) for key, r in rows.items())
+    narrow = [sum((r["bfloat16"].get(word, 0) for r in rows.values())) for word in ("named", "right", "among others", "within the band")]
+    all_narrow = sum(sum(r["bfloat16"].values()) for r in rows.values())
+    lines = ["", "## Formulas that a replay names", "",
+             f"`moe-audit replay` on synthetic traces, {total} with float32 logits in two shapes and two seeds, made by fixtures/make/synthetic_traces.py,",
+             f"which shares no code with what is tested: {hit} got the name of their row, the rest as the table says. With logits in bfloat16, where a band",
+             f"is 1e-2: {narrow[0]} of {all_narrow} named, {narrow[1]} rightly not named, {narrow[2]} named among others that fit as well, {narrow[3]} missed",
+             f"because the wrong formula lies within the band of the right one, {all_narrow - sum(narrow)} named wrongly or not at all.",
+             "`right`: nothing is wrong (or another known convention), and nothing may be named. One class: rows that fit the same trace.", "",
+             "| quantity | row | traces | named | one class with | bfloat16 logits |", "|---|---|---|---|---|---|"]
+    for key, r in rows.items():
+        quantity, row = key.split()
+        words = lambda counts: ", ".join(f"{name} {n}" for name, n in counts.items())
+        lines.append(f"| {quantity} | {row} | {r['traces']} | {words(r['named'])} | {', '.join(r['also'])} | {words(r['bfloat16'])} |")
+    lines += ["", "Not named, because one trace does not hold what shows it:", ""] + [f"* {ids}: {why}" for ids, why in data["not_named"].items()]
+    return lines
 
 
 # --- kernels: one page a stem, from the contract in its header -------------------------------------------------------

@@ -1,8 +1,7 @@
 // A replay as JSON, described by reports/replay.schema.json.
 #include <cmath>
-#include <ostream>
-
 #include <nlohmann/json.hpp>
+#include <ostream>
 
 #include "reports/writer.h"
 
@@ -38,7 +37,11 @@ Json row_json(const ReplayTable& t, std::size_t i) {
   if (!t.file[i].empty()) row["file"] = t.file[i];
   if (t.line[i] > 0) row["line"] = t.line[i];
   if (!t.name[i].empty()) {
-    row["found"] = {{"formula", t.formula[i]}, {"name", t.name[i]}, {"factor", t.factor[i]}, {"factor_value", json_of(t.factor_value[i])}, {"fit", json_of(t.fit[i])}};
+    row["found"] = {{"formula", t.formula[i]},
+                    {"name", t.name[i]},
+                    {"factor", t.factor[i]},
+                    {"factor_value", json_of(t.factor_value[i])},
+                    {"fit", json_of(t.fit[i])}};
     if (!t.also[i].empty()) row["found"]["also"] = t.also[i];
   }
   if (!t.runner_up[i].empty()) row["runner_up"] = {{"name", t.runner_up[i]}, {"fit", json_of(t.runner_up_fit[i])}};
@@ -50,7 +53,11 @@ Json row_json(const ReplayTable& t, std::size_t i) {
 void write_replay_json(const ReplayReport& r, const WriterOptions&, std::ostream& out) {
   const ReplayTable& t = r.table;
   Json root = {{"schema_version", 1}, {"tool", {{"name", "moe-audit"}, {"version", MOE_AUDIT_VERSION}}}};
-  root["trace"] = {{"path", t.path}, {"steps", t.steps}, {"micro_batches", t.micro_batches}, {"ranks", t.ranks}, {"accumulation", t.accumulation}};
+  root["trace"] = {{"path", t.path},
+                   {"steps", t.steps},
+                   {"micro_batches", t.micro_batches},
+                   {"ranks", t.ranks},
+                   {"accumulation", t.accumulation}};
   const auto put = [&](const char* key, const std::string& text) {
     if (!text.empty()) root["trace"][key] = text;
   };

@@ -24,12 +24,16 @@ using k::Float;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr std::size_t kMoved = 8;              // micro-batches whose logits are moved by a rounding
 constexpr std::size_t kNamed = 16;             // micro-batches that a name must fit
 constexpr std::size_t kNamedWeights = 4096;    // routing weights of a layer that it must fit
 constexpr std::int64_t kMostLogits = 1 << 28;  // of one layer of one micro-batch: 2 GiB
 
 Float float_of(DType d) {
-  return d == DType::kF32 ? Float::kF32 : d == DType::kBF16 ? Float::kBF16 : d == DType::kF16 ? Float::kF16 : Float::kF64;
+  return d == DType::kF32    ? Float::kF32
+         : d == DType::kBF16 ? Float::kBF16
+         : d == DType::kF16  ? Float::kF16
+                             : Float::kF64;
 }
 double unit(Float f) { return k::unit_roundoff(f); }
 
@@ -39,7 +43,8 @@ double reduction(double n) {
   return k::bounds::gamma(std::min(n, 128.0 + std::log2(std::max(n, 2.0))) + 4.0, unit(Float::kF32));
 }
 
-// ---- rows of the table -----------------------------------------------------------------------------------------------
+// ---- rows of the table
+// -----------------------------------------------------------------------------------------------
 
 struct Place {
   std::int64_t step = -1, micro_batch = -1, rank = -1;
@@ -105,7 +110,8 @@ void append(ReplayTable* t, Row r) {
   t->line.push_back(r.place.line);
 }
 
-// ---- conventions -----------------------------------------------------------------------------------------------------
+// ---- conventions
+// -----------------------------------------------------------------------------------------------------
 
 /// The family's routing with what the recorded config says; `why` where the order is not known.
 std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
@@ -144,8 +150,10 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
       }
     }
   };
-  fact("router.num_groups", [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
-  fact("router.top_groups", [&](const Node& n) { r.top_groups = std::max<std::int64_t>(1, n.as_int().value_or(r.top_groups)); });
+  fact("router.num_groups",
+       [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
+  fact("router.top_groups",
+       [&](const Node& n) { r.top_groups = std::max<std::int64_t>(1, n.as_int().value_or(r.top_groups)); });
   fact("router.renormalised", [&](const Node& n) { r.renormalise = n.as_bool().value_or(r.renormalise); });
   fact("router.routed_scaling", [&](const Node& n) { r.scaling = n.as_double().value_or(r.scaling); });
   if (!family->groups_if.key.empty()) {
@@ -161,7 +169,8 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   return r;
 }
 
-// ---- one layer of one micro-batch ------------------------------------------------------------------------------------
+// ---- one layer of one micro-batch
+// ------------------------------------------------------------------------------------
 
 /// What the layers of a micro-batch share.
 struct Shared {
@@ -177,7 +186,8 @@ class Replay {
     while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
     routing_ = routing_of(trace, &why_not_routed_);
     const Family* family = facts_.model_type.empty() ? nullptr : find_family_by_model_type(facts_.model_type);
-    const bool transformers = std::any_of(facts_.packages.begin(), facts_.packages.end(), [](const auto& p) { return p.first == "transformers"; });
+    const bool transformers = std::any_of(facts_.packages.begin(), facts_.packages.end(),
+                                          [](const auto& p) { return p.first == "transformers"; });
     if (transformers && family && family->balance == Balance::kAuxLoss) balance_ = v::BalanceFamily::kTransformers;
     ranks_.insert(0);
     for (const MicroBatchRecord& m : trace.micro_batches()) ranks_.insert(m.rank);
@@ -192,7 +202,8 @@ class Replay {
   ReplayTable run() {
     std::size_t done = 0;
     for (const TraceStep& s : trace_.steps()) {
-      if (options_.progress) options_.progress("replay", static_cast<double>(done++) / static_cast<double>(trace_.steps().size()));
+      if (options_.progress)
+        options_.progress("replay", static_cast<double>(done++) / static_cast<double>(trace_.steps().size()));
       replay_step(s);
     }
     ReplayTable t;
@@ -205,7 +216,9 @@ class Replay {
 
  private:
   static bool trains(const MicroBatchRecord& m) { return m.training.value_or(true); }
-  Place place_of(const MicroBatchRecord& m) const { return {m.step, m.micro_batch, m.rank, records_file(m.rank), m.line}; }
+  Place place_of(const MicroBatchRecord& m) const {
+    return {m.step, m.micro_batch, m.rank, records_file(m.rank), m.line};
+  }
   Place place_of(const StepRecord& s) const { return {s.step, -1, s.rank, records_file(s.rank), s.line}; }
   std::string records_file(std::int64_t rank) const {
     if (facts_.format != "moe-audit-trace") return facts_.path;
@@ -214,15 +227,18 @@ class Replay {
 
   /// Rows in the order of the report: whole-model quantities first, in the order of kOrder.
   Row& row(std::string_view quantity, int layer = -1) {
-    static constexpr std::string_view kOrder[] = {"selection", "weights", "recomputed_selection", "gate", "aux_loss", "z_loss", "aux_in_loss",
-                                                  "aux_weight", "loss_weight", "router_grad", "router_grad_ce", "bias_step"};
+    static constexpr std::string_view kOrder[] = {
+        "selection",  "weights",     "recomputed_selection", "aux_loss",       "z_loss",   "aux_in_loss",
+        "aux_weight", "loss_weight", "router_grad",          "router_grad_ce", "bias_step"};
     const auto order = std::find(std::begin(kOrder), std::end(kOrder), quantity) - std::begin(kOrder);
     Row& r = rows_[{static_cast<int>(order), layer}];
     if (r.quantity.empty()) r.quantity = quantity, r.layer = layer;
     return r;
   }
 
-  void fault(const TensorView& view, std::string what) { problems_->push_back({"", view.offset, std::string(view.name), std::move(what)}); }
+  void fault(const TensorView& view, std::string what) {
+    problems_->push_back({"", view.offset, std::string(view.name), std::move(what)});
+  }
 
   void describe(ReplayTable* t) const {
     t->path = folder_;
@@ -230,7 +246,8 @@ class Replay {
     t->trainer = facts_.trainer.empty() ? facts_.arguments_class : facts_.trainer;
     t->model_type = facts_.model_type;
     t->model_class = facts_.model_class;
-    for (const auto& [package, version] : facts_.packages) t->packages += (t->packages.empty() ? "" : ", ") + package + " " + version;
+    for (const auto& [package, version] : facts_.packages)
+      t->packages += (t->packages.empty() ? "" : ", ") + package + " " + version;
     t->output_router_logits = !facts_.output_router_logits ? "" : *facts_.output_router_logits ? "true" : "false";
     t->aux_coefficient = facts_.aux_coefficient.value_or(kNan);
     t->steps = static_cast<std::int64_t>(trace_.steps().size());
@@ -249,23 +266,27 @@ class Replay {
     l->sequences = shared.sequences;
     l->valid = shared.valid;
     if (!t.router_logits || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
-    if (rows > kMostLogits / l->experts) return fault(*t.router_logits, "more than 2^28 logits in one micro-batch are not replayed"), false;
+    if (rows > kMostLogits / l->experts)
+      return fault(*t.router_logits, "more than 2^28 logits in one micro-batch are not replayed"), false;
     l->dtype = float_of(t.router_logits->dtype);
     // Under autocast softmax runs in float32 and is not rounded.
     l->scores_dtype = facts_.mixed_precision == "bf16" || facts_.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
     l->logits.resize(static_cast<std::size_t>(rows * l->experts));
-    if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data())) return fault(*t.router_logits, "could not be read"), false;
+    if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
+      return fault(*t.router_logits, "could not be read"), false;
     if (!std::all_of(l->logits.begin(), l->logits.end(), [](double x) { return std::isfinite(x); })) return false;
     if (t.selected_experts) {
       l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
-      if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data())) return fault(*t.selected_experts, "could not be read"), false;
+      if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data()))
+        return fault(*t.selected_experts, "could not be read"), false;
       for (const std::int32_t id : l->chosen) {
         if (id >= l->experts) return fault(*t.selected_experts, "holds an id that is no expert"), false;
       }
     }
     if (t.dropped && t.selected_experts) {
       l->dropped.resize(l->chosen.size());
-      if (!read_flags(*t.dropped, 0, rows * l->top_k, l->dropped.data())) return fault(*t.dropped, "could not be read"), false;
+      if (!read_flags(*t.dropped, 0, rows * l->top_k, l->dropped.data()))
+        return fault(*t.dropped, "could not be read"), false;
     }
     if (routing_) l->score = route_args<double>(*routing_, 1, 1).score;
     const auto bias = biases_.find({m.rank, t.layer});
@@ -329,9 +350,12 @@ class Replay {
       if (l.dtype == Float::kBF16 || l.dtype == Float::kF16) dtype = l.dtype;
       if (m.aux_loss) {
         loss.add(l);
+      }
+      if (m.aux_loss && balance_seen_.size() < kMoved) {
         // One rounding of the recorded dtype up and down, alternating, so that a common shift does not cancel.
         v::RoutedLayer moved = l;
-        for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] += (i % 2 ? 0.5 : -0.5) * k::spacing(l.logits[i], l.dtype);
+        for (std::size_t i = 0; i < l.logits.size(); ++i)
+          moved.logits[i] += (i % 2 ? 0.5 : -0.5) * k::spacing(l.logits[i], l.dtype);
         up.add(moved);
         for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] = 2 * l.logits[i] - moved.logits[i];
         down.add(moved);
@@ -339,22 +363,32 @@ class Replay {
       if (m.z_loss) {
         const double value = v::z_value(v::z_forms()[0], l);
         z += value;
-        z_error += k::bounds::log_sum_exp(l.experts, *high - *low, std::sqrt(std::fabs(value))) * 2 * std::sqrt(std::fabs(value)) + unit(l.dtype) * std::max(std::fabs(*high), std::fabs(*low)) * 2 * std::sqrt(std::fabs(value));
+        z_error += k::bounds::log_sum_exp(l.experts, *high - *low, std::sqrt(std::fabs(value))) * 2 *
+                       std::sqrt(std::fabs(value)) +
+                   unit(l.dtype) * std::max(std::fabs(*high), std::fabs(*low)) * 2 * std::sqrt(std::fabs(value));
       }
     }
     if (m.aux_loss) {
       Row& r = row("aux_loss");
       if (!all) {
-        r.missing = m.sampled_tokens ? "the per-token tensors are a sample: record without max_tokens" : "needs router_logits of every layer, finite";
+        r.missing = m.sampled_tokens ? "the per-token tensors are a sample: record without max_tokens"
+                                     : "needs router_logits of every layer, finite";
       } else {
         const double want = loss.value();
-        const double moved = std::max(std::fabs(up.value() - want), std::fabs(down.value() - want)) / std::fabs(want);
+        if (!std::isfinite(want)) r.missing = "layers of several sizes make no one set";
+        if (std::isfinite(want) && balance_seen_.size() < kMoved) {
+          moved_ = std::max({moved_, std::fabs(up.value() - want) / std::fabs(want),
+                             std::fabs(down.value() - want) / std::fabs(want)});
+        }
         const double narrow = dtype == Float::kF32 ? 0.0 : 3 * unit(dtype);
-        const double band = moved + k::bounds::softmax_relative(experts, 0, range, Float::kF32) + narrow +
-                            reduction(static_cast<double>(m.tokens) * static_cast<double>(mb.layers.size())) + loss.tie_slack();
+        const double band = moved_ + k::bounds::softmax_relative(experts, 0, range, Float::kF32) + narrow +
+                            reduction(static_cast<double>(m.tokens) * static_cast<double>(mb.layers.size())) +
+                            loss.tie_slack();
         r.held_to = right.name;
-        r.observe(*m.aux_loss, want, band, place_of(m));
-        balance_seen_.push_back(&m);
+        if (std::isfinite(want)) {
+          r.observe(*m.aux_loss, want, band, place_of(m));
+          balance_seen_.push_back(&m);
+        }
       }
     }
     if (m.z_loss) {
@@ -364,7 +398,8 @@ class Replay {
       } else {
         const double layers = static_cast<double>(mb.layers.size());
         const double want = z / layers;
-        const double band = z_error / layers / std::max(want, 1e-300) + reduction(static_cast<double>(m.tokens)) + 8 * unit(Float::kF32) * (1 + range);
+        const double band = z_error / layers / std::max(want, 1e-300) + reduction(static_cast<double>(m.tokens)) +
+                            8 * unit(Float::kF32) * (1 + range);
         r.held_to = v::z_forms()[0].name;
         r.observe(*m.z_loss, want, band, place_of(m));
         z_seen_.push_back(&m);
@@ -399,7 +434,8 @@ class Replay {
         loads.valid[id] += valid;
         loads.kept[id] += valid && !dropped[i];
       }
-      loads.tokens = shared.valid.empty() ? m.rows() : std::accumulate(shared.valid.begin(), shared.valid.end(), std::int64_t{0});
+      loads.tokens =
+          shared.valid.empty() ? m.rows() : std::accumulate(shared.valid.begin(), shared.valid.end(), std::int64_t{0});
     } else if (t.tokens_per_expert) {
       loads.all.resize(e);
       if (!read_counts(*t.tokens_per_expert, 0, t.experts, loads.all.data())) return;
@@ -413,14 +449,17 @@ class Replay {
 
   // ---- selection and weights -------------------------------------------------------------------------------------
   /// Whether a set of experts is one that the choice values allow, each value moved by no more than its band.
-  static bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* band, const std::vector<char>& in) {
+  static bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* band,
+                      const std::vector<char>& in) {
     const std::int64_t size = a.experts / a.groups;
     const auto group_score = [&](std::int64_t g, double sign) {
       double best = -kInf, second = -kInf;
       for (std::int64_t e = g * size; e < (g + 1) * size; ++e) {
         const double value = choice[e] + sign * band[e];
-        if (value > best) second = best, best = value;
-        else second = std::max(second, value);
+        if (value > best)
+          second = best, best = value;
+        else
+          second = std::max(second, value);
       }
       return a.group_score == k::GroupScore::kTop2Sum && size > 1 ? best + second : best;
     };
@@ -449,7 +488,9 @@ class Replay {
       lowest = std::min(lowest, choice[e] + band[e]);
     }
     for (std::int64_t e = 0; e < a.experts; ++e) {
-      if (!in[static_cast<std::size_t>(e)] && certain[static_cast<std::size_t>(e / size)] && choice[e] - band[e] > lowest) return false;
+      if (!in[static_cast<std::size_t>(e)] && certain[static_cast<std::size_t>(e / size)] &&
+          choice[e] - band[e] > lowest)
+        return false;
     }
     return true;
   }
@@ -467,7 +508,8 @@ class Replay {
     if (!routing_) return unknown(why_not_routed_);
     if (routing_->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
     const k::RouteArgs<double> args = route_args<double>(*routing_, l.experts, l.top_k);
-    if (l.experts % args.groups != 0) return unknown("the groups do not divide the experts");
+    if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
+      return unknown("the groups do not divide the experts");
     const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
     // Choice values without the groups, which allowed() looks at with their bands.
     k::RouteArgs<double> plain = args;
@@ -478,7 +520,8 @@ class Replay {
     plain.group_score = k::GroupScore::kNone;
     std::vector<std::int32_t> chosen(l.chosen.size()), plain_chosen(l.chosen.size());
     std::vector<double> choice(l.logits.size()), weights, band(static_cast<std::size_t>(l.experts));
-    if (k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()}) != k::Status::kOk ||
+    if (k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()}) !=
+            k::Status::kOk ||
         !v::route_with(right, l, &chosen, &weights)) {
       return unknown("this order of routing is not replayed");
     }
@@ -508,7 +551,9 @@ class Replay {
       if (!same) {
         for (std::int64_t e = 0; e < l.experts; ++e) {
           const double value = choice[static_cast<std::size_t>(token * l.experts + e)];
-          const double score = args.softmax_after_top_k ? 0.0 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
+          const double score = args.softmax_after_top_k
+                                   ? 0.0
+                                   : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
           band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value);
         }
         if (!allowed(args, choice.data() + token * l.experts, band.data(), in)) {
@@ -521,9 +566,12 @@ class Replay {
       for (std::int64_t j = 0; j < l.top_k; ++j) {
         const auto at = static_cast<std::size_t>(token * l.top_k + j);
         const auto* place = std::find(want, want + l.top_k, got[j]);
-        const double expected = weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(place - want)];
-        const double by = std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores))) * std::fabs(expected) +
-                          0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
+        const double expected =
+            weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(place - want)];
+        const double by =
+            std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores))) *
+                std::fabs(expected) +
+            0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
         w.add(recorded_weights[at], expected, by, place_of(m));
       }
     }
@@ -533,7 +581,8 @@ class Replay {
     r.band = 0;
     r.distance = static_cast<double>(r.differing);
     if (differing > 0 && !r.name.found) name_selection(args, l, &r);
-    if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty()) name_weights(args, t, l, recorded_weights, &w);
+    if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty())
+      name_weights(args, t, l, recorded_weights, &w);
   }
 
   std::string family_words() const { return facts_.model_type + "'s order"; }
@@ -580,11 +629,14 @@ class Replay {
     }
   }
 
-  void name_weights(const k::RouteArgs<double>& args, const LayerTensors& t, const v::RoutedLayer& l, const std::vector<double>& recorded, Row* w) const {
-    const std::size_t n = std::min(recorded.size(), kNamedWeights) / static_cast<std::size_t>(l.top_k) * static_cast<std::size_t>(l.top_k);
+  void name_weights(const k::RouteArgs<double>& args, const LayerTensors& t, const v::RoutedLayer& l,
+                    const std::vector<double>& recorded, Row* w) const {
+    const std::size_t n = std::min(recorded.size(), kNamedWeights) / static_cast<std::size_t>(l.top_k) *
+                          static_cast<std::size_t>(l.top_k);
     const Float stored = float_of(t.routing_weights->dtype), scores = score_dtype(l.dtype);
     const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
-    const double relative = 2 * score_error(l, *high - *low, scores) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)) + 2 * unit(stored);
+    const double relative = 2 * score_error(l, *high - *low, scores) +
+                            k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)) + 2 * unit(stored);
     std::vector<v::Formula> formulas;
     for (const v::RouteForm& form : v::route_forms(args, !l.bias.empty())) {
       std::vector<std::int32_t> chosen;
@@ -600,7 +652,8 @@ class Replay {
       formulas.push_back(std::move(f));
     }
     const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
-    const std::vector<double> got(recorded.begin(), recorded.begin() + static_cast<std::ptrdiff_t>(n)), band(n, relative);
+    const std::vector<double> got(recorded.begin(), recorded.begin() + static_cast<std::ptrdiff_t>(n)),
+        band(n, relative);
     w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
   }
 
@@ -676,7 +729,8 @@ class Replay {
   using StepLoads = std::map<std::pair<std::int64_t, std::int64_t>, Loads>;
 
   /// The bias after the step under one form; empty where the trace lacks what it needs.
-  std::vector<double> bias_after(const v::BiasForm& form, const std::vector<double>& before, const StepLoads& loads, std::int64_t rank) const {
+  std::vector<double> bias_after(const v::BiasForm& form, const std::vector<double>& before, const StepLoads& loads,
+                                 std::int64_t rank) const {
     std::vector<double> bias = before;
     std::map<std::int64_t, std::vector<double>> counts;  // by micro-batch, or all under 0
     for (const auto& [at, l] : loads) {
@@ -703,16 +757,17 @@ class Replay {
     return bias;
   }
 
-  void name_bias(const StepRecord& s, const std::vector<double>& before, const std::vector<double>& after, const StepLoads& loads, Float stored, Row* r) {
+  void name_bias(const StepRecord& s, const std::vector<double>& before, const std::vector<double>& after,
+                 const StepLoads& loads, Float stored, Row* r) {
     const double rate = std::fabs(*facts_.bias_update_rate);
     double size = rate;
     for (std::size_t e = 0; e < before.size(); ++e) size = std::max({size, std::fabs(before[e]), std::fabs(after[e])});
     // Two roundings of the dtype that the bias is stored in: of the step, which is added, and of the sum.
     const double band = k::spacing(size, stored) + 2 * unit(Float::kF32) * rate;
-    const auto worst = [&](const std::vector<double>& bias, std::size_t* where) {
+    const auto worst = [&](const std::vector<double>& bias, std::size_t* where, double updates = 1) {
       double most = 0;
       for (std::size_t e = 0; e < bias.size(); ++e) {
-        const double off = std::fabs(bias[e] - after[e]) / band;
+        const double off = std::fabs(bias[e] - after[e]) / (updates * band);
         if (off > most) most = off, *where = e;
       }
       return bias.empty() ? kInf : most;
@@ -723,7 +778,8 @@ class Replay {
     const std::vector<double> plain = bias_after(forms[0], before, loads, s.rank);
     double off = worst(plain, &at);
     std::size_t ignored = 0;
-    const bool centred = off > 1 && std::min(worst(bias_after(forms[1], before, loads, s.rank), &ignored), worst(bias_after(forms[2], before, loads, s.rank), &ignored)) <= 1;
+    const bool centred = off > 1 && std::min(worst(bias_after(forms[1], before, loads, s.rank), &ignored),
+                                             worst(bias_after(forms[2], before, loads, s.rank), &ignored)) <= 1;
     if (centred) off = 0;
     r->held_to = centred ? forms[1].name : forms[0].name;
     if (plain.empty()) return;
@@ -733,24 +789,32 @@ class Replay {
     double nearest = kInf;
     for (const v::BiasForm& form : forms) {
       if (&form == &forms[0]) continue;
-      const double d = worst(bias_after(form, before, loads, s.rank), &ignored);
+      const double d = worst(bias_after(form, before, loads, s.rank), &ignored,
+                             form.per_micro_batch ? static_cast<double>(accumulation_) : 1);
       const std::string text = std::string(form.id) + " " + std::string(form.name);
-      if (d <= 1 && name.found) name.also += (name.also.empty() ? "" : "; ") + text;
-      else if (d <= 1) name.found = true, name.id = form.id, name.name = form.name, name.fit = d;
-      else if (d < nearest) nearest = d, name.runner_up = text, name.runner_up_fit = d;
+      if (d <= 1 && name.found)
+        name.also += (name.also.empty() ? "" : "; ") + text;
+      else if (d <= 1)
+        name.found = true, name.id = form.id, name.name = form.name, name.fit = d;
+      else if (d < nearest)
+        nearest = d, name.runner_up = text, name.runner_up_fit = d;
     }
     if (after == before) {
-      name.found = true, name.id = "B17", name.name = "the bias did not move", name.fit = 0, name.factor = "0", name.factor_value = 0;
+      name.found = true, name.id = "B17", name.name = "the bias did not move", name.fit = 0, name.factor = "0",
+      name.factor_value = 0;
     } else if (!name.found) {
       name_bias_multiple(before, after, plain, band, &name);
     }
     // A name must hold in every step: the same again, or none.
-    if (!r->name.found && r->name.runner_up.empty()) r->name = name;
-    else if (r->name.id != name.id) r->name.found = false;
+    if (!r->name.found && r->name.runner_up.empty())
+      r->name = name;
+    else if (r->name.id != name.id)
+      r->name.found = false;
   }
 
   /// A step that is the right one times a constant.
-  static void name_bias_multiple(const std::vector<double>& before, const std::vector<double>& after, const std::vector<double>& plain, double band, v::Name* name) {
+  static void name_bias_multiple(const std::vector<double>& before, const std::vector<double>& after,
+                                 const std::vector<double>& plain, double band, v::Name* name) {
     std::optional<double> ratio;
     for (std::size_t e = 0; e < before.size(); ++e) {
       const double want = plain[e] - before[e], got = after[e] - before[e];
@@ -781,7 +845,8 @@ class Replay {
   void sum_token_losses(const MicroBatchRecord& m, const MicroBatch& mb) {
     std::vector<double> loss(static_cast<std::size_t>(m.rows()));
     std::vector<std::uint8_t> mask(loss.size());
-    if (!read_values(*mb.token_loss, 0, m.rows(), loss.data()) || !read_flags(*mb.label_mask, 0, m.rows(), mask.data())) return;
+    if (!read_values(*mb.token_loss, 0, m.rows(), loss.data()) || !read_flags(*mb.label_mask, 0, m.rows(), mask.data()))
+      return;
     TokenLoss t;
     for (std::size_t i = 0; i < loss.size(); ++i) {
       if (!mask[i]) continue;
@@ -828,6 +893,8 @@ class Replay {
     }
     if (sequences.size() == 1 && *sequences.begin() > 1) s.push_back({"S", static_cast<double>(*sequences.begin())});
     if (of_gradient) {
+      if (tokens > 0 && !trace_.micro_batches().empty())
+        s.push_back({"T", static_cast<double>(tokens) / static_cast<double>(trace_.micro_batches().size())});
       if (labels > 0) s.push_back({"T / labels", static_cast<double>(tokens) / static_cast<double>(labels), true});
       return s;
     }
@@ -841,8 +908,8 @@ class Replay {
 
   /// Second pass over a few micro-batches, with every form.
   void finish_balance() {
-    if (const auto it = rows_.find({4, -1}); it != rows_.end()) name_aux(&it->second);
-    if (const auto it = rows_.find({5, -1}); it != rows_.end()) name_z(&it->second);
+    if (const auto it = rows_.find({3, -1}); it != rows_.end()) name_aux(&it->second);
+    if (const auto it = rows_.find({4, -1}); it != rows_.end()) name_z(&it->second);
   }
 
   /// Loads of the steps that the named micro-batches belong to, for the forms that count beyond a micro-batch.
@@ -875,7 +942,8 @@ class Replay {
   void name_aux(Row* r) {
     const bool known = balance_.has_value();
     if (r->differing == 0) return;
-    const auto forms = v::balance_forms(balance_.value_or(v::BalanceFamily::kPerLayer), !routing_ || routing_->scoring == Scoring::kSoftmax);
+    const auto forms = v::balance_forms(balance_.value_or(v::BalanceFamily::kPerLayer),
+                                        !routing_ || routing_->scoring == Scoring::kSoftmax);
     std::vector<v::Formula> formulas;
     for (const v::BalanceForm& f : forms) formulas.push_back({std::string(f.id), std::string(f.name), {}});
     const std::size_t n = std::min(kNamed, balance_seen_.size());
@@ -895,11 +963,15 @@ class Replay {
       for (std::size_t f = 0; f < forms.size(); ++f) formulas[f].values.push_back(sums[f].value());
     }
     const auto factors = v::factors_of(symbols(false));
-    r->name = v::name_formula("aux_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)}, formulas, factors);
+    r->name = v::name_formula("aux_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)},
+                              formulas, factors);
     if (known) return;
     // Nobody said which convention this framework has: one that frameworks use is no divergence.
-    static constexpr std::string_view kConventions[] = {"", "A0", "A1", "A2", "A3", "A4", "A13", "A14", "A18", "A23", "A24"};
-    if (r->name.found && std::find(std::begin(kConventions), std::end(kConventions), r->name.id) != std::end(kConventions)) r->differing = 0;
+    static constexpr std::string_view kConventions[] = {"",    "A0",  "A1",  "A2",  "A3", "A4",
+                                                        "A13", "A14", "A18", "A23", "A24"};
+    if (r->name.found &&
+        std::find(std::begin(kConventions), std::end(kConventions), r->name.id) != std::end(kConventions))
+      r->differing = 0;
     r->held_to = "no convention known for this framework";
   }
 
@@ -918,9 +990,11 @@ class Replay {
         if (!read_layer(m, shared, t, &l)) continue;
         for (std::size_t f = 0; f < formulas.size(); ++f) sums[f] += v::z_value(v::z_forms()[f], l);
       }
-      for (std::size_t f = 0; f < formulas.size(); ++f) formulas[f].values.push_back(sums[f] / static_cast<double>(mb.layers.size()));
+      for (std::size_t f = 0; f < formulas.size(); ++f)
+        formulas[f].values.push_back(sums[f] / static_cast<double>(mb.layers.size()));
     }
-    r->name = v::name_formula("z_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)}, formulas, v::factors_of(symbols(false)));
+    r->name = v::name_formula("z_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)},
+                              formulas, v::factors_of(symbols(false)));
   }
 
   /// What the model's loss divides its sum by: the count that the trainer handed over, or its own labels.
@@ -938,12 +1012,14 @@ class Replay {
     for (const Divided d : {Divided::kItems, Divided::kLabels}) {
       Row r = try_returned_loss(d);
       if (r.compared == 0) continue;
-      if (!divided || (r.name.found && !in_loss.name.found && in_loss.differing > 0) || (r.differing == 0 && in_loss.differing > 0)) {
+      if (!divided || (r.name.found && !in_loss.name.found && in_loss.differing > 0) ||
+          (r.differing == 0 && in_loss.differing > 0)) {
         divided = d;
         in_loss = std::move(r);
       }
     }
-    const bool any_aux = std::any_of(trace_.micro_batches().begin(), trace_.micro_batches().end(), [](const MicroBatchRecord& m) { return m.aux_loss.has_value(); });
+    const bool any_aux = std::any_of(trace_.micro_batches().begin(), trace_.micro_batches().end(),
+                                     [](const MicroBatchRecord& m) { return m.aux_loss.has_value(); });
     if (any_aux && divided) row("aux_in_loss") = in_loss;
     if (divided) loss_weights(*divided);
     aux_weights();
@@ -961,8 +1037,9 @@ class Replay {
         const double by = divisor(*m, d);
         if (it == token_losses_.end() || !(by > 0) || !m->returned_loss || it->second.labels == 0) continue;
         const double ce = it->second.sum / by;
-        const double error = (reduction(static_cast<double>(it->second.labels)) + 6 * unit(Float::kF32)) * std::max(std::fabs(ce), std::fabs(*m->returned_loss));
-        if (!m->aux_loss || !facts_.aux_coefficient || *facts_.aux_coefficient == 0) {
+        const double error = (reduction(static_cast<double>(it->second.labels)) + 6 * unit(Float::kF32)) *
+                             std::max(std::fabs(ce), std::fabs(*m->returned_loss));
+        if (!m->aux_loss || *m->aux_loss == 0 || !facts_.aux_coefficient || *facts_.aux_coefficient == 0) {
           fits_without = fits_without && std::fabs(*m->returned_loss - ce) <= error;
           ++r.compared;
           r.differing += std::fabs(*m->returned_loss - ce) > error;
@@ -988,7 +1065,8 @@ class Replay {
     r.held_to = v::normalisation_forms()[0].name;
     r.missing = "needs loss_grad of every micro-batch, and the records of all ranks";
     std::vector<v::Formula> formulas;
-    for (const v::NormalisationForm& f : v::normalisation_forms()) formulas.push_back({std::string(f.id), std::string(f.name), {}});
+    for (const v::NormalisationForm& f : v::normalisation_forms())
+      formulas.push_back({std::string(f.id), std::string(f.name), {}});
     formulas.push_back({"G0", "divided by num_items_in_batch, which is not the labels of the step", {}});
     formulas.push_back({"G12", "not divided by any count of tokens", {}});
     for (const StepLosses& s : step_losses_) {
@@ -1010,7 +1088,8 @@ class Replay {
           const TokenLoss& t = token_losses_.at(m);
           sums.push_back(t.sum);
           labels.push_back(t.labels);
-          recorded.push_back(*m->loss_grad / divisor(*m, d) / static_cast<double>(ranks));  // DDP takes the mean of the gradients
+          recorded.push_back(*m->loss_grad / divisor(*m, d) /
+                             static_cast<double>(ranks));  // DDP takes the mean of the gradients
         }
       }
       const auto all = static_cast<double>(std::accumulate(labels.begin(), labels.end(), std::int64_t{0}));
@@ -1055,16 +1134,20 @@ class Replay {
       bool sound = true;
       for (const MicroBatchRecord* m : s.micro_batches) {
         ranks.insert(m->rank);
-        if (m->aux_loss_grad) sum += *m->aux_loss_grad;
-        else sound = sound && m->aux_loss_requires_grad && !*m->aux_loss_requires_grad;
+        if (m->aux_loss_grad)
+          sum += *m->aux_loss_grad;
+        else
+          sound = sound && m->aux_loss_requires_grad && !*m->aux_loss_requires_grad;
       }
       if (s.micro_batches.front()->aux_loss_grad && !s.micro_batches.front()->aux_loss) sound = false;
       if (!sound) {
-        if (facts_.output_router_logits && !*facts_.output_router_logits) r.missing = "no balance loss was computed: output_router_logits is false";
+        if (facts_.output_router_logits && !*facts_.output_router_logits)
+          r.missing = "no balance loss was computed: output_router_logits is false";
         continue;
       }
       const double n = sum / *facts_.aux_coefficient / static_cast<double>(ranks.size()) / loss_factor_;
-      r.observe(n, 1.0, (static_cast<double>(s.micro_batches.size()) + 6) * unit(Float::kF32), place_of(*s.micro_batches.front()));
+      r.observe(n, 1.0, (static_cast<double>(s.micro_batches.size()) + 6) * unit(Float::kF32),
+                place_of(*s.micro_batches.front()));
     }
     if (r.differing == 0) return;
     const std::vector<v::Formula> formulas = {{"", r.held_to, r.all_expected}};
@@ -1080,8 +1163,8 @@ class Replay {
   std::optional<v::BalanceFamily> balance_;
   std::set<std::int64_t> ranks_;
   std::int64_t accumulation_ = 0;
-  double loss_factor_ = 1;
-  std::map<std::pair<int, int>, Row> rows_;  // by place in the report, and layer
+  double loss_factor_ = 1, moved_ = 0;
+  std::map<std::pair<int, int>, Row> rows_;                             // by place in the report, and layer
   std::map<std::pair<std::int64_t, int>, std::vector<double>> biases_;  // of the step at hand: by rank and layer
   std::vector<const MicroBatchRecord*> balance_seen_, z_seen_;
 };
@@ -1105,7 +1188,9 @@ void run(MeasureContext& ctx) {
   source.file = ctx.trace->facts().head;
   std::size_t compared = 0;
   for (const std::int64_t n : table.compared) compared += n > 0;
-  ctx.records.push_back({"trace_replay", "host float64", std::to_string(table.quantity.size()) + " quantities, " + std::to_string(compared) + " compared"});
+  ctx.records.push_back(
+      {"trace_replay", "host float64",
+       std::to_string(table.quantity.size()) + " quantities, " + std::to_string(compared) + " compared"});
   ctx.facts.replay.set(std::move(table), Origin::kMeasured, std::move(source));
 }
 

@@ -1,5 +1,5 @@
-// Replays a trace: recomputes what the routers and the losses of the recorded steps should have been, and names what was
-// computed instead. docs/replay.md says what each quantity is.
+// Replays a trace: recomputes what the routers and the losses of the recorded steps should have been, and names what
+// was computed instead. docs/replay.md says what each quantity is.
 #pragma once
 
 #include <functional>

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "kernels/host/bounds.h"
+#include "kernels/host/elementary.h"
 #include "kernels/host/z_loss.h"
 
 namespace moeaudit::variants {
@@ -16,8 +17,25 @@ namespace k = kernels;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-/// Scores of all experts: the kernels' own, asked for with k = E.
-std::vector<double> scores_of(const std::vector<double>& logits, std::int64_t tokens, std::int64_t experts, k::Score score) {
+/// Scores of all experts, by the kernels: softmax from the log-sum-exp of z_loss(), the others from route() asked for
+/// all experts.
+std::vector<double> scores_of(const std::vector<double>& logits, std::int64_t tokens, std::int64_t experts,
+                              k::Score score) {
+  if (score == k::Score::kSoftmax) {
+    std::vector<double> lse(static_cast<std::size_t>(tokens)), out(logits.size());
+    double loss = 0;
+    k::ZLossArgs<double> z;
+    z.logits = logits.data();
+    z.tokens = tokens;
+    z.experts = experts;
+    k::ZLossResult<double> r;
+    r.loss = &loss;
+    r.log_sum_exp = lse.data();
+    if (k::z_loss(z, r) != k::Status::kOk) return {};
+    const auto e = static_cast<std::size_t>(experts);
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = k::exp_exact_order(logits[i] - lse[i / e]);
+    return out;
+  }
   k::RouteArgs<double> a;
   a.logits = logits.data();
   a.tokens = tokens;
@@ -83,7 +101,8 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
         }
         for (std::int64_t j = 0; j < l.top_k; ++j) {
           const std::int32_t e = l.chosen[static_cast<std::size_t>(t * l.top_k + j)];
-          if (e >= 0) p[static_cast<std::size_t>(t * l.experts + e)] = all[static_cast<std::size_t>(t * l.experts + e)] / sum;
+          if (e >= 0)
+            p[static_cast<std::size_t>(t * l.experts + e)] = all[static_cast<std::size_t>(t * l.experts + e)] / sum;
         }
       }
       if (form.probabilities == Probabilities::kOfChosen) return scores_of(p, l.tokens, l.experts, k::Score::kSoftmax);
@@ -95,7 +114,8 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
 
 }  // namespace
 
-// ---- balance loss ----------------------------------------------------------------------------------------------------
+// ---- balance loss
+// ----------------------------------------------------------------------------------------------------
 
 BalanceForm held_to(BalanceFamily family) {
   BalanceForm f;
@@ -107,7 +127,9 @@ BalanceForm held_to(BalanceFamily family) {
     f.layers = Layers::kOneSet;
     f.over_k = false;
   } else {
+    // f from the scores alone, whatever correction bias or groups choose by (DeepSeek-V3, arXiv 2412.19437 eq. 18).
     f.name = "mean over layers of E sum f P, f over k";
+    f.choices = Choices::kScores;
   }
   return f;
 }
@@ -132,28 +154,34 @@ std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router
     f.over_k = true;
   });
   add("A8", "softmax of the softmax", [](BalanceForm& f) { f.probabilities = Probabilities::kDouble; });
-  add("A9", "probabilities renormalised over the chosen", [](BalanceForm& f) { f.probabilities = Probabilities::kChosenOnly; });
+  add("A9", "probabilities renormalised over the chosen",
+      [](BalanceForm& f) { f.probabilities = Probabilities::kChosenOnly; });
   add("A9", "softmax of the chosen experts' weights, with zeros for the others", [](BalanceForm& f) {
     f.probabilities = Probabilities::kOfChosen;
     f.choices = Choices::kRecorded;
   });
   add("A10", "logits instead of probabilities", [](BalanceForm& f) { f.probabilities = Probabilities::kLogits; });
   if (!softmax_router) {
-    add("A11", "scores not divided by their sum", [](BalanceForm& f) { f.probabilities = Probabilities::kUnnormalised; });
+    const auto chosen = [](BalanceForm& f) { f.choices = Choices::kRecorded; };
+    const auto unnormalised = [](BalanceForm& f) { f.probabilities = Probabilities::kUnnormalised; };
+    add("A11", "scores not divided by their sum", unnormalised);
+    add("A11", "scores not divided by their sum, loads from the router's own choice",
+        [&](BalanceForm& f) { unnormalised(f), chosen(f); });
     if (right.probabilities == Probabilities::kRouter) {
-      add("A12", "softmax for a router that scores otherwise", [](BalanceForm& f) { f.probabilities = Probabilities::kSoftmax; });
+      const auto softmax = [](BalanceForm& f) { f.probabilities = Probabilities::kSoftmax; };
+      add("A12", "softmax for a router that scores otherwise", softmax);
+      add("A12", "softmax for a router that scores otherwise, loads from its own choice",
+          [&](BalanceForm& f) { softmax(f), chosen(f); });
     } else {
       add("A0", "the router's own scores", [](BalanceForm& f) { f.probabilities = Probabilities::kRouter; });
     }
   }
   add("A13", "each sequence by itself, then the mean", [](BalanceForm& f) { f.by_sequence = true; });
   add("A16", "padding counted", [](BalanceForm& f) { f.padding = Padding::kCounted; });
-  add("A17", "padding left out of the sums, not of their divisor", [](BalanceForm& f) { f.padding = Padding::kOutOfSums; });
-  if (right.choices == Choices::kRecorded) {
-    add("A0", "loads from the choice without correction bias or groups", [](BalanceForm& f) { f.choices = Choices::kScores; });
-  } else {
-    add("A18", "loads from the router's own choice", [](BalanceForm& f) { f.choices = Choices::kRecorded; });
-  }
+  add("A17", "padding left out of the sums, not of their divisor",
+      [](BalanceForm& f) { f.padding = Padding::kOutOfSums; });
+  add("A18", "loads from the router's own choice, with its bias and groups",
+      [](BalanceForm& f) { f.choices = Choices::kRecorded; });
   add("A19", "loads after drops", [](BalanceForm& f) { f.choices = Choices::kKept; });
   add("A20", "loads padded to the capacity: all equal", [](BalanceForm& f) { f.choices = Choices::kEven; });
   add("A23", "loads of the whole step", [](BalanceForm& f) { f.counts = Counts::kStep; });
@@ -179,9 +207,11 @@ void BalanceSum::add(const RoutedLayer& l) {
     for (double& v : by) v = k::round_to(v, l.scores_dtype);
     sound = sound && top_k_of(by, l, &chosen, &next);
     for (std::int64_t t = 0; sound && t < l.tokens && l.top_k < l.experts; ++t) {
-      const auto last = static_cast<std::size_t>(t * l.experts + chosen[static_cast<std::size_t>((t + 1) * l.top_k - 1)]);
+      const auto last =
+          static_cast<std::size_t>(t * l.experts + chosen[static_cast<std::size_t>((t + 1) * l.top_k - 1)]);
       const auto after = static_cast<std::size_t>(t * l.experts + next[static_cast<std::size_t>(t)]);
-      const auto [low, high] = std::minmax_element(l.logits.begin() + t * l.experts, l.logits.begin() + (t + 1) * l.experts);
+      const auto [low, high] =
+          std::minmax_element(l.logits.begin() + t * l.experts, l.logits.begin() + (t + 1) * l.experts);
       const double apart = 2 * k::bounds::softmax_relative(l.experts, 0, *high - *low, k::Float::kF32) * exact[last];
       if (by[last] == by[after] || exact[last] - exact[after] <= apart) slack += 1;
     }
@@ -197,7 +227,7 @@ void BalanceSum::add(const RoutedLayer& l) {
       chosen = l.chosen;
     }
   }
-  const std::vector<std::int64_t>& given = form_.counts == Counts::kStep   ? l.step_counts
+  const std::vector<std::int64_t>& given = form_.counts == Counts::kStep    ? l.step_counts
                                            : form_.counts == Counts::kRanks ? l.rank_counts
                                                                             : l.running_counts;
   const std::int64_t given_tokens = form_.counts == Counts::kStep    ? l.step_tokens
@@ -257,7 +287,8 @@ void BalanceSum::add(const RoutedLayer& l) {
   // A token whose last choice is a tie moves one count between two experts.
   double spread = 0, least = std::numeric_limits<double>::infinity();
   for (const double v : mean) spread = std::max(spread, v), least = std::min(least, v);
-  const double per = static_cast<double>(l.experts) / (static_cast<double>(l.tokens) * (form_.over_k ? static_cast<double>(l.top_k) : 1.0));
+  const double per = static_cast<double>(l.experts) /
+                     (static_cast<double>(l.tokens) * (form_.over_k ? static_cast<double>(l.top_k) : 1.0));
   if (loss > 0) ties_ = std::max(ties_, slack * per * (spread - least) / loss);
 
   if (form_.layers == Layers::kMean) {
@@ -276,7 +307,9 @@ void BalanceSum::add(const RoutedLayer& l) {
   p_.insert(p_.end(), mean.begin(), mean.end());
   for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += counts[e];
   const bool all = a.valid == nullptr || form_.padding == Padding::kOutOfSums;
-  counted_ += a.counts != nullptr ? counted[0] : all ? l.tokens : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
+  counted_ += a.counts != nullptr ? counted[0]
+              : all               ? l.tokens
+                                  : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
 }
 
 double BalanceSum::value() const {
@@ -299,7 +332,8 @@ double BalanceSum::value() const {
   return k::balance_loss(a, r) == k::Status::kOk ? loss : kNan;
 }
 
-// ---- z-loss ----------------------------------------------------------------------------------------------------------
+// ---- z-loss
+// ----------------------------------------------------------------------------------------------------------
 
 std::span<const ZForm> z_forms() {
   static constexpr ZForm kForms[] = {
@@ -365,7 +399,8 @@ double z_value(const ZForm& form, const RoutedLayer& l) {
   return form.kind == ZKind::kSquareOfMean ? sum / n * (sum / n) : sum / n;
 }
 
-// ---- weights and selection -------------------------------------------------------------------------------------------
+// ---- weights and selection
+// -------------------------------------------------------------------------------------------
 
 std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_bias) {
   std::vector<RouteForm> all;
@@ -384,7 +419,8 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("A18", "chosen without the correction bias", [](RouteForm& f) { f.ignore_bias = true; });
   }
   if (!right.softmax_after_top_k) {
-    add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen", [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
+    add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen",
+        [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
   }
   if (right.score == k::Score::kSoftmax) {
     add("W4", "softmax of the softmax", [](RouteForm& f) { f.softmax_first = true; });
@@ -403,17 +439,23 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("W8", "scaling factor applied twice", [](RouteForm& f) { f.times = f.args.scaling; });
   }
   if (right.groups > 1) {
-    add("W9", "no limit to groups", [](RouteForm& f) { f.args.groups = f.args.top_groups = 1, f.args.group_score = k::GroupScore::kNone; });
-    add("W9", right.group_score == k::GroupScore::kMax ? "groups scored by their two best" : "groups scored by their best", [](RouteForm& f) {
-      f.args.group_score = f.args.group_score == k::GroupScore::kMax ? k::GroupScore::kTop2Sum : k::GroupScore::kMax;
-    });
-    add("W10", right.group_mask_is_zero ? "other groups masked by -inf" : "other groups masked by 0", [](RouteForm& f) { f.args.group_mask_is_zero = !f.args.group_mask_is_zero; });
+    add("W9", "no limit to groups",
+        [](RouteForm& f) { f.args.groups = f.args.top_groups = 1, f.args.group_score = k::GroupScore::kNone; });
+    add("W9",
+        right.group_score == k::GroupScore::kMax ? "groups scored by their two best" : "groups scored by their best",
+        [](RouteForm& f) {
+          f.args.group_score =
+              f.args.group_score == k::GroupScore::kMax ? k::GroupScore::kTop2Sum : k::GroupScore::kMax;
+        });
+    add("W10", right.group_mask_is_zero ? "other groups masked by -inf" : "other groups masked by 0",
+        [](RouteForm& f) { f.args.group_mask_is_zero = !f.args.group_mask_is_zero; });
   }
   add("W12", "logits rounded to bfloat16 first", [](RouteForm& f) { f.logits_dtype = k::Float::kBF16; });
   return all;
 }
 
-bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::int32_t>* chosen, std::vector<double>* weights) {
+bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::int32_t>* chosen,
+                std::vector<double>* weights) {
   std::vector<double> logits = l.logits, bias = form.ignore_bias ? std::vector<double>() : l.bias;
   const auto e = static_cast<std::size_t>(l.experts);
   if (form.softmax_first) logits = scores_of(logits, l.tokens, l.experts, k::Score::kSoftmax);
@@ -421,7 +463,8 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
     for (std::size_t i = 0; i < logits.size(); ++i) logits[i] += bias[i % e];
     bias.clear();
   }
-  if (form.logits_dtype != k::Float::kF64) k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), form.logits_dtype, logits.data());
+  if (form.logits_dtype != k::Float::kF64)
+    k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), form.logits_dtype, logits.data());
   k::RouteArgs<double> a = form.args;
   a.logits = logits.data();
   a.correction_bias = bias.empty() ? nullptr : bias.data();
@@ -451,7 +494,8 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   return true;
 }
 
-// ---- cross-entropy over a step ---------------------------------------------------------------------------------------
+// ---- cross-entropy over a step
+// ---------------------------------------------------------------------------------------
 
 std::span<const NormalisationForm> normalisation_forms() {
   static constexpr NormalisationForm kForms[] = {
@@ -462,7 +506,8 @@ std::span<const NormalisationForm> normalisation_forms() {
   return kForms;
 }
 
-// ---- correction bias -------------------------------------------------------------------------------------------------
+// ---- correction bias
+// -------------------------------------------------------------------------------------------------
 
 std::span<const BiasForm> bias_forms() {
   static constexpr std::array kForms = [] {

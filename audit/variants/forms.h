@@ -17,13 +17,13 @@ namespace moeaudit::variants {
 /// One layer of one micro-batch.
 struct RoutedLayer {
   std::int64_t tokens = 0, experts = 0, top_k = 0, sequences = 1;
-  std::vector<double> logits;         // [tokens, experts]
-  std::vector<std::int32_t> chosen;   // [tokens, top_k]: as recorded; empty: not recorded
-  std::vector<std::uint8_t> dropped;  // [tokens, top_k]; empty: not recorded
-  std::vector<std::uint8_t> valid;    // [tokens], 0 padding; empty: all
-  std::vector<double> bias;           // [experts] correction bias; empty: none
-  kernels::Score score = kernels::Score::kSoftmax;  // of the router
-  kernels::Float dtype = kernels::Float::kF64;      // that the logits were recorded in
+  std::vector<double> logits;                          // [tokens, experts]
+  std::vector<std::int32_t> chosen;                    // [tokens, top_k]: as recorded; empty: not recorded
+  std::vector<std::uint8_t> dropped;                   // [tokens, top_k]; empty: not recorded
+  std::vector<std::uint8_t> valid;                     // [tokens], 0 padding; empty: all
+  std::vector<double> bias;                            // [experts] correction bias; empty: none
+  kernels::Score score = kernels::Score::kSoftmax;     // of the router
+  kernels::Float dtype = kernels::Float::kF64;         // that the logits were recorded in
   kernels::Float scores_dtype = kernels::Float::kF64;  // that the framework's softmax of them is rounded to
   /// How often each expert was chosen, and among how many tokens: in the whole step; in this micro-batch on all ranks;
   /// in the step up to this micro-batch. Empty: not known.
@@ -31,7 +31,8 @@ struct RoutedLayer {
   std::int64_t step_tokens = 0, rank_tokens = 0, running_tokens = 0;
 };
 
-// ---- balance loss ----------------------------------------------------------------------------------------------------
+// ---- balance loss
+// ----------------------------------------------------------------------------------------------------
 
 enum class Probabilities {
   kRouter,       // the router's scores, over their sum where they are no softmax
@@ -79,14 +80,24 @@ class BalanceSum {
   BalanceForm form_;
   int layers_ = 0;
   double sum_ = 0, ties_ = 0;
-  std::vector<double> p_;              // [layers, experts] mean probabilities
-  std::vector<std::int64_t> counts_;   // [experts]
+  std::vector<double> p_;             // [layers, experts] mean probabilities
+  std::vector<std::int64_t> counts_;  // [experts]
   std::int64_t counted_ = 0, experts_ = 0, top_k_ = 0;
 };
 
-// ---- z-loss ----------------------------------------------------------------------------------------------------------
+// ---- z-loss
+// ----------------------------------------------------------------------------------------------------------
 
-enum class ZKind { kSquare, kProbabilities, kMeanSquaredLogit, kSquaredLogits, kSquareOfMean, kNoSquare, kChosen, kNoShift };
+enum class ZKind {
+  kSquare,
+  kProbabilities,
+  kMeanSquaredLogit,
+  kSquaredLogits,
+  kSquareOfMean,
+  kNoSquare,
+  kChosen,
+  kNoShift
+};
 struct ZForm {
   std::string_view id, name;
   ZKind kind = ZKind::kSquare;
@@ -95,17 +106,18 @@ struct ZForm {
 std::span<const ZForm> z_forms();  // the first is the right one
 double z_value(const ZForm& form, const RoutedLayer& layer);
 
-// ---- weights and selection -------------------------------------------------------------------------------------------
+// ---- weights and selection
+// -------------------------------------------------------------------------------------------
 
 struct RouteForm {
   std::string_view id, name;
-  kernels::RouteArgs<double> args;          // conventions; logits, bias and sizes are filled in by route_with()
-  bool bias_weighs = false;                 // W1: weights are those of the biased scores
-  bool bias_on_logits = false;              // W2
-  bool softmax_first = false;               // W4: the scores of the softmax
-  bool ignore_bias = false;                 // the correction bias takes no part
+  kernels::RouteArgs<double> args;  // conventions; logits, bias and sizes are filled in by route_with()
+  bool bias_weighs = false;         // W1: weights are those of the biased scores
+  bool bias_on_logits = false;      // W2
+  bool softmax_first = false;       // W4: the scores of the softmax
+  bool ignore_bias = false;         // the correction bias takes no part
   kernels::Float logits_dtype = kernels::Float::kF64;  // W12: rounded before the choice
-  double times = 1;                         // on the weights: W8
+  double times = 1;                                    // on the weights: W8
 };
 /// Deviations from `right` that the catalogue knows; the first is `right` itself.
 std::vector<RouteForm> route_forms(const kernels::RouteArgs<double>& right, bool has_bias);
@@ -113,7 +125,8 @@ std::vector<RouteForm> route_forms(const kernels::RouteArgs<double>& right, bool
 bool route_with(const RouteForm& form, const RoutedLayer& layer, std::vector<std::int32_t>* chosen,
                 std::vector<double>* weights);
 
-// ---- cross-entropy over a step ---------------------------------------------------------------------------------------
+// ---- cross-entropy over a step
+// ---------------------------------------------------------------------------------------
 
 struct NormalisationForm {
   std::string_view id, name;
@@ -121,17 +134,18 @@ struct NormalisationForm {
 };
 std::span<const NormalisationForm> normalisation_forms();  // the first is the right one
 
-// ---- correction bias -------------------------------------------------------------------------------------------------
+// ---- correction bias
+// -------------------------------------------------------------------------------------------------
 
 struct BiasForm {
   std::string_view id, name;
-  double rate = 1;                                     // times the configured one; -1: the wrong way
+  double rate = 1;  // times the configured one; -1: the wrong way
   kernels::BiasStep step = kernels::BiasStep::kSign;
   kernels::Centre centre = kernels::Centre::kNothing;
-  bool per_micro_batch = false;                        // B2
-  bool own_rank = false;                               // B3
-  bool padding = false;                                // B9: padding counts, too
-  bool kept = false;                                   // B10: counts after drops
+  bool per_micro_batch = false;  // B2
+  bool own_rank = false;         // B3
+  bool padding = false;          // B9: padding counts, too
+  bool kept = false;             // B10: counts after drops
   kernels::Float counts_dtype = kernels::Float::kF64, step_dtype = kernels::Float::kF64,
                  bias_dtype = kernels::Float::kF64;
 };

@@ -10,6 +10,7 @@ namespace {
 /// What a bare factor means where it stands. The first row whose quantity and text match.
 constexpr FactorRow kFactorRows[] = {
     {"aux_loss", "L", "A1", "summed over layers instead of averaged", "Megatron-DeepSpeed"},
+    {"aux_loss", "k", "A3", "layers in one set, not divided by k", "transformers", "A2"},
     {"aux_loss", "k", "A4", "not divided by k", "Megatron-LM before core 0.5, MaxText"},
     {"aux_loss", "1 / k", "A5", "divided by k twice", "Megatron-LM main of June 2024"},
     {"aux_loss", "1 / E", "A6", "not multiplied by E", "arXiv 2006.16668 as written"},
@@ -21,7 +22,8 @@ constexpr FactorRow kFactorRows[] = {
     {"aux_loss", "L / layers", "A35", "divided by all layers, dense ones too", "Megatron-LM 2197"},
     {"aux_loss", "coefficient", "", "already multiplied by the coefficient", "MegaBlocks, OLMo-core"},
     {"aux_loss", "0", "A33", "zero", "Megatron-Bridge 4909"},
-    {"aux_weight", "M", "A22", "not divided by the accumulation steps", "huggingface/transformers 38780, ms-swift 5627"},
+    {"aux_weight", "M", "A22", "not divided by the accumulation steps",
+     "huggingface/transformers 38780, ms-swift 5627"},
     {"aux_weight", "W", "A32", "multiplied by the number of ranks", "huggingface/transformers 48690"},
     {"aux_weight", "2", "A28", "added twice: by the model and by the trainer", "huggingface/trl 4070"},
     {"aux_weight", "coefficient", "A28", "multiplied by the coefficient twice", "ms-swift 5375"},
@@ -29,7 +31,8 @@ constexpr FactorRow kFactorRows[] = {
     {"aux_weight", "0", "A30", "not in what was back-propagated", "Automodel 1408, Megatron-LM January 2024"},
     {"aux_weight", "1 / M", "G9", "divided by the accumulation steps twice", "huggingface/trl 6083"},
     {"aux_weight", "1 / W", "A27", "divided by the ranks twice", "Megatron-LM 3672"},
-    {"aux_weight", "1 / CP", "G7", "the cross-entropy multiplied by the context-parallel size, this not", "Megatron-LM 2217"},
+    {"aux_weight", "1 / CP", "G7", "the cross-entropy multiplied by the context-parallel size, this not",
+     "Megatron-LM 2217"},
     {"aux_weight", "1 / TP CP", "G4", "scaled by the tokens of one sequence-parallel rank", "Megatron-LM 1652, 5047"},
     {"aux_weight", "TP CP", "G6", "scaled by a token count that was already reduced", "Megatron-LM 7452"},
     {"aux_weight", "1 / S", "G5", "scaled by the tokens of one sequence", "Megatron-LM 5798"},
@@ -47,14 +50,18 @@ constexpr FactorRow kFactorRows[] = {
     {"loss_weight", "W", "G11", "summed over ranks where a mean was expected", ""},
     {"loss_weight", "1 / W", "G7", "divided by the ranks twice", ""},
     {"loss_weight", "0", "", "zero", ""},
+    {"weights", "scaling", "W8", "scaling factor applied twice", "DeepSeek-V2"},
+    {"weights", "1 / scaling", "W8", "scaling factor left out", "DeepSeek-V2"},
     {"bias_step", "0", "B17", "the bias did not move", ""},
 };
 
 double distance_of(double value, double recorded, double band) {
+  if (value == recorded) return 0;  // infinities, too
   if (std::isnan(value) || std::isnan(recorded)) return std::numeric_limits<double>::infinity();
   const double off = std::fabs(value - recorded);
   // A recorded zero has no scale of its own: only a zero is equal to it.
-  return off == 0.0 ? 0.0 : off / (band * std::max(std::fabs(value), std::fabs(recorded)));
+  const double scale = band * std::max(std::fabs(value), std::fabs(recorded));
+  return std::isfinite(off) ? off / scale : std::numeric_limits<double>::infinity();
 }
 
 struct Tried {
@@ -68,7 +75,7 @@ std::string text_of(std::string_view quantity, const Formula& f, const Factor& c
   if (f.id.empty() && c.terms == 0) return f.name;
   if (c.terms == 0) return text;
   for (const FactorRow& row : factor_rows()) {
-    if (f.id.empty() && row.quantity == quantity && row.text == c.text) {
+    if (f.id == row.of && row.quantity == quantity && row.text == c.text) {
       text = std::string(row.id) + (row.id.empty() ? "" : " ") + std::string(row.name);
     }
   }
@@ -118,8 +125,8 @@ Name name_formula(std::string_view quantity, const Observations& seen, std::span
       if (factors[c].value == 0.0 && !formulas[f].id.empty()) continue;  // zero is zero, whatever the formula
       Tried t{f, c, static_cast<int>(!formulas[f].id.empty()) + factors[c].terms, 0};
       for (std::size_t i = 0; i < seen.recorded.size(); ++i) {
-        t.distance = std::max(t.distance,
-                              distance_of(formulas[f].values[i] * factors[c].value, seen.recorded[i], seen.band[i]));
+        t.distance =
+            std::max(t.distance, distance_of(formulas[f].values[i] * factors[c].value, seen.recorded[i], seen.band[i]));
       }
       tried.push_back(t);
     }
@@ -150,7 +157,7 @@ Name name_formula(std::string_view quantity, const Observations& seen, std::span
   name.factor_value = c.value;
   name.fit = best.distance;
   for (const FactorRow& row : factor_rows()) {
-    if (f.id.empty() && c.terms > 0 && row.quantity == quantity && row.text == c.text) {
+    if (f.id == row.of && c.terms > 0 && row.quantity == quantity && row.text == c.text) {
       name.id = row.id;
       name.name = row.name;
       break;

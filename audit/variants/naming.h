@@ -19,7 +19,7 @@ struct Symbol {
 
 /// A product of at most two symbols, or its inverse.
 struct Factor {
-  std::string text;    // "M W"; "1 / k"; "" is 1
+  std::string text;  // "M W"; "1 / k"; "" is 1
   double value = 1;
   int terms = 0;       // symbols in it
   std::string equals;  // other products of as few symbols with the same value: "E"
@@ -43,15 +43,16 @@ struct Name {
   bool found = false;
   std::string id, name, factor;
   double factor_value = 1;
-  double fit = 0;             // the largest distance over the observations, in bands
-  std::string also;           // what fits as well and is as simple
-  std::string runner_up;      // the nearest that does not fit
+  double fit = 0;         // the largest distance over the observations, in bands
+  std::string also;       // what fits as well and is as simple
+  std::string runner_up;  // the nearest that does not fit
   double runner_up_fit = 0;
 };
 
-/// What a factor alone is called in one quantity: ("aux_weight", "M") -> A22.
+/// What a factor is called in one quantity: ("aux_weight", "M") -> A22.
 struct FactorRow {
   std::string_view quantity, text, id, name, source;
+  std::string_view of = "";  // the formula that it stands before; "": the one that the numbers are held to
 };
 std::span<const FactorRow> factor_rows();
 

@@ -32,23 +32,28 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "aux_loss");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace reports no balance loss", "the reported balance loss is the framework's, of the recorded logits");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace reports no balance loss",
+                                   "the reported balance loss is the framework's, of the recorded logits");
   const std::size_t row = rows.differ[0];
   if (padding(*t, row)) return Outcome::not_applicable("TR004 reports that padding counts in it");
   Finding finding;
   const bool known = !t->name[row].empty();
   finding.severity = known ? Severity::kError : Severity::kWarning;
-  finding.message = "aux_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) + " by " + t->held_to[row] +
-                    " (" + replay::bands(t->distance[row]) + "; " + say::count(t->differing[row]) + " of " + say::count(t->compared[row]) +
-                    " micro-batches). " + replay::named(*t, row);
+  finding.message = "aux_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) + " by " +
+                    t->held_to[row] + " (" + replay::bands(t->distance[row]) + "; " + say::count(t->differing[row]) +
+                    " of " + say::count(t->compared[row]) + " micro-batches). " + replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
-  finding.remedy = t->formula[row] == "A8" && t->framework == "transformers"
-                       ? "transformers 5.6.0 hands the logits to the balance loss again:\n    pip install \"transformers>=5.6.0\""
-                       : "Compare the code that computes aux_loss with transformers' load_balancing_loss_func, then record again:\n"
-                         "    moe-audit replay " + t->path;
+  finding.remedy =
+      t->formula[row] == "A8" && t->framework == "transformers"
+          ? "transformers 5.6.0 hands the logits to the balance loss again:\n    pip install \"transformers>=5.6.0\""
+          : "Compare the code that computes aux_loss with transformers' load_balancing_loss_func, then record again:\n"
+            "    moe-audit replay " +
+                t->path;
   finding.does_not_show = "That the experts are unevenly loaded (moe-audit health measures that).";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
-  finding.sources = {"huggingface/transformers issue 45120", "transformers src/transformers/models/mixtral/modeling_mixtral.py load_balancing_loss_func"};
+  finding.sources = {"huggingface/transformers issue 45120",
+                     "transformers src/transformers/models/mixtral/modeling_mixtral.py load_balancing_loss_func"};
   return Outcome::finding(std::move(finding));
 }
 

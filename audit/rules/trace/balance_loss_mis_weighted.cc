@@ -27,8 +27,10 @@ Ranks are taken to be averaged, as DDP does. A weight of 0 is TR003's. Without a
 
 std::string remedy(const ReplayTable& t, std::size_t row) {
   const std::string trl = replay::version_of(t, "trl");
-  if (t.factor[row] == "2" && trl == "0.23.0") return "TRL 0.23.1 takes the second addition out:\n    pip install \"trl>=0.23.1\"";
-  return "Until the trainer weighs it right, divide the coefficient by the factor, in the model's config:\n    router_aux_loss_coef: " +
+  if (t.factor[row] == "2" && trl == "0.23.0")
+    return "TRL 0.23.1 takes the second addition out:\n    pip install \"trl>=0.23.1\"";
+  return "Until the trainer weighs it right, divide the coefficient by the factor, in the model's config:\n    "
+         "router_aux_loss_coef: " +
          say::literal(t.aux_coefficient / t.recorded[row]);
 }
 
@@ -37,26 +39,30 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   replay::Rows rows = replay::rows_of(*t, "aux_weight");
-  if (!rows.differ.empty() && t->recorded[rows.differ[0]] == 0.0) return Outcome::not_applicable("TR003 reports that the balance loss has no gradient");
+  if (!rows.differ.empty() && t->recorded[rows.differ[0]] == 0.0)
+    return Outcome::not_applicable("TR003 reports that the balance loss has no gradient");
   if (rows.differ.empty() && rows.agree.empty() && t->output_router_logits == "false") {
     return Outcome::not_applicable("no balance loss was computed: output_router_logits is false");
   }
   if (rows.differ.empty()) {
-    return replay::nothing_differs(f, rows, "the trace has no coefficient of a balance loss", "the balance loss is back-propagated with its coefficient");
+    return replay::nothing_differs(f, rows, "the trace has no coefficient of a balance loss",
+                                   "the balance loss is back-propagated with its coefficient");
   }
   const std::size_t row = rows.differ[0];
   const double factor = t->recorded[row];
   Finding finding;
   finding.severity = Severity::kError;
   finding.message = "The balance loss is back-propagated with " + say::number(factor) + " times its coefficient (" +
-                    say::number(t->aux_coefficient * factor) + " instead of " + say::number(t->aux_coefficient) + "), " +
-                    replay::bands(t->distance[row]) + " from 1. " + replay::named(*t, row);
-  finding.evidence = {replay::evidence(*t, row), {"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)},
+                    say::number(t->aux_coefficient * factor) + " instead of " + say::number(t->aux_coefficient) +
+                    "), " + replay::bands(t->distance[row]) + " from 1. " + replay::named(*t, row);
+  finding.evidence = {replay::evidence(*t, row),
+                      {"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)},
                       {"trace packages", t->packages, replay::head(*t)}};
   finding.remedy = remedy(*t, row);
   finding.does_not_show = "That this weight does harm: only that it is not the one that was configured.";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
-  finding.sources = {"fixtures/oracle/accumulation.json", "huggingface/trl issue 4070", "huggingface/transformers issue 48690"};
+  finding.sources = {"fixtures/oracle/accumulation.json", "huggingface/trl issue 4070",
+                     "huggingface/transformers issue 48690"};
   return Outcome::finding(std::move(finding));
 }
 

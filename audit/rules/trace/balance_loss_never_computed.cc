@@ -27,10 +27,13 @@ Outcome check(Facts& f) {
   Outcome otherwise;
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
-  if (!(t->aux_coefficient > 0)) return Outcome::not_applicable("the trace has no coefficient of a balance loss over 0");
+  if (!(t->aux_coefficient > 0))
+    return Outcome::not_applicable("the trace has no coefficient of a balance loss over 0");
   const replay::Rows rows = replay::rows_of(*t, "aux_weight");
-  if (!rows.differ.empty() || !rows.agree.empty() || replay::rows_of(*t, "aux_loss").any()) return Outcome::pass("a balance loss was computed");
-  if (t->output_router_logits != "false") return replay::nothing_differs(f, rows, "the trace does not say whether a balance loss was to be computed", "");
+  if (!rows.differ.empty() || !rows.agree.empty() || replay::rows_of(*t, "aux_loss").any())
+    return Outcome::pass("a balance loss was computed");
+  if (t->output_router_logits != "false")
+    return replay::nothing_differs(f, rows, "the trace does not say whether a balance loss was to be computed", "");
   Finding finding;
   finding.severity = Severity::kWarning;
   finding.message = "router_aux_loss_coef is " + say::number(t->aux_coefficient) + ", and in " +
@@ -38,7 +41,9 @@ Outcome check(Facts& f) {
                     " no balance loss was computed: output_router_logits is false.";
   finding.evidence = {{"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)},
                       {"trace output_router_logits", "false", replay::head(*t)}};
-  finding.remedy = "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is off:\n    router_aux_loss_coef: 0";
+  finding.remedy =
+      "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is off:\n    "
+      "router_aux_loss_coef: 0";
   finding.does_not_show = "That the load is uneven, or that the loss would help.";
   finding.locations = {replay::head(*t)};
   finding.sources = {"huggingface/transformers issue 44242"};

@@ -32,18 +32,24 @@ Outcome check(Facts& f) {
   const bool zero = !rows.differ.empty() && t->recorded[rows.differ[0]] == 0.0 && t->factor[rows.differ[0]] == "0";
   if (!zero) {
     if (!rows.differ.empty()) return Outcome::pass("the balance loss has a gradient");
-    if (rows.agree.empty() && t->output_router_logits == "false") return Outcome::not_applicable("no balance loss was computed: output_router_logits is false");
-    return replay::nothing_differs(f, rows, "the trace has no coefficient of a balance loss", "the balance loss has a gradient");
+    if (rows.agree.empty() && t->output_router_logits == "false")
+      return Outcome::not_applicable("no balance loss was computed: output_router_logits is false");
+    return replay::nothing_differs(f, rows, "the trace has no coefficient of a balance loss",
+                                   "the balance loss has a gradient");
   }
   const std::size_t row = rows.differ[0];
   Finding finding;
   finding.severity = Severity::kError;
   finding.message = "The balance loss is computed with coefficient " + say::number(t->aux_coefficient) +
                     ", and nothing of it is back-propagated: its gradient is exactly 0 in all " +
-                    say::plural(t->compared[row], "recorded step", "recorded steps") + ". The routers train without it.";
-  finding.evidence = {replay::evidence(*t, row), {"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)}};
-  finding.remedy = "With gradient checkpointing, take the form that keeps the logits' graph:\n    gradient_checkpointing_kwargs: {use_reentrant: false}\n"
-                   "Else look for detach() or no_grad between the router's logits and the loss.";
+                    say::plural(t->compared[row], "recorded step", "recorded steps") +
+                    ". The routers train without it.";
+  finding.evidence = {replay::evidence(*t, row),
+                      {"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)}};
+  finding.remedy =
+      "With gradient checkpointing, take the form that keeps the logits' graph:\n    gradient_checkpointing_kwargs: "
+      "{use_reentrant: false}\n"
+      "Else look for detach() or no_grad between the router's logits and the loss.";
   finding.does_not_show = "That the load is uneven.";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
   finding.sources = {"NVIDIA-NeMo/Automodel issue 1408", "pytorch torch/utils/checkpoint.py"};

@@ -28,14 +28,19 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "bias_step");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace has no correction bias", "the correction bias moved as its rule says");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace has no correction bias",
+                                   "the correction bias moved as its rule says");
   const std::size_t row = rows.differ[0];
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = "The correction bias of " + replay::layers_of(*t, rows.differ) + " moved by " + say::number(t->recorded[row]) + " where the loads ask for " +
-                    say::number(t->expected[row]) + " (" + replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
+  finding.message = "The correction bias of " + replay::layers_of(*t, rows.differ) + " moved by " +
+                    say::number(t->recorded[row]) + " where the loads ask for " + say::number(t->expected[row]) + " (" +
+                    replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Once a step, after the loads of all micro-batches and ranks are summed:\n    bias += rate * torch.sign(load.float().mean() - load.float())";
+  finding.remedy =
+      "Once a step, after the loads of all micro-batches and ranks are summed:\n    bias += rate * "
+      "torch.sign(load.float().mean() - load.float())";
   finding.does_not_show = "That the load is uneven yet.";
   finding.locations = {replay::where(*t, row)};
   finding.sources = {"arXiv 2408.15664 algorithm 1"};

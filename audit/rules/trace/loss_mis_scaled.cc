@@ -30,19 +30,26 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "loss_weight");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace has no losses of micro-batches", "every token weighs one over the labels of its step");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace has no losses of micro-batches",
+                                   "every token weighs one over the labels of its step");
   const std::size_t row = rows.differ[0];
   const bool factor = !t->name[row].empty() && !t->factor[row].empty();
   Finding finding;
   finding.severity = factor ? Severity::kError : Severity::kWarning;
   finding.message = "A token's loss is back-propagated with " + say::number(t->recorded[row]) + " times its weight (" +
-                    say::count(t->differing[row]) + " of " + say::count(t->compared[row]) + " micro-batches; accumulation " +
-                    say::count(t->accumulation) + ", ranks " + say::count(t->ranks) + "). " + replay::named(*t, row);
+                    say::count(t->differing[row]) + " of " + say::count(t->compared[row]) +
+                    " micro-batches; accumulation " + say::count(t->accumulation) + ", ranks " + say::count(t->ranks) +
+                    "). " + replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
   finding.remedy = t->formula[row] == "G0"
-                       ? "transformers 5.10.1 counts the labels that have a loss; before it, mask the first label of every sequence:\n    pip install \"transformers>=5.10.1\""
-                       : "Use a release that was measured right (GA001):\n    pip install \"transformers==4.57.6\"\nor do without accumulation:\n    gradient_accumulation_steps: 1";
-  finding.does_not_show = "That the weights are spoilt: Adam's step hardly depends on the scale; clipping, weight decay and the balance loss do.";
+                       ? "transformers 5.10.1 counts the labels that have a loss; before it, mask the first label of "
+                         "every sequence:\n    pip install \"transformers>=5.10.1\""
+                       : "Use a release that was measured right (GA001):\n    pip install \"transformers==4.57.6\"\nor "
+                         "do without accumulation:\n    gradient_accumulation_steps: 1";
+  finding.does_not_show =
+      "That the weights are spoilt: Adam's step hardly depends on the scale; clipping, weight decay and the balance "
+      "loss do.";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
   finding.sources = {"huggingface/transformers issues 34242, 35663, 45305", "fixtures/oracle/accumulation.json"};
   return Outcome::finding(std::move(finding));

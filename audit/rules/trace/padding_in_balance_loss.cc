@@ -27,15 +27,21 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "aux_loss");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace reports no balance loss", "the balance loss is that of the tokens without padding");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace reports no balance loss",
+                                   "the balance loss is that of the tokens without padding");
   const std::size_t row = rows.differ[0];
-  if (t->formula[row] != "A16" && t->formula[row] != "A17") return Outcome::not_applicable("TR002 reports another formula");
+  if (t->formula[row] != "A16" && t->formula[row] != "A17")
+    return Outcome::not_applicable("TR002 reports another formula");
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = "Padding counts in the balance loss: aux_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) +
-                    " without padding (" + replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
+  finding.message = "Padding counts in the balance loss: aux_loss is " + say::number(t->recorded[row]) + ", and " +
+                    say::number(t->expected[row]) + " without padding (" + replay::bands(t->distance[row]) + "). " +
+                    replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
-  finding.remedy = "Hand the mask to the model, which hands it to the balance loss:\n    model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)";
+  finding.remedy =
+      "Hand the mask to the model, which hands it to the balance loss:\n    model(input_ids=input_ids, "
+      "attention_mask=attention_mask, labels=labels)";
   finding.does_not_show = "How much of the imbalance comes from padding.";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
   finding.sources = {"huggingface/transformers issue 28505", "NVIDIA/Megatron-LM issue 1984"};

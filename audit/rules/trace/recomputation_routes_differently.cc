@@ -28,15 +28,21 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "recomputed_selection");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace has no recomputed selection: no gradient checkpointing", "recomputation chose the same experts");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace has no recomputed selection: no gradient checkpointing",
+                                   "recomputation chose the same experts");
   std::int64_t tokens = 0, all = 0;
   for (const std::size_t i : rows.differ) tokens += t->differing[i], all += t->compared[i];
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = say::percent(static_cast<double>(tokens) / static_cast<double>(all)) + " of the tokens (" + say::count(tokens) + " of " + say::count(all) + ") in " +
-                    replay::layers_of(*t, rows.differ) + " go to other experts when the forward is recomputed: their gradient reaches experts that did not run.";
+  finding.message =
+      say::percent(static_cast<double>(tokens) / static_cast<double>(all)) + " of the tokens (" + say::count(tokens) +
+      " of " + say::count(all) + ") in " + replay::layers_of(*t, rows.differ) +
+      " go to other experts when the forward is recomputed: their gradient reaches experts that did not run.";
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Keep the random state over the two forwards:\n    gradient_checkpointing_kwargs: {use_reentrant: false, preserve_rng_state: true}";
+  finding.remedy =
+      "Keep the random state over the two forwards:\n    gradient_checkpointing_kwargs: {use_reentrant: false, "
+      "preserve_rng_state: true}";
   finding.does_not_show = "How far the gradients are off.";
   finding.locations = {replay::where(*t, rows.differ[0])};
   finding.sources = {"pytorch torch/utils/checkpoint.py"};

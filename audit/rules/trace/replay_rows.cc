@@ -22,8 +22,10 @@ Rows rows_of(const ReplayTable& t, std::string_view quantity) {
   Rows rows;
   for (std::size_t i = 0; i < t.quantity.size(); ++i) {
     if (t.quantity[i] != quantity) continue;
-    if (t.compared[i] == 0) rows.missing = t.missing[i];
-    else (t.differing[i] > 0 ? rows.differ : rows.agree).push_back(i);
+    if (t.compared[i] == 0)
+      rows.missing = t.missing[i];
+    else
+      (t.differing[i] > 0 ? rows.differ : rows.agree).push_back(i);
   }
   return rows;
 }
@@ -53,19 +55,24 @@ std::string named(const ReplayTable& t, std::size_t i) {
   std::string text;
   if (t.name[i].empty()) {
     text = "No formula of the catalogue gives it";
-    if (!t.runner_up[i].empty()) text += "; the nearest, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
+    if (!t.runner_up[i].empty())
+      text += "; the nearest, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
     return text + ".";
   }
   text = "It is " + (t.formula[i].empty() ? "" : t.formula[i] + ", ") + t.name[i];
   if (!t.factor[i].empty()) text += ", times " + t.factor[i] + " = " + say::number(t.factor_value[i]);
   if (!t.also[i].empty()) text += "; this trace cannot tell it from " + t.also[i];
-  if (!t.runner_up[i].empty()) text += "; the next candidate, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
+  if (!t.runner_up[i].empty())
+    text += "; the next candidate, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
   return text + ".";
 }
 
 Evidence evidence(const ReplayTable& t, std::size_t i) {
-  const std::string name = "trace " + t.quantity[i] + (t.layer[i] >= 0 ? " of layer " + std::to_string(t.layer[i]) : "");
-  return {name, say::number(t.recorded[i]) + ", expected " + say::number(t.expected[i]) + " (" + bands(t.distance[i]) + ")", where(t, i)};
+  const std::string name =
+      "trace " + t.quantity[i] + (t.layer[i] >= 0 ? " of layer " + std::to_string(t.layer[i]) : "");
+  return {name,
+          say::number(t.recorded[i]) + ", expected " + say::number(t.expected[i]) + " (" + bands(t.distance[i]) + ")",
+          where(t, i)};
 }
 
 Location where(const ReplayTable& t, std::size_t i) {

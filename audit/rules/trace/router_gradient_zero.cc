@@ -38,17 +38,22 @@ Outcome check(Facts& f) {
   const std::vector<std::size_t> zero = always(rows.differ), zero_ce = always(ce.differ);
   if (zero.empty() && zero_ce.empty()) {
     rows.agree.insert(rows.agree.end(), rows.differ.begin(), rows.differ.end());
-    return replay::nothing_differs(f, rows, "the trace has no gradient of a trainable router", "every trainable router has a gradient");
+    return replay::nothing_differs(f, rows, "the trace has no gradient of a trainable router",
+                                   "every trainable router has a gradient");
   }
   const bool whole = !zero.empty();
   const std::vector<std::size_t>& found = whole ? zero : zero_ce;
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = std::string(whole ? "The gradient" : "The cross-entropy's part of the gradient") + " of the router in " + replay::layers_of(*t, found) +
-                    " is exactly 0 in every recorded step, although it requires one" + (whole ? "." : ": it learns from the balance loss alone.");
+  finding.message = std::string(whole ? "The gradient" : "The cross-entropy's part of the gradient") +
+                    " of the router in " + replay::layers_of(*t, found) +
+                    " is exactly 0 in every recorded step, although it requires one" +
+                    (whole ? "." : ": it learns from the balance loss alone.");
   for (const std::size_t i : found) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "If the router is meant to stay as it is, say so:\n    [p.requires_grad_(False) for n, p in model.named_parameters() if \".gate.\" in n]\n"
-                   "Else look for detach() between the gate and the weights, and for top-1 weights that are divided by themselves.";
+  finding.remedy =
+      "If the router is meant to stay as it is, say so:\n    [p.requires_grad_(False) for n, p in "
+      "model.named_parameters() if \".gate.\" in n]\n"
+      "Else look for detach() between the gate and the weights, and for top-1 weights that are divided by themselves.";
   finding.does_not_show = "Why: the trace holds the gradient, not the graph.";
   finding.locations = {replay::where(*t, found[0])};
   finding.sources = {"NVIDIA/Megatron-LM issue 894", "jingyaogong/minimind issue 859"};

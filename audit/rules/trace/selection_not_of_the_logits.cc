@@ -27,16 +27,20 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "selection");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace has no choices beside logits", "the recorded choices are those of the recorded logits");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace has no choices beside logits",
+                                   "the recorded choices are those of the recorded logits");
   std::int64_t tokens = 0, all = 0;
   for (const std::size_t i : rows.differ) tokens += t->differing[i], all += t->compared[i];
   const std::size_t row = rows.differ[0];
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = say::percent(static_cast<double>(tokens) / static_cast<double>(all)) + " of the tokens (" + say::count(tokens) + " of " + say::count(all) + ") in " +
-                    replay::layers_of(*t, rows.differ) + " went to experts that their logits do not choose. " + replay::named(*t, row);
+  finding.message = say::percent(static_cast<double>(tokens) / static_cast<double>(all)) + " of the tokens (" +
+                    say::count(tokens) + " of " + say::count(all) + ") in " + replay::layers_of(*t, rows.differ) +
+                    " went to experts that their logits do not choose. " + replay::named(*t, row);
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Compare the routing code with that of " + t->model_type + ", then record again and look at the layers:\n    moe-audit replay -v " + t->path;
+  finding.remedy = "Compare the routing code with that of " + t->model_type +
+                   ", then record again and look at the layers:\n    moe-audit replay -v " + t->path;
   finding.does_not_show = "Which of the two is meant: the choice or the logits.";
   finding.locations = {replay::where(*t, row)};
   finding.sources = {"the family's order: moe-audit families"};

@@ -28,14 +28,17 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "weights");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace has no routing weights", "the routing weights are the family's");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace has no routing weights", "the routing weights are the family's");
   const std::size_t row = rows.differ[0];
   Finding finding;
   finding.severity = Severity::kError;
-  finding.message = "Routing weights of " + replay::layers_of(*t, rows.differ) + " are not those of " + t->model_type + ": " + say::number(t->recorded[row]) +
-                    " where the logits give " + say::number(t->expected[row]) + " (" + replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
+  finding.message = "Routing weights of " + replay::layers_of(*t, rows.differ) + " are not those of " + t->model_type +
+                    ": " + say::number(t->recorded[row]) + " where the logits give " + say::number(t->expected[row]) +
+                    " (" + replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Compare the routing code with that of " + t->model_type + ", then record again and look at the layers:\n    moe-audit replay -v " + t->path;
+  finding.remedy = "Compare the routing code with that of " + t->model_type +
+                   ", then record again and look at the layers:\n    moe-audit replay -v " + t->path;
   finding.does_not_show = "How much the outputs change.";
   finding.locations = {replay::where(*t, row)};
   finding.sources = {"huggingface/transformers issue 39581"};

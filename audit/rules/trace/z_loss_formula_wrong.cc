@@ -27,14 +27,19 @@ Outcome check(Facts& f) {
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
   const replay::Rows rows = replay::rows_of(*t, "z_loss");
-  if (rows.differ.empty()) return replay::nothing_differs(f, rows, "the trace reports no z-loss", "the reported z-loss is that of the recorded logits");
+  if (rows.differ.empty())
+    return replay::nothing_differs(f, rows, "the trace reports no z-loss",
+                                   "the reported z-loss is that of the recorded logits");
   const std::size_t row = rows.differ[0];
   Finding finding;
   finding.severity = t->name[row].empty() || t->formula[row] == "Z2" ? Severity::kWarning : Severity::kError;
-  finding.message = "z_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) + " as the " + t->held_to[row] + " (" +
-                    replay::bands(t->distance[row]) + "). " + replay::named(*t, row);
+  finding.message = "z_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) +
+                    " as the " + t->held_to[row] + " (" + replay::bands(t->distance[row]) + "). " +
+                    replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row)};
-  finding.remedy = "For each layer, then the mean over layers:\n    z_loss = torch.logsumexp(router_logits.float(), dim=-1).square().mean()";
+  finding.remedy =
+      "For each layer, then the mean over layers:\n    z_loss = torch.logsumexp(router_logits.float(), "
+      "dim=-1).square().mean()";
   finding.does_not_show = "That the logits are large.";
   finding.locations = {replay::where(*t, row), replay::head(*t)};
   finding.sources = {"arXiv 2202.08906 eq. 5"};
