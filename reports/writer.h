@@ -7,6 +7,7 @@
 #include "audit/facts/finding.h"
 #include "audit/facts/health.h"
 #include "audit/facts/replay_report.h"
+#include "audit/facts/run_pair.h"
 
 namespace moeaudit {
 
@@ -37,5 +38,9 @@ void write_health_json(const HealthReport&, const WriterOptions&, std::ostream&)
 /// `moe-audit replay`: text, and JSON as reports/replay.schema.json has it.
 void write_replay_text(const ReplayReport&, const WriterOptions&, std::ostream&);
 void write_replay_json(const ReplayReport&, const WriterOptions&, std::ostream&);
+
+/// `moe-audit compare`: text, and JSON as reports/compare.schema.json has it.
+void write_pair_text(const PairReport&, const WriterOptions&, std::ostream&);
+void write_pair_json(const PairReport&, const WriterOptions&, std::ostream&);
 
 }  // namespace moeaudit

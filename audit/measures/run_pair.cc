@@ -1,0 +1,173 @@
+#include "audit/measures/run_pair.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <set>
+
+#include "audit/variants/naming.h"
+
+namespace moeaudit {
+namespace {
+
+namespace v = variants;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+/// Numbers of one step that do not depend on how its batch was split, if the run is right. NaN: not recorded.
+struct Step {
+  double labels = 0, cross_entropy = kNan;      // over all micro-batches and ranks; the mean over labels
+  double loss = kNan, ce_weight = kNan;         // back-propagated: averaged over ranks, summed over micro-batches
+  double aux_weight = kNan, aux_loss = kNan;    // d loss / d aux_loss, likewise; mean of the reported ones
+  double grad_norm = kNan, router_grad = kNan;  // before clipping
+  double bias_step = kNan;                      // largest move of a correction bias
+  double sequences = 0, micro_batches = 0, ranks = 0;
+};
+
+double norm(const TensorView& view) {
+  std::int64_t n = 1;
+  for (const std::int64_t d : view.shape) n *= d;
+  std::vector<double> values(static_cast<std::size_t>(n));
+  if (!read_values(view, 0, n, values.data())) return kNan;
+  double sum = 0;
+  for (const double x : values) sum += x * x;
+  return sum;
+}
+
+/// The sum of token losses and how many labels there are; false: not recorded whole.
+bool token_losses(const MicroBatch& mb, double* sum, double* labels) {
+  const MicroBatchRecord& m = *mb.record;
+  if (!mb.token_loss || !mb.label_mask || m.sampled_tokens) return false;
+  std::vector<double> loss(static_cast<std::size_t>(m.rows()));
+  std::vector<std::uint8_t> mask(loss.size());
+  if (!read_values(*mb.token_loss, 0, m.rows(), loss.data()) || !read_flags(*mb.label_mask, 0, m.rows(), mask.data())) {
+    return false;
+  }
+  for (std::size_t i = 0; i < loss.size(); ++i) {
+    if (mask[i]) *sum += loss[i], *labels += 1;
+  }
+  return true;
+}
+
+Step step_of(const Trace& trace, std::vector<WeightProblem>* problems) {
+  Step s;
+  for (const TraceStep& at : trace.steps()) {
+    std::set<std::int64_t> ranks;
+    double sum = 0, loss = 0, ce = 0, aux_grad = 0, aux = 0;
+    bool whole = true, has_loss = true, has_grad = true, has_aux_grad = true, has_aux = true;
+    for (const MicroBatchRecord& m : trace.micro_batches_of(at)) {
+      if (!m.training.value_or(true)) continue;
+      ranks.insert(m.rank);
+      s.micro_batches += 1;
+      s.sequences = std::max(s.sequences, static_cast<double>(m.sequences));
+      double of_batch = 0, labels = 0;
+      whole = token_losses(trace.open(m, problems), &of_batch, &labels) && whole;
+      sum += of_batch;
+      s.labels += labels;
+      has_loss = has_loss && m.loss;
+      loss += m.loss.value_or(0);
+      const double divisor = m.num_items_in_batch ? static_cast<double>(*m.num_items_in_batch) : labels;
+      has_grad = has_grad && m.loss_grad && divisor > 0;
+      if (m.loss_grad && divisor > 0) ce += *m.loss_grad * of_batch / divisor;
+      has_aux_grad = has_aux_grad && (m.aux_loss_grad || m.aux_loss_requires_grad == false);
+      aux_grad += m.aux_loss_grad.value_or(0);
+      has_aux = has_aux && m.aux_loss;
+      aux += m.aux_loss.value_or(0);
+    }
+    if (s.micro_batches == 0) continue;
+    s.ranks = static_cast<double>(ranks.size());
+    if (whole && s.labels > 0) s.cross_entropy = sum / s.labels;
+    if (has_loss) s.loss = loss / s.ranks;
+    if (whole && has_grad && sum > 0) s.ce_weight = ce / s.ranks / (sum / s.labels);
+    if (has_aux_grad) s.aux_weight = aux_grad / s.ranks;
+    if (has_aux) s.aux_loss = aux / s.micro_batches;
+    s.micro_batches /= s.ranks;
+    for (const StepRecord& r : trace.ranks_of(at)) {
+      if (r.rank != 0) continue;
+      if (r.grad_norm) s.grad_norm = *r.grad_norm;
+      double squares = 0, moved = -1;
+      for (const StepLayerTensors& l : trace.open(r, problems).layers) {
+        if (l.router_grad) squares += norm(*l.router_grad);
+        if (!l.correction_bias_before || !l.correction_bias_after) continue;
+        const std::int64_t n = l.correction_bias_before->shape[0];
+        std::vector<double> before(static_cast<std::size_t>(n)), after(before.size());
+        if (!read_values(*l.correction_bias_before, 0, n, before.data()) ||
+            !read_values(*l.correction_bias_after, 0, n, after.data())) {
+          continue;
+        }
+        for (std::size_t e = 0; e < before.size(); ++e) moved = std::max(moved, std::fabs(after[e] - before[e]));
+      }
+      if (squares > 0) s.router_grad = std::sqrt(squares) / r.clip_coefficient.value_or(1);
+      if (moved >= 0) s.bias_step = moved;
+    }
+    return s;
+  }
+  return s;
+}
+
+}  // namespace
+
+void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
+  const Step x = step_of(a, &out->weight_problems), y = step_of(b, &out->weight_problems);
+  const auto setting = [](std::optional<std::int64_t> n, double seen) {
+    return n ? static_cast<double>(*n) : std::max(seen, 1.0);
+  };
+  const TraceFacts &f = a.facts(), &g = b.facts();
+  struct Split {
+    const char* name;
+    double a, b;
+  };
+  const Split splits[] = {{"M", x.micro_batches, y.micro_batches},
+                          {"W", setting(f.world_size, x.ranks), setting(g.world_size, y.ranks)},
+                          {"S", x.sequences, y.sequences},
+                          {"TP", setting(f.tensor_parallel, 1), setting(g.tensor_parallel, 1)},
+                          {"CP", setting(f.context_parallel, 1), setting(g.context_parallel, 1)},
+                          {"EP", setting(f.expert_parallel, 1), setting(g.expert_parallel, 1)}};
+  std::vector<v::Symbol> symbols;
+  for (const Split& s : splits) {
+    if (s.a == s.b || !(s.a > 0) || !(s.b > 0)) continue;
+    char text[64];
+    std::snprintf(text, sizeof text, "%s %.6g -> %.6g", s.name, s.a, s.b);
+    out->differs.push_back(text);
+    // S is what M took from it: the other way round it would be a second name for one thing.
+    if (std::string_view(s.name) != "S" || x.micro_batches == y.micro_batches) symbols.push_back({s.name, s.b / s.a});
+  }
+  if (x.micro_batches == 0 || y.micro_batches == 0) {
+    out->not_comparable = "one of them has no training micro-batch";
+  } else if (x.labels != y.labels) {
+    char text[128];
+    std::snprintf(text, sizeof text, "their steps hold %.0f and %.0f labels: not the same data", x.labels, y.labels);
+    out->not_comparable = text;
+  } else if (symbols.empty()) {
+    out->not_comparable = "they split the batch alike: there is nothing to compare";
+  }
+  if (!out->not_comparable.empty()) return;
+
+  const auto factors = v::factors_of(symbols);
+  const auto add = [&](const char* quantity, double first, double second, const char* rule) {
+    if (std::isnan(first) || std::isnan(second) || first == 0.0) return;
+    PairRow row;
+    row.quantity = quantity;
+    row.a = first, row.b = second, row.ratio = second / first;
+    row.off = std::numeric_limits<double>::infinity();
+    for (const v::Factor& c : factors) {
+      const double off = c.value == 0.0  ? (row.ratio == 0.0 ? 0.0 : std::numeric_limits<double>::infinity())
+                         : row.ratio > 0 ? std::fabs(std::log(row.ratio / c.value))
+                                         : std::numeric_limits<double>::infinity();
+      if (off < row.off) row.off = off, row.factor = c.text, row.factor_value = c.value;
+    }
+    if (!row.factor.empty()) row.rule = rule;
+    out->rows.push_back(std::move(row));
+  };
+  add("cross_entropy", x.cross_entropy, y.cross_entropy, "");
+  add("loss", x.loss, y.loss, "TR006");
+  add("cross_entropy_weight", x.ce_weight, y.ce_weight, "TR006");
+  add("aux_weight", x.aux_weight, y.aux_weight, "TR001");
+  add("aux_loss", x.aux_loss, y.aux_loss, "TR002");
+  add("grad_norm", x.grad_norm, y.grad_norm, "TR006");
+  add("router_grad", x.router_grad, y.router_grad, "TR001");
+  add("bias_step", x.bias_step, y.bias_step, "TR011");
+}
+
+}  // namespace moeaudit

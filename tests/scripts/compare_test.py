@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Scaling pairs of fixtures/traces: one ratio a quantity, as upstream and fixtures/oracle have them. Usage: compare_test.py SOURCE_DIR BINARY"""
+import json
+import os
+import subprocess
+import sys
+
+root, binary = sys.argv[1], sys.argv[2]
+try:
+    import jsonschema
+    with open(os.path.join(root, "reports/compare.schema.json"), encoding="utf-8") as f:
+        validator = jsonschema.Draft202012Validator(json.load(f))
+except ImportError:
+    validator = None
+    print("reports are not validated: python3-jsonschema is not installed")
+bad = 0
+
+
+def complain(*what):
+    global bad
+    bad += 1
+    print(*what)
+
+
+def compare(a, b):
+    process = subprocess.run([binary, "compare", f"fixtures/traces/{a}", f"fixtures/traces/{b}", "--format", "json"], cwd=root, capture_output=True, text=True)
+    report = json.loads(process.stdout)
+    for error in validator.iter_errors(report) if validator else ():
+        complain(a, b, error.json_path, error.message[:200])
+    return report, process.returncode
+
+
+# quantity -> (ratio, to within, factor, rule)
+SAME = {"cross_entropy": (1, 1e-6, "", None)}
+PAIRS = {
+    ("ga1-tf4.48.1", "ga8-tf4.48.1"): {"loss": (1, 1e-5, "", None), "cross_entropy_weight": (1, 1e-5, "", None), "grad_norm": (1, 1e-5, "", None),
+                                       "router_grad": (1, 1e-5, "", None)},
+    # 8 times the mean of means, which is 1.0012 times the loss (fixtures/traces/README.md)
+    ("ga1-tf4.48.0", "ga8-tf4.48.0"): {"loss": (8 * 1.0012, 1e-3, "M", "TR006"), "cross_entropy_weight": (8 * 1.0012, 1e-3, "M", "TR006"),
+                                       "grad_norm": (8, 0.1, "M", "TR006")},
+    ("ga8-tf4.48.0", "ga1-tf4.48.0"): {"cross_entropy_weight": (1 / 8 / 1.0012, 1e-4, "M", "TR006")},  # M 8 -> 1: M is 1/8
+    ("ga1-tf4.45.2", "ga8-tf4.45.2"): {"cross_entropy_weight": (1.0012, 1e-4, "", None)},
+    ("ga1-aux-tf4.57.6", "ga8-aux-tf4.57.6"): {"cross_entropy_weight": (1, 1e-5, "", None), "aux_weight": (8, 1e-5, "M", "TR001")},
+    ("aux-on-tf4.57.6", "ddp2-aux-tf4.57.6"): {"cross_entropy_weight": (1, 1e-5, "", None), "aux_weight": (2, 1e-5, "W", "TR001")},
+}
+for (a, b), wanted in PAIRS.items():
+    report, code = compare(a, b)
+    rows = {r["quantity"]: r for r in report["quantities"]}
+    if code != 0 or "not_comparable" in report:
+        complain(a, b, "exit code", code, report.get("not_comparable"))
+    for quantity, (ratio, within, factor, rule) in {**SAME, **wanted}.items():
+        r = rows.get(quantity, {})
+        if not r or abs(r["ratio"] - ratio) > within or r["factor"] != factor or r.get("rule") != rule:
+            complain(a, b, quantity, r, "not", (ratio, within, factor, rule))
+for a, b, why in (("ga8-tf4.48.1", "ga8-tf4.48.0", "alike"), ("ga1-aux-tf4.57.6", "aux-on-tf4.57.6", "labels"), ("ga1-tf4.48.1", "none", "opened")):
+    report, code = compare(a, b)
+    if code != 2 or why not in report.get("not_comparable", ""):
+        complain(a, b, "should be no pair:", report.get("not_comparable"), code)
+print(f"{len(PAIRS)} pairs, {bad} differences")
+sys.exit(1 if bad else 0)
