@@ -33,17 +33,8 @@ inline bool fits_registers(const RouteArgs<float>& a) {
 /// once. The same bits.
 inline constexpr float kNear = -60.0f;
 __device__ __forceinline__ float exp_near(float x) {
-  using namespace exp_float;
-  const float shifted = fused(x, kLog2e, kMagic), k = shifted - kMagic;
-  const float r = fused(k, -kLn2Low, fused(k, -kLn2High, x));
-  float p = 1.0f / 5040;
-  p = fused(p, r, 1.0f / 720);
-  p = fused(p, r, 1.0f / 120);
-  p = fused(p, r, 1.0f / 24);
-  p = fused(p, r, 1.0f / 6);
-  p = fused(p, r, 0.5f);
-  p = fused(p, r, 1.0f);
-  p = fused(p, r, 1.0f);
+  float shifted = 0;
+  const float p = exp_float::significand(x, &shifted);
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 

@@ -88,17 +88,16 @@ MOE_AUDIT_HOST_DEVICE inline float fused(float a, float b, float c) {
 #endif
 }
 
-/// e^x for x <= 0, within 1 unit in the last place (elementary_test.cc): x = k ln 2 + r, Taylor to r^7 (r^8/8! < 6e-9, a
-/// tenth of such a unit); 2^k goes in as two factors so that results below 2^-126 round once. NaN stays NaN.
 namespace exp_float {
-inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which then sits in the low bits
 inline constexpr float kLowest = -104.0f;     // e^-104 is less than half of the smallest float32
 inline constexpr float kLog2e = 1.44269502f, kLn2High = 0.693147182f, kLn2Low = -1.90465421e-9f;
-}  // namespace exp_float
-MOE_AUDIT_HOST_DEVICE inline float exp_of_non_positive(float x) {
-  using namespace exp_float;
-  x = x < kLowest ? kLowest : x;
-  const float k = fused(x, kLog2e, kMagic) - kMagic;
+
+/// e^x = p 2^k for x in [kLowest, 0]: returns p; *shifted is k + kMagic. x = k ln 2 + r, Taylor to r^7 (r^8/8! < 6e-9, a
+/// tenth of a unit in the last place).
+MOE_AUDIT_HOST_DEVICE inline float significand(float x, float* shifted) {
+  *shifted = fused(x, kLog2e, kMagic);
+  const float k = *shifted - kMagic;
   const float r = fused(k, -kLn2Low, fused(k, -kLn2High, x));
   float p = 1.0f / 5040;
   p = fused(p, r, 1.0f / 720);
@@ -107,8 +106,16 @@ MOE_AUDIT_HOST_DEVICE inline float exp_of_non_positive(float x) {
   p = fused(p, r, 1.0f / 6);
   p = fused(p, r, 0.5f);
   p = fused(p, r, 1.0f);
-  p = fused(p, r, 1.0f);
-  const float first = k < -100.0f ? -100.0f : k;
+  return fused(p, r, 1.0f);
+}
+}  // namespace exp_float
+
+/// e^x for x <= 0, within 1 unit in the last place (elementary_test.cc). 2^k goes in as two factors so that results below
+/// 2^-126 round once. NaN stays NaN.
+MOE_AUDIT_HOST_DEVICE inline float exp_of_non_positive(float x) {
+  float shifted = 0;
+  const float p = exp_float::significand(x < exp_float::kLowest ? exp_float::kLowest : x, &shifted);
+  const float k = shifted - exp_float::kMagic, first = k < -100.0f ? -100.0f : k;
   const auto two_to = [](float n) {
     return std::bit_cast<float>(std::bit_cast<std::uint32_t>(n + (exp_float::kMagic + 127.0f)) << 23);
   };
