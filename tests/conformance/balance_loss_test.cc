@@ -17,6 +17,7 @@
 
 #include "kernels/host/bias_update.h"
 #include "kernels/host/bounds.h"
+#include "kernels/host/dispatch.h"
 #include "kernels/host/gaussian.h"
 #include "kernels/host/z_loss.h"
 #include "reference/balance_loss.h"
@@ -388,6 +389,41 @@ BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
     }
     says("Switch's z-loss", z_of(vector_logits(0)), release["z_loss"]);
   }
+}
+
+/// transformers' Switch in 4.x: a token beyond the capacity counts as one of expert 0, because argmax of a mask of zeros is 0
+/// (variant switch-dropped-as-expert-0; advisory AV016). The right loss counts the choice, dropped or not (arXiv 2101.03961
+/// equation 5).
+BOOST_AUTO_TEST_CASE(switch_counts_dropped_tokens_as_expert_0) {
+  const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/balance_loss.json"));
+  const auto& cases = golden["releases"]["4.57.6"]["switch_dropped"];
+  BOOST_REQUIRE(cases.size() == 3);
+  ref::RouteOptions o;
+  o.top_k = 1;
+  const at::Tensor z = tensor(vector_logits(0), {kT, kE});
+  const ref::Routed routed = ref::route(z, o);
+  Routed right{kT, kE, 1, values(ref::scores(z, ref::Score::kSoftmax)), {}, {}, {}, {}, {}};
+  for (const double e : values(routed.chosen)) right.chosen.push_back(static_cast<std::int32_t>(e));
+  int differ = 0;
+  for (const auto& c : cases) {
+    std::vector<std::int32_t> place(right.chosen.size());
+    k::DropArgs<double> a;
+    a.chosen = right.chosen.data(), a.tokens = kT, a.experts = kE, a.top_k = 1, a.capacity = c["capacity"];
+    k::DropResult<double> dropped;
+    dropped.place = place.data();
+    BOOST_REQUIRE(k::drop(a, dropped) == k::Status::kOk);
+    Routed wrong = right;
+    std::int64_t kept = 0;
+    for (std::size_t t = 0; t < place.size(); ++t) {
+      if (place[t] < 0) wrong.chosen[t] = 0;
+      kept += place[t] >= 0;
+    }
+    BOOST_CHECK_EQUAL(kept, c["kept"].get<std::int64_t>());
+    const double want = c["loss"], close = 8 * k::unit_roundoff(k::Float::kF32) * want;  // computed in float32
+    BOOST_CHECK_SMALL(loss_of(wrong, {}) - want, close);
+    differ += std::fabs(loss_of(right, {}) - want) > close;
+  }
+  BOOST_CHECK_EQUAL(differ, 1);  // at capacity 2; at 4 expert 0 is the only one overfull, and nothing shows
 }
 
 // ---- kernels against the reference
