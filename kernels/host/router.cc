@@ -16,7 +16,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/host/elementary.h"
+#include "kernels/host/elementary-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moeaudit::kernels::HWY_NAMESPACE {
@@ -274,33 +274,6 @@ HWY_INLINE void round_tensor(T* values, std::int64_t n, Float dtype) {
   for (std::int64_t i = 0; i < n; ++i) values[i] = rounded(values[i], dtype);
 }
 
-/// exp_exact_order() on vectors: the same operations in the same order, and so the same bits.
-template <class D>
-HWY_INLINE hn::Vec<D> exp_lanes(D d, hn::Vec<D> x) {
-  const hn::RebindToUnsigned<D> du;
-  const auto c = [d](double v) { return hn::Set(d, v); };
-  constexpr double kMagic = 6755399441055744.0;
-  const auto clamped =
-      hn::IfThenElse(hn::Lt(x, c(-746.0)), c(-746.0), hn::IfThenElse(hn::Gt(x, c(710.0)), c(710.0), x));
-  const auto k = hn::Sub(hn::Add(hn::Mul(clamped, c(1.4426950408889634)), c(kMagic)), c(kMagic));
-  const auto r =
-      hn::Sub(hn::Sub(clamped, hn::Mul(k, c(6.93147180369123816490e-01))), hn::Mul(k, c(1.90821492927058770002e-10)));
-  auto p = c(1.0 / 6227020800.0);
-  for (const double next : {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-                            1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5}) {
-    p = hn::Add(hn::Mul(p, r), c(next));
-  }
-  p = hn::Add(c(1.0), hn::Add(r, hn::Mul(hn::Mul(r, r), p)));
-  const auto first =
-      hn::IfThenElse(hn::Lt(k, c(-1000.0)), c(-1000.0), hn::IfThenElse(hn::Gt(k, c(1000.0)), c(1000.0), k));
-  const auto two_to = [&](hn::Vec<D> n) {
-    const auto bits = hn::And(hn::BitCast(du, hn::Add(n, c(kMagic + 1023.0))), hn::Set(du, std::uint64_t{0xfff}));
-    return hn::BitCast(d, hn::ShiftLeft<52>(bits));
-  };
-  const auto result = hn::Mul(hn::Mul(p, two_to(first)), two_to(hn::Sub(k, first)));
-  return hn::IfThenElse(hn::Eq(x, x), result, x);
-}
-
 /// exp_of_non_positive() on vectors: the same operations in the same order, and so the same bits.
 template <class D>
 HWY_INLINE hn::Vec<D> fused_lanes(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c) {
@@ -333,13 +306,20 @@ HWY_INLINE hn::Vec<D> exp_of_non_positive_lanes(D d, hn::Vec<D> x) {
   return hn::Mul(hn::Mul(p, two_to(first)), two_to(hn::Sub(k, first)));
 }
 
-/// out = exp(in - shift), in - shift <= 0.
-HWY_INLINE void exp_all(const float* in, std::int64_t n, float shift, float* out) {
-  const hn::CappedTag<float, 16> d;
+/// Vectors of up to kMost lanes, from i on; returns how far they got.
+template <std::size_t kMost>
+HWY_INLINE std::int64_t exp_some(const float* in, std::int64_t i, std::int64_t n, float shift, float* out) {
+  const hn::CappedTag<float, kMost> d;
   const auto width = static_cast<std::int64_t>(hn::Lanes(d));
-  std::int64_t i = 0;
   for (; i + width <= n; i += width)
     hn::StoreU(exp_of_non_positive_lanes(d, hn::Sub(hn::LoadU(d, in + i), hn::Set(d, shift))), d, out + i);
+  return i;
+}
+/// out = exp(in - shift), in - shift <= 0.
+HWY_INLINE void exp_all(const float* in, std::int64_t n, float shift, float* out) {
+  std::int64_t i = exp_some<16>(in, 0, n, shift, out);
+  i = exp_some<8>(in, i, n, shift, out);
+  i = exp_some<4>(in, i, n, shift, out);
   for (; i < n; ++i) out[i] = exp_of_non_positive(in[i] - shift);
 }
 HWY_INLINE void exp_all(const double* in, std::int64_t n, double shift, double* out) {
@@ -451,15 +431,32 @@ HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
   round_tensor(scores, a.experts, a.tensor_dtype);
 }
 
+/// The `count` best of up to kAbreast rows. choice [tokens, experts] in; index [tokens, count] out.
+HWY_INLINE void choose(const float* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
+                       std::int32_t* keys, std::int32_t* index) {
+  const std::int64_t stride = (experts + 15) / 16 * 16;
+  for (std::int64_t t = 0; t < tokens; ++t) keys_of(choice + t * experts, experts, keys + t * stride);
+  if (tokens == kAbreast) return best_keys<kAbreast>(keys, experts, stride, count, index);
+  for (std::int64_t t = 0; t < tokens; ++t)
+    best_keys<1>(keys + t * stride, experts, stride, count, index + t * count);
+}
+HWY_INLINE void choose(const double* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
+                       std::int32_t*, std::int32_t* index) {
+  for (std::int64_t t = 0; t < tokens; ++t) best_of(choice + t * experts, experts, count, index + t * count);
+}
+
 template <class T>
-void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t* index) {
+void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t* index, std::int32_t* keys) {
   const std::int64_t size = a.experts / a.groups, best = group_members(a);
-  for (std::int64_t g = 0; g < a.groups; ++g) {
-    const T* members = choice + g * size;
-    best_of(members, size, best, index);
-    T sum = members[index[0]];
-    for (std::int64_t j = 1; j < best; ++j) sum += members[index[j]];
-    group_value[g] = best > 1 ? rounded(sum, a.tensor_dtype) : sum;
+  for (std::int64_t first = 0; first < a.groups; first += kAbreast) {
+    const std::int64_t count = std::min(kAbreast, a.groups - first);
+    choose(choice + first * size, count, size, best, keys, index);
+    for (std::int64_t g = 0; g < count; ++g) {
+      const T* members = choice + (first + g) * size;
+      T sum = members[index[g * best]];
+      for (std::int64_t j = 1; j < best; ++j) sum += members[index[g * best + j]];
+      group_value[first + g] = best > 1 ? rounded(sum, a.tensor_dtype) : sum;
+    }
   }
   best_of(group_value, a.groups, a.top_groups, index);
   const T fill = a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
@@ -493,25 +490,11 @@ void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::i
   round_tensor(weights, a.top_k, a.weights_dtype);
 }
 
-/// Up to kAbreast tokens from t on. choice [tokens, experts] in; index [tokens, count] out.
-HWY_INLINE void choose(const float* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
-                       std::int32_t* keys, std::int32_t* index) {
-  const std::int64_t stride = (experts + 15) / 16 * 16;
-  for (std::int64_t t = 0; t < tokens; ++t) keys_of(choice + t * experts, experts, keys + t * stride);
-  if (tokens == kAbreast) return best_keys<kAbreast>(keys, experts, stride, count, index);
-  for (std::int64_t t = 0; t < tokens; ++t)
-    best_keys<1>(keys + t * stride, experts, stride, count, index + t * count);
-}
-HWY_INLINE void choose(const double* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
-                       std::int32_t*, std::int32_t* index) {
-  for (std::int64_t t = 0; t < tokens; ++t) best_of(choice + t * experts, experts, count, index + t * count);
-}
-
 template <class T>
 void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
   const std::int64_t count = std::min(a.top_k + (r.runner_up != nullptr ? 1 : 0), a.experts);
   std::vector<T> scores(kAbreast * a.experts), choice(kAbreast * a.experts), scratch(std::max(a.groups, a.top_k));
-  std::vector<std::int32_t> index(kAbreast * count), group(std::max({a.groups, a.top_k, std::int64_t{2}}));
+  std::vector<std::int32_t> index(kAbreast * count), group(std::max(a.groups, kAbreast * group_members(a)));
   std::vector<std::int32_t> keys(kAbreast * (a.experts + 16));
   for (std::int64_t first = 0; first < a.tokens; first += kAbreast) {
     const std::int64_t tokens = std::min(kAbreast, a.tokens - first);
@@ -528,7 +511,7 @@ void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
                 : a.bias_multiplies          ? base[e] * a.correction_bias[e]
                                              : base[e] + a.correction_bias[e];
       }
-      if (a.group_score != GroupScore::kNone) mask_groups(a, to, scratch.data(), group.data());
+      if (a.group_score != GroupScore::kNone) mask_groups(a, to, scratch.data(), group.data(), keys.data());
     }
     choose(choice.data(), tokens, a.experts, count, keys.data(), index.data());
     for (std::int64_t t = 0; t < tokens; ++t) {

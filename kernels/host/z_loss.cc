@@ -1,8 +1,88 @@
+// The sum of exponentials in vectors, compiled once per instruction set; lanes never meet but in the written order, so the
+// width does not show.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/host/z_loss.cc"
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #include "kernels/host/z_loss.h"
 
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "kernels/host/elementary-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moeaudit::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+/// Adds exp(logits[i] - largest) to lane i mod kLanes.
+template <class T>
+void add_exponentials(const T* logits, std::int64_t count, double largest, double* lane) {
+  const hn::CappedTag<double, 8> d;
+  const hn::Rebind<T, decltype(d)> from;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto shift = hn::Set(d, largest);
+  std::int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    hn::Vec<decltype(d)> v;
+    if constexpr (sizeof(T) == sizeof(double))
+      v = hn::LoadU(d, logits + i);
+    else
+      v = hn::PromoteTo(d, hn::LoadU(from, logits + i));
+    double* to = lane + i % kLanes;
+    hn::StoreU(hn::Add(hn::LoadU(d, to), exp_lanes(d, hn::Sub(v, shift))), d, to);
+  }
+  for (; i < count; ++i) lane[i % kLanes] += exp_exact_order(static_cast<double>(logits[i]) - largest);
+}
+void add_exponentials_f32(const float* logits, std::int64_t count, double largest, double* lane) {
+  add_exponentials(logits, count, largest, lane);
+}
+void add_exponentials_f64(const double* logits, std::int64_t count, double largest, double* lane) {
+  add_exponentials(logits, count, largest, lane);
+}
+
+}  // namespace moeaudit::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
 #include <algorithm>
 
 namespace moeaudit::kernels {
+
+HWY_EXPORT(add_exponentials_f32);
+HWY_EXPORT(add_exponentials_f64);
+
+namespace {
+
+template <class T, class Add>
+double of_row(const T* logits, std::int64_t count, double* largest, double* sum, Add add) {
+  T m = logits[0];
+  bool nan = false;
+  for (std::int64_t e = 0; e < count; ++e) {
+    m = logits[e] > m ? logits[e] : m;
+    nan |= logits[e] != logits[e];
+  }
+  if (m != m) {  // the first is no number: the largest of the others
+    for (std::int64_t e = 0; e < count; ++e) m = logits[e] > m || m != m ? logits[e] : m;
+  }
+  alignas(64) double lane[kLanes] = {};
+  *largest = static_cast<double>(m);
+  *sum = 0;
+  if (m - m == T(0)) {
+    add(logits, count, *largest, lane);
+    *sum = add_lanes(lane);
+  }
+  return finish_log_sum_exp(nan, *largest, *sum);
+}
+
+}  // namespace
+
+double log_sum_exp(const float* logits, std::int64_t count, double* largest, double* sum) {
+  return of_row(logits, count, largest, sum, HWY_DYNAMIC_DISPATCH(add_exponentials_f32));
+}
+double log_sum_exp(const double* logits, std::int64_t count, double* largest, double* sum) {
+  return of_row(logits, count, largest, sum, HWY_DYNAMIC_DISPATCH(add_exponentials_f64));
+}
+
 namespace {
 
 template <class T>
@@ -41,3 +121,4 @@ Status z_loss(const ZLossArgs<float>& args, const ZLossResult<float>& result) { 
 Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result) { return run(args, result); }
 
 }  // namespace moeaudit::kernels
+#endif  // HWY_ONCE

@@ -35,24 +35,9 @@ MOE_AUDIT_HOST_DEVICE inline double finish_log_sum_exp(bool nan, double largest,
   return largest - largest == 0.0 ? largest + log_exact_order(sum) : largest;
 }
 
-template <class T>
-inline double log_sum_exp(const T* logits, std::int64_t count, double* largest, double* sum) {
-  double m = static_cast<double>(logits[0]);
-  bool nan = false;
-  for (std::int64_t e = 0; e < count; ++e) {
-    const double l = static_cast<double>(logits[e]);
-    m = l > m || m != m ? l : m;
-    nan = nan || l != l;
-  }
-  double lane[kLanes] = {}, s = 0;
-  if (m - m == 0.0) {
-    for (std::int64_t e = 0; e < count; ++e) lane[e % kLanes] += exp_exact_order(static_cast<double>(logits[e]) - m);
-    s = add_lanes(lane);
-  }
-  *largest = m;
-  *sum = s;
-  return finish_log_sum_exp(nan, m, s);
-}
+/// Of one row, count >= 1; also m and the sum of the exponentials, in kLanes lanes (elementary.h).
+double log_sum_exp(const float* logits, std::int64_t count, double* largest, double* sum);
+double log_sum_exp(const double* logits, std::int64_t count, double* largest, double* sum);
 
 /// ST-MoE (arXiv 2202.08906 eq. 5), averaged over the valid tokens (Megatron-LM z_loss_func, transformers' switch and
 /// nllb routers); all of them padding: 0. Sums are float64, whatever T. kBadShape, kNullPointer as balance_loss().
