@@ -3,6 +3,7 @@
 #include "kernels/host/permute.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <bit>
 #include <boost/test/unit_test.hpp>
@@ -224,7 +225,7 @@ void combine_agrees(const Shape& s, std::int64_t hidden, double scale) {
     }
     return b;
   };
-  const at::NoGradGuard guard;
+  const c10::NoGradGuard guard;
   check(values(out), doubles(y),
         bound(out, ref::combine(r.abs(), row_of_slot, w.abs()), s.k, bounds::combine_additions(s.k), kStored<T>),
         what + " y");
