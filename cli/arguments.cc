@@ -49,13 +49,17 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 }  // namespace
 
-void add_device_option(CLI::App& app, std::string& device) {
-  app.add_option("--device", device, "auto, cpu or cuda: where kernels run")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))->type_name("DEVICE");
+CLI::Option* add_device_option(CLI::App& app, Device& device) {
+  static const std::map<std::string, Device> kDevices = {{"auto", Device::kAuto}, {"cpu", Device::kCpu}, {"cuda", Device::kCuda}};
+  return app.add_option("--device", device, "Where kernels run: auto, cpu, cuda; the verdict does not depend on it (default auto)")
+      ->transform(CLI::CheckedTransformer(kDevices).description("{auto,cpu,cuda}"))->type_name("DEVICE");
 }
 
-std::string no_cuda(const std::string& why) {
-  return "--device cuda: " + why + "; use --device auto or cpu: the verdicts are the same";
+std::unique_ptr<kernels::Backend> open_cuda_or_throw() {
+  std::string why;
+  std::unique_ptr<kernels::Backend> device = kernels::open_cuda(&why);
+  if (device == nullptr) throw UsageError{"--device cuda: " + why + "; use --device auto or cpu: the verdict is the same"};
+  return device;
 }
 
 void add_input_options(CLI::App& app, Arguments& a) {
@@ -92,6 +96,7 @@ void add_input_options(CLI::App& app, Arguments& a) {
   a.engine.threads = std::max(1u, std::thread::hardware_concurrency());
   app.add_option("--threads", a.engine.threads, "Threads; the result does not depend on it")
       ->group(group)->type_name("N")->check(CLI::Range(1, 1024));
+  add_device_option(app, a.engine.device)->group(group);
   app.add_flag("-v,--verbose", a.verbose, "Text: say of every rule that was not applicable why")->group(group);
   app.add_flag("--no-progress", a.no_progress, "No progress bar on stderr")->group(group);
   app.add_option("--color", a.color, "auto, always or never (NO_COLOR is respected)")
@@ -141,6 +146,7 @@ void finish(Arguments& a) {
       }
     }
   }
+  if (a.engine.device == Device::kCuda) open_cuda_or_throw();
   if (a.formats.empty()) a.formats.push_back("text");
   int to_stdout = 0;
   for (const std::string& format : a.formats) {

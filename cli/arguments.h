@@ -2,15 +2,18 @@
 #pragma once
 
 #include <iosfwd>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "audit/engine/engine.h"
 #include "audit/inputs/inputs.h"
+#include "kernels/backend.h"
 #include "reports/writer.h"
 
 namespace CLI {
 class App;
+class Option;
 }
 
 namespace moeaudit {
@@ -32,9 +35,9 @@ struct UsageError {
 };
 
 /// --device auto|cpu|cuda.
-void add_device_option(CLI::App& app, std::string& device);
-/// The message of --device cuda where there is none: why, and what to do.
-std::string no_cuda(const std::string& why);
+CLI::Option* add_device_option(CLI::App& app, Device& device);
+/// The CUDA device that --device cuda asks for. Throws UsageError, with why there is none and what to do.
+std::unique_ptr<kernels::Backend> open_cuda_or_throw();
 
 void add_input_options(CLI::App& app, Arguments& arguments);
 void add_output_options(CLI::App& app, Arguments& arguments);

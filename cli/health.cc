@@ -20,6 +20,7 @@ struct HealthArguments {
   TraceOptions trace;
   HealthOptions health;
   Arguments terminal;
+  Device device = Device::kAuto;
 };
 
 int run(HealthArguments& a) {
@@ -30,6 +31,8 @@ int run(HealthArguments& a) {
   report.path = a.path;
   // A trace, or a checkpoint whose routers are run on hidden states.
   std::vector<LoadedRun> checkpoint;
+  std::shared_ptr<ReplayBackend> backend;
+  if (a.device == Device::kCuda) open_cuda_or_throw();
   std::unique_ptr<Trace> trace;
   if (recognise_trace(a.path) == TraceFormat::kNone && !a.hidden_states.empty()) {
     RunOptions options;
@@ -38,7 +41,7 @@ int run(HealthArguments& a) {
     checkpoint = load_runs(options);
     LoadedRun& run = checkpoint.front();
     report.problems = std::move(run.problems);
-    trace = route_hidden_states(&run.facts, run.model, run.hidden_states, &report.problems);
+    trace = route_hidden_states(&run.facts, run.model, run.hidden_states, a.device, &backend, &report.problems);
   } else {
     trace = open_trace(a.path, a.trace, &report.problems);
   }
@@ -51,6 +54,9 @@ int run(HealthArguments& a) {
     std::vector<InputProblem> problems = std::move(report.problems);
     report = measure_health(*trace, a.health);
     report.problems = std::move(problems);
+    report.backend = std::string("host ") + kernels::host_backend();
+    if (backend && backend->on_device()) report.backend += "; routers: " + backend->name();
+    if (backend) report.warning = backend->warning();
   }
   const WriterOptions options = terminal_options(a.terminal);
   if (a.format == "json")
@@ -94,6 +100,7 @@ std::function<int()> define(CLI::App& app) {
   app.add_option("--threads", a->health.threads, "Threads; the result does not depend on it")
       ->type_name("N")
       ->check(CLI::Range(1, 1024));
+  add_device_option(app, a->device);
   app.add_flag("-v,--verbose", a->terminal.verbose, "Text: the busiest and the least used experts of each layer");
   app.add_flag("--no-progress", a->terminal.no_progress, "No progress bar on stderr");
   app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")

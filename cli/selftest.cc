@@ -313,7 +313,7 @@ StoredVectors read_vectors(const std::string& path, std::string* text) {
   }
 }
 
-int selftest(const std::string& device, bool json, const std::string& path) {
+int selftest(Device device, bool json, const std::string& path) {
   std::string text;
   const StoredVectors all = read_vectors(path, &text);
   std::vector<BackendRun> runs;
@@ -322,9 +322,9 @@ int selftest(const std::string& device, bool json, const std::string& path) {
   BackendRun cuda;
   cuda.name = "cuda";
   cuda.absent = "--device cpu";
-  if (device != "cpu") {
-    const std::unique_ptr<kernels::Backend> backend = kernels::open_cuda(&cuda.absent);
-    if (backend == nullptr && device == "cuda") throw UsageError{no_cuda(cuda.absent)};
+  if (device != Device::kCpu) {
+    const std::unique_ptr<kernels::Backend> backend =
+        device == Device::kCuda ? open_cuda_or_throw() : kernels::open_cuda(&cuda.absent);
     if (backend != nullptr) cuda = run_kernels(all, *backend);
   }
   runs.push_back(std::move(cuda));
@@ -336,7 +336,7 @@ int selftest(const std::string& device, bool json, const std::string& path) {
 }
 
 std::function<int()> define(CLI::App& app) {
-  auto device = std::make_shared<std::string>("auto");
+  auto device = std::make_shared<Device>(Device::kAuto);
   auto format = std::make_shared<std::string>("text");
   add_device_option(app, *device);
   app.add_option("--format", *format, "text or json")->check(CLI::IsMember({"text", "json"}))->type_name("FORMAT");

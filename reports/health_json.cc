@@ -94,6 +94,8 @@ void write_health_json(const HealthReport& r, const WriterOptions&, std::ostream
   root["trace"]["steps"] = r.steps;
   root["trace"]["micro_batches"] = r.micro_batches;
   root["trace"]["ranks"] = r.ranks;
+  if (!r.backend.empty()) root["backend"] = r.backend;
+  if (!r.warning.empty()) root["warning"] = r.warning;
   root["problems"] = Json::array();
   for (const InputProblem& p : r.problems) {
     Json object = {{"file", p.file}};

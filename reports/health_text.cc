@@ -159,6 +159,8 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
                ", ranks " + std::to_string(r.ranks);
   fill(out, subject, 2, width);
   if (!r.note.empty()) fill(out, r.note, 2, width);
+  if (!r.backend.empty()) fill(out, "measured on: " + r.backend, 2, width);
+  if (!r.warning.empty()) fill(out, "warning: " + r.warning, 2, width);
   for (const InputProblem& p : r.problems) {
     Source s;
     s.file = p.file;

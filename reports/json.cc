@@ -188,7 +188,10 @@ Json run_json(const RunResult& run, bool long_tables) {
     suppressed.push_back({{"finding", finding_json(s.rule, s.name, s.finding)}, {"by", by}});
   }
   Json measures = Json::array();
-  for (const MeasureRecord& m : run.measures) measures.push_back({{"name", m.name}, {"backend", m.backend}, {"note", m.note}});
+  for (const MeasureRecord& m : run.measures) {
+    measures.push_back({{"name", m.name}, {"backend", m.backend}, {"note", m.note}});
+    if (!m.warning.empty()) measures.back()["warning"] = m.warning;
+  }
   Json unread = Json::array();
   if (run.facts.unread_keys.known()) unread = json_of(run.facts.unread_keys.value());
   Json facts = facts_json(run.facts, long_tables);

@@ -225,6 +225,7 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
   }
   for (const MeasureRecord& m : run.measures) {
     fill(out, "measured: " + m.name + (m.note.empty() ? "" : ", " + m.note) + (m.backend.empty() ? "" : " [" + m.backend + "]"), 2, width);
+    if (!m.warning.empty()) fill(out, "warning: " + m.warning, 4, width);
   }
   if (run.facts.tokens_per_step.known()) {
     const FactSheet& f = run.facts;

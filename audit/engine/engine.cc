@@ -90,7 +90,8 @@ RunResult audit_run(LoadedRun run, const EngineOptions& options) {
   result.problems = std::move(run.problems);
 
   MeasureContext context{result.facts,    run.model,       run.base,         run.adapter,    run.hidden_states,
-                         options.threads, options.replays, options.progress, result.measures, options.full,  run.trace.get()};
+                         options.threads, options.replays, options.progress, result.measures, options.full,  run.trace.get(),
+                         options.device};
   Measures measures(context);
   if (options.measure_everything) {
     Names all;

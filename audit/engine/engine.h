@@ -8,6 +8,7 @@
 
 #include "audit/facts/finding.h"
 #include "audit/inputs/inputs.h"
+#include "audit/measures/measure.h"
 
 namespace moeaudit {
 
@@ -24,6 +25,7 @@ struct EngineOptions {
   bool comments = true;              // false: "# moe-audit: ignore" in files suppresses nothing
   bool measure_everything = false;   // `moe-audit facts`: run every measure, whether or not a rule asks
   int threads = 1;
+  Device device = Device::kAuto;     // where kernels run; the verdict does not depend on it
   std::function<void(std::string_view stage, double done)> progress;
 };
 

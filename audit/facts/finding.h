@@ -169,8 +169,9 @@ struct InputProblem {
 /// One measure that was run, or why it was not.
 struct MeasureRecord {
   std::string name;
-  std::string backend;  // "host avx2", "host scalar", "host float64"
+  std::string backend;  // "host avx2", "host float64", "cuda NVIDIA H100"
   std::string note;     // "4,096 tokens probe", "skipped: --static"
+  std::string warning = {};  // a device that failed, and what was done instead
 };
 
 /// The audit of one run (one checkpoint).

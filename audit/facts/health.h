@@ -114,6 +114,7 @@ struct HealthReport {
   std::string score, score_from;      // "softmax"; "family", "given", "assumed"
   std::string note;                   // what was supposed
   std::string compared_with;          // the other trace, if one was given
+  std::string backend, warning;       // "host avx2"; a device that failed, and what was done instead
   std::int64_t steps = 0, micro_batches = 0, ranks = 0;
   std::vector<LayerHealth> layers;
   std::vector<AcrossLayers> across;

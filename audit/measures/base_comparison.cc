@@ -12,6 +12,7 @@
 #include "audit/measures/measure.h"
 #include "audit/measures/router_inputs.h"
 #include "audit/measures/router_precision.h"
+#include "audit/measures/replay_backend.h"
 #include "audit/measures/router_replay.h"
 #include "audit/measures/weight_pairs.h"
 #include "kernels/host/router.h"
@@ -169,23 +170,15 @@ struct Overlap {
 class RoutingComparison {
  public:
   RoutingComparison(MeasureContext& ctx, const WeightPairs& pairs)
-      : ctx_(ctx), routing_(ctx.facts.routing.value()), top_k_(ctx.facts.top_k.value()), inputs_(ctx.hidden_states, k::Float::kF32) {
+      : ctx_(ctx), routing_(ctx.facts.routing.value()), top_k_(ctx.facts.top_k.value()), inputs_(ctx.hidden_states, k::Float::kF32), budget_(affordable_tokens(work())), backend_(ctx, core_seconds_a_token(work()) * static_cast<double>(budget_) / std::max(ctx.threads, 1)) {
     for (const WeightPair& p : pairs.pairs) base_name_.emplace(p.trained.matrix.tensor->name, p.base.matrix.tensor->name);
   }
 
   void run() {
     const RouterTable& routers = ctx_.facts.routers.value();
-    RouterWork work;
-    work.routers = static_cast<std::int64_t>(routers.layer.size());
-    for (std::size_t i = 0; i < routers.layer.size(); ++i) {
-      work.experts = std::max(work.experts, routers.experts[i]);
-      work.hidden = std::max(work.hidden, routers.hidden[i]);
-    }
-    work.wide_modes = 2;
-    const std::int64_t budget = affordable_tokens(work);
     std::string first_fault;
     for (std::size_t row = 0; row < routers.layer.size(); ++row) {
-      const std::string fault = compare_router(row, budget);
+      const std::string fault = compare_router(row, budget_);
       if (!fault.empty() && first_fault.empty()) first_fault = fault;
     }
     if (out_.layer.empty()) {
@@ -195,8 +188,21 @@ class RoutingComparison {
     out_.input = inputs_.probe() ? "probe: seeded unit Gaussian through each model's norm weight" : "hidden states " + ctx_.hidden_states.files().front();
     ctx_.facts.base_routing.set(std::move(out_), Origin::kMeasured, weights_source(ctx_.base));
   }
+  const ReplayBackend& backend() const { return backend_; }
 
  private:
+  RouterWork work() const {
+    const RouterTable& routers = ctx_.facts.routers.value();
+    RouterWork work;
+    work.routers = static_cast<std::int64_t>(routers.layer.size());
+    for (std::size_t i = 0; i < routers.layer.size(); ++i) {
+      work.experts = std::max(work.experts, routers.experts[i]);
+      work.hidden = std::max(work.hidden, routers.hidden[i]);
+    }
+    work.wide_modes = 2;
+    return work;
+  }
+
   struct Side {
     Router router;
     Aligned<double> packed;
@@ -251,31 +257,31 @@ class RoutingComparison {
       if (rows == 0) return "the hidden states have no float tensor [tokens, " + std::to_string(r.hidden) + "] for layer " + std::to_string(r.layer);
       tokens = std::min(tokens, rows);
     }
-    const std::int64_t tiles = (tokens + Scratch::kTile - 1) / Scratch::kTile;
+    const std::int64_t tile_size = backend_.tile(), tiles = (tokens + tile_size - 1) / tile_size;
     std::vector<Overlap> overlaps(static_cast<std::size_t>(tiles));
     parallel_for(ctx_.threads, tiles, [&](std::int64_t tile, int) {
-      const std::int64_t first = tile * Scratch::kTile, n = std::min(Scratch::kTile, tokens - first);
+      const std::int64_t first = tile * tile_size, n = std::min(tile_size, tokens - first);
       compare_tile(base, trained, view, first, n, tokens, &overlaps[static_cast<std::size_t>(tile)]);
     });
     append(row, overlaps);
     return {};
   }
 
-  void choose(const Side& side, const TensorView* view, std::int64_t first, std::int64_t n, std::int64_t of, std::int64_t* kept, std::vector<std::int32_t>* chosen) const {
+  void choose(const Side& side, const TensorView* view, std::int64_t first, std::int64_t n, std::int64_t of, std::int64_t* kept, std::vector<std::int32_t>* chosen) {
     const Router& r = side.router;
     Aligned<float> x(n * r.hidden);
     Aligned<double> logits(n * r.experts);
     *kept = inputs_.fill(r.norm.data(), view, r.hidden, first, n, of, x.data());
     chosen->resize(static_cast<std::size_t>(*kept * top_k_));
-    k::gate_logits(k::GateArgs<float, double>{x.data(), side.packed.data(), side.linear.empty() ? nullptr : side.linear.data(), *kept, r.hidden, r.experts, logits.data()});
+    backend_.gate_logits(k::GateArgs<float, double>{x.data(), side.packed.data(), side.linear.empty() ? nullptr : side.linear.data(), *kept, r.hidden, r.experts, logits.data()});
     k::RouteArgs<double> args = route_args<double>(routing_, r.experts, top_k_);
     args.logits = logits.data();
     args.tokens = *kept;
     args.correction_bias = side.correction.empty() ? nullptr : side.correction.data();
-    k::route(args, k::RouteResult<double>{chosen->data(), nullptr, nullptr, nullptr});
+    backend_.route(args, k::RouteResult<double>{chosen->data(), nullptr, nullptr, nullptr});
   }
 
-  void compare_tile(const Side& base, const Side& trained, const TensorView* view, std::int64_t first, std::int64_t n, std::int64_t of, Overlap* out) const {
+  void compare_tile(const Side& base, const Side& trained, const TensorView* view, std::int64_t first, std::int64_t n, std::int64_t of, Overlap* out) {
     std::vector<std::int32_t> s0, s1;
     std::int64_t kept0 = 0, kept1 = 0;
     choose(base, view, first, n, of, &kept0, &s0);
@@ -320,6 +326,8 @@ class RoutingComparison {
   Routing routing_;
   std::int64_t top_k_;
   RouterInputs inputs_;
+  std::int64_t budget_;
+  ReplayBackend backend_;
   std::map<std::string_view, std::string_view> base_name_;
   RoutingKept out_;
 };
@@ -382,14 +390,19 @@ void run(MeasureContext& ctx) {
   const auto unread = std::count_if(sums.begin(), sums.end(), [](const PairSums& s) { return !s.read; });
   if (unread > 0) note += ", " + std::to_string(unread) + " that differ in packed types not compared";
   f.base_changes.set(changes_of(pairs, sums, ctx.model), Origin::kMeasured, source);
+  MeasureRecord record{"base_comparison", std::string("host ") + k::host_backend(), {}};
   if (!f.routers.known() || f.routers.value().layer.empty()) {
     f.base_routing.explain_unknown("no router found in the weights");
   } else if (!f.routing.known() || !f.top_k.known()) {
     f.base_routing.explain_unknown("the routing conventions of this model are not known");
   } else {
-    RoutingComparison(ctx, pairs).run();
+    RoutingComparison routing(ctx, pairs);
+    routing.run();
+    if (routing.backend().on_device()) record.backend += "; routing: " + routing.backend().name();
+    record.warning = routing.backend().warning();
   }
-  ctx.records.push_back({"base_comparison", std::string("host ") + k::host_backend(), note});
+  record.note = note;
+  ctx.records.push_back(std::move(record));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +17,15 @@ namespace moeaudit {
 
 class Trace;
 
+namespace kernels {
+class Backend;
+std::unique_ptr<Backend> open_cuda(std::string* why_not);
+}  // namespace kernels
+
+/// Where kernels run. Results are the same everywhere; kAuto takes a CUDA device where there is one and the work is
+/// large enough.
+enum class Device { kAuto, kCpu, kCuda };
+
 struct MeasureContext {
   FactSheet& facts;                     // read what is known, set what the measure supplies
   const TensorStore& model;             // weights of the model under audit; may be empty
@@ -28,6 +38,8 @@ struct MeasureContext {
   std::vector<MeasureRecord>& records;  // append what ran, on which backend
   bool full = false;                    // --full: the weight scan reads files of any size
   const Trace* trace = nullptr;         // --trace; null: none was given
+  Device device = Device::kAuto;        // --device
+  std::unique_ptr<kernels::Backend> (*open_device)(std::string* why_not) = kernels::open_cuda;
 };
 
 /// Bytes of weights that an audit without --full reads whole: about 1.5 s from a disk of 1.5 GB/s, 0.2 s from memory.

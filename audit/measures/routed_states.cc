@@ -4,6 +4,7 @@
 
 #include "audit/measures/measure.h"
 #include "audit/measures/router_inputs.h"
+#include "audit/measures/router_precision.h"
 #include "audit/measures/router_replay.h"
 #include "audit/traces/owned_tensors.h"
 #include "kernels/host/router.h"
@@ -52,6 +53,7 @@ class StatesSource : public Trace::Source {
               [](const auto& a, const auto& b) { return a->router.layer < b->router.layer; });
   }
   const std::vector<std::unique_ptr<RoutedLayer>>& layers() const { return layers_; }
+  void run_on(std::shared_ptr<ReplayBackend> backend) { backend_ = std::move(backend); }
 
   void open(const MicroBatchRecord& record, MicroBatch* out, std::vector<WeightProblem>*) const override {
     const auto owner = std::make_shared<OwnedTensors>();
@@ -75,8 +77,8 @@ class StatesSource : public Trace::Source {
       route.logits = logits.data();
       route.tokens = n;
       route.correction_bias = layer->correction_bias.empty() ? nullptr : layer->correction_bias.data();
-      if (n == 0 || k::gate_logits(gate) != k::Status::kOk ||
-          k::route(route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr}) != k::Status::kOk) {
+      if (n == 0 || backend_->gate_logits(gate) != k::Status::kOk ||
+          backend_->route(route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr}) != k::Status::kOk) {
         continue;
       }
       LayerTensors l;
@@ -99,11 +101,13 @@ class StatesSource : public Trace::Source {
   Routing routing_;
   std::int64_t top_k_;
   std::vector<std::unique_ptr<RoutedLayer>> layers_;
+  std::shared_ptr<ReplayBackend> backend_;
 };
 
 }  // namespace
 
 std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& model, const TensorStore& hidden_states,
+                                           Device device, std::shared_ptr<ReplayBackend>* backend,
                                            std::vector<InputProblem>* problems) {
   const auto refuse = [&](std::string what, std::string remedy) {
     problems->push_back({model.files().empty() ? "" : model.files().front(), 0, 0, std::move(what), std::move(remedy)});
@@ -142,6 +146,7 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
     if (!fault.empty()) problems->push_back({hidden_states.files().front(), 0, 0, fault, "this layer is left out"});
   }
   source->sort();
+  double seconds = 0;
   for (const auto& layer : source->layers()) {
     TraceLayer known;
     known.layer = layer->router.layer;
@@ -152,8 +157,12 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
     t.layers.push_back(std::move(known));
     t.hidden_size = layer->router.hidden;
     rows = std::max(rows, layer->rows);
+    seconds += static_cast<double>(layer->rows) * core_seconds_a_token({1, layer->router.experts, layer->router.hidden, 1, 0});
   }
   if (t.layers.empty()) return refuse("no router could be replayed", "see the problems above");
+  context.device = device;
+  *backend = std::make_shared<ReplayBackend>(context, seconds);
+  source->run_on(*backend);
   t.note = "The routers in float64 on " + hidden_states.files().front() + ". ";
   std::vector<MicroBatchRecord> micro_batches;
   for (std::int64_t first = 0; first < rows; first += kTokens) {

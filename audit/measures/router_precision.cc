@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "audit/measures/measure.h"
+#include "audit/measures/replay_backend.h"
 #include "audit/measures/router_inputs.h"
 #include "audit/measures/router_replay.h"
 #include "kernels/host/gaussian.h"
@@ -127,13 +128,14 @@ class RouterPrecision {
         routing_(ctx.facts.routing.value()),
         activations_(activation_dtype(ctx.facts)),
         inputs_(ctx.hidden_states, activations_),
-        modes_(modes_of(ctx.facts, activations_)) {}
+        modes_(modes_of(ctx.facts, activations_)),
+        budget_(affordable_tokens(work())),
+        backend_(ctx, core_seconds_a_token(work()) * static_cast<double>(budget_) / std::max(ctx.threads, 1)) {}
 
   void run() {
     const RouterTable& routers = ctx_.facts.routers.value();
-    const std::int64_t budget = affordable_tokens(work());
     for (std::size_t row = 0; row < routers.layer.size(); ++row) {
-      const std::string fault = run_router(row, budget);
+      const std::string fault = run_router(row);
       if (!fault.empty()) faults_.push_back(fault);
       if (ctx_.progress) {
         ctx_.progress("router precision", static_cast<double>(row + 1) / static_cast<double>(routers.layer.size()));
@@ -157,7 +159,7 @@ class RouterPrecision {
   }
 
   /// Empty, or why this router was left out.
-  std::string run_router(std::size_t row, std::int64_t budget) {
+  std::string run_router(std::size_t row) {
     Router r;
     std::string fault = read_router(ctx_.model, ctx_.facts.routers.value(), routing_, row, &r);
     if (!fault.empty()) return fault;
@@ -165,22 +167,22 @@ class RouterPrecision {
     const k::Status status = k::check_route(route_args<float>(routing_, r.experts, top_k), {});
     if (status != k::Status::kOk) return r.tensor + ": " + k::name_of(status);
 
-    std::int64_t tokens = budget;
+    std::int64_t tokens = budget_;
     const TensorView* view = nullptr;
     fault = inputs_.probe() ? prepare_probe(&r, tokens) : prepare_states(r, &view, &tokens);
     if (!fault.empty()) return fault;
 
-    const RouterReplay replay(r, routing_, top_k, activations_, modes_for(r));
-    const std::int64_t tiles = (tokens + Scratch::kTile - 1) / Scratch::kTile;
+    const RouterReplay replay(r, routing_, top_k, activations_, modes_for(r), backend_);
+    const std::int64_t tile_size = backend_.tile(), tiles = (tokens + tile_size - 1) / tile_size;
     std::vector<TileTally> tallies(static_cast<std::size_t>(tiles));
     std::vector<Scratch> scratch;
     for (int w = 0; w < std::clamp<std::int64_t>(ctx_.threads, 1, tiles); ++w)
-      scratch.emplace_back(r.hidden, r.experts, top_k);
+      scratch.emplace_back(r.hidden, r.experts, top_k, tile_size);
     parallel_for(ctx_.threads, tiles, [&](std::int64_t tile, int worker) {
       Scratch& s = scratch[static_cast<std::size_t>(worker)];
-      const std::int64_t first = tile * Scratch::kTile;
+      const std::int64_t first = tile * tile_size;
       const std::int64_t n = inputs_.fill(r.norm.data(), view, r.hidden, first,
-                                          std::min(Scratch::kTile, tokens - first), tokens, s.x.data());
+                                          std::min(tile_size, tokens - first), tokens, s.x.data());
       if (n > 0) replay.run(n, s, &tallies[static_cast<std::size_t>(tile)]);
     });
     return report(r, replay.modes(), tallies, tokens);
@@ -280,7 +282,7 @@ class RouterPrecision {
     }
     note += ", x in " + std::string(k::name_of(activations_)) + ", " + table_.input;
     if (!skipped.empty()) note += "; " + skipped;
-    ctx_.records.push_back({"router_precision", std::string("host ") + k::host_backend(), note});
+    ctx_.records.push_back({"router_precision", backend_.name(), note, backend_.warning()});
     if (measured_ == 0) {
       ctx_.facts.router_precision.explain_unknown(skipped);
     } else {
@@ -293,6 +295,8 @@ class RouterPrecision {
   Float activations_;
   RouterInputs inputs_;
   std::vector<Mode> modes_;
+  std::int64_t budget_;
+  ReplayBackend backend_;
   PrecisionTable table_;
   std::vector<std::string> faults_;
   std::int64_t measured_ = 0, without_norm_ = 0, left_out_ = 0, most_tokens_ = 0;
@@ -325,13 +329,18 @@ std::pair<double, double> wilson_interval(std::int64_t hits, std::int64_t n) {
   return {hits == 0 ? 0.0 : centre - half, hits == n ? 1.0 : centre + half};
 }
 
-std::int64_t affordable_tokens(const RouterWork& work) {
-  constexpr double kCoreSeconds = 5.0, kWideFlops = 40e9, kFloatFlops = 60e9;
+double core_seconds_a_token(const RouterWork& work) {
+  constexpr double kWideFlops = 40e9, kFloatFlops = 60e9;
   const double experts = static_cast<double>((work.experts + 7) / 8 * 8), hidden = static_cast<double>(work.hidden);
   const double gate = 2 * experts * hidden * (work.wide_modes / kWideFlops + work.float_modes / kFloatFlops);
   const double input = 1e-9 * hidden;
   const double route = (8e-9 * experts + 1e-7) * (1 + work.wide_modes + work.float_modes);
-  const double token = static_cast<double>(work.routers) * (gate + input + route);
+  return static_cast<double>(work.routers) * (gate + input + route);
+}
+
+std::int64_t affordable_tokens(const RouterWork& work) {
+  constexpr double kCoreSeconds = 5.0;
+  const double token = core_seconds_a_token(work);
   const double tokens = token > 0 ? kCoreSeconds / token : static_cast<double>(kMostTokens);
   if (tokens >= static_cast<double>(kMostTokens)) return kMostTokens;
   return std::max<std::int64_t>(static_cast<std::int64_t>(tokens) / Scratch::kTile * Scratch::kTile, Scratch::kTile);

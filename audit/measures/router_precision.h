@@ -21,5 +21,7 @@ struct RouterWork {
 /// Tokens per router, at most 4,096 and at least 48, so that the whole takes about 3 s on two cores (speeds below are
 /// of a 3.7 GHz AVX-512 core; no clock is asked, so the answer is the same everywhere).
 std::int64_t affordable_tokens(const RouterWork& work);
+/// What one token of all routers takes on one core of the host, in seconds.
+double core_seconds_a_token(const RouterWork& work);
 
 }  // namespace moeaudit

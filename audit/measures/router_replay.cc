@@ -122,8 +122,9 @@ template k::RouteArgs<float> route_args<float>(const Routing&, std::int64_t, std
 template k::RouteArgs<double> route_args<double>(const Routing&, std::int64_t, std::int64_t);
 
 RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, Float activations,
-                           const std::vector<Mode>& modes)
+                           const std::vector<Mode>& modes, k::Backend& backend)
     : router_(router),
+      backend_(backend),
       routing_(routing),
       top_k_(top_k),
       activations_(activations),
@@ -155,7 +156,7 @@ void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& 
   const Float dtype = ready.mode.dtype;
   if (dtype == Float::kF32) {
     const float* bias = ready.bias_float.empty() ? nullptr : ready.bias_float.data();
-    k::gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts,
+    backend_.gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts,
                                              s.narrow.data()});
     return;
   }
@@ -170,7 +171,7 @@ void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& 
   if (!same_x || !ready.same_weights) {
     wide = s.wide.data();
     const double* bias = ready.bias_wide.empty() ? nullptr : ready.bias_wide.data();
-    k::gate_logits(k::GateArgs<float, double>{x, ready.packed_wide.data(), bias, n, r.hidden, r.experts, wide});
+    backend_.gate_logits(k::GateArgs<float, double>{x, ready.packed_wide.data(), bias, n, r.hidden, r.experts, wide});
   }
   k::round_values(wide, count, dtype, s.wide.data());
   std::copy(s.wide.data(), s.wide.data() + count, s.narrow.data());
@@ -202,7 +203,7 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
   args.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
   if (routing_.scores_dtype == DType::kUnknown && ready.mode.dtype != Float::kF32) args.tensor_dtype = ready.mode.dtype;
   if (routing_.scores_cast_back && activations_ != Float::kF32) args.tensor_dtype = activations_;
-  k::route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
+  backend_.route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
   for (std::int64_t t = 0; t < n; ++t) {
     const double* truth = s.truth.data() + t * r.experts;
     for (std::int64_t e = 0; e < r.experts; ++e) {
@@ -221,7 +222,7 @@ void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratc
   args.logits = s.truth.data();
   args.tokens = n;
   args.correction_bias = ready.mode.correction.data();
-  k::route(args, k::RouteResult<double>{s.mode_chosen.data(), s.mode_weights.data(), nullptr, nullptr});
+  backend_.route(args, k::RouteResult<double>{s.mode_chosen.data(), s.mode_weights.data(), nullptr, nullptr});
   std::copy(s.mode_weights.begin(), s.mode_weights.begin() + n * top_k_, s.narrow_weights.begin());
   for (std::int64_t t = 0; t < n; ++t) compare_token(t, s, tally);
 }
@@ -230,12 +231,12 @@ void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratc
 void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   const Router& r = router_;
   const double* bias = truth_bias_.empty() ? nullptr : truth_bias_.data();
-  k::gate_logits(k::GateArgs<float, double>{s.x.data(), truth_w_.data(), bias, n, r.hidden, r.experts, s.truth.data()});
+  backend_.gate_logits(k::GateArgs<float, double>{s.x.data(), truth_w_.data(), bias, n, r.hidden, r.experts, s.truth.data()});
   k::RouteArgs<double> args = route_args<double>(routing_, r.experts, top_k_);
   args.logits = s.truth.data();
   args.tokens = n;
   args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
-  k::route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
+  backend_.route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
   out->tokens = n;
   for (std::int64_t i = 0; i < n * r.experts; ++i)
     out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));

@@ -9,6 +9,7 @@
 
 #include "audit/facts/values.h"
 #include "audit/tensors/tensor_store.h"
+#include "kernels/backend.h"
 #include "kernels/host/router.h"
 
 namespace moeaudit {
@@ -71,22 +72,22 @@ struct TileTally {
   std::vector<Tally> modes;
 };
 
-/// One thread's memory for one tile of up to kTile tokens.
+/// One thread's memory for one tile of up to `tile` tokens.
 struct Scratch {
-  static constexpr std::int64_t kTile = 48;  // their x fits the second-level cache
-  Scratch(std::int64_t hidden, std::int64_t experts, std::int64_t top_k)
-      : x(kTile * hidden),
-        rounded_x(kTile * hidden),
-        wide(kTile * experts),
-        truth(kTile * experts),
-        narrow(kTile * experts),
-        choice(static_cast<std::size_t>(kTile * experts)),
-        weights(static_cast<std::size_t>(kTile * top_k)),
-        narrow_weights(static_cast<std::size_t>(kTile * top_k)),
-        mode_weights(static_cast<std::size_t>(kTile * top_k)),
-        chosen(static_cast<std::size_t>(kTile * top_k)),
-        mode_chosen(static_cast<std::size_t>(kTile * top_k)),
-        runner_up(static_cast<std::size_t>(kTile)) {}
+  static constexpr std::int64_t kTile = 48;  // on the host: their x fits the second-level cache
+  Scratch(std::int64_t hidden, std::int64_t experts, std::int64_t top_k, std::int64_t tile)
+      : x(tile * hidden),
+        rounded_x(tile * hidden),
+        wide(tile * experts),
+        truth(tile * experts),
+        narrow(tile * experts),
+        choice(static_cast<std::size_t>(tile * experts)),
+        weights(static_cast<std::size_t>(tile * top_k)),
+        narrow_weights(static_cast<std::size_t>(tile * top_k)),
+        mode_weights(static_cast<std::size_t>(tile * top_k)),
+        chosen(static_cast<std::size_t>(tile * top_k)),
+        mode_chosen(static_cast<std::size_t>(tile * top_k)),
+        runner_up(static_cast<std::size_t>(tile)) {}
   Aligned<float> x, rounded_x;
   Aligned<double> wide, truth;
   Aligned<float> narrow;
@@ -116,9 +117,9 @@ bool survives(const Router& router, kernels::Float dtype);
 /// All modes of one router. run() may be called from several threads at a time, each with its own Scratch.
 class RouterReplay {
  public:
-  /// `router` must outlive the replay.
+  /// `router` and `backend` must outlive the replay.
   RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, kernels::Float activations,
-               const std::vector<Mode>& modes);
+               const std::vector<Mode>& modes, kernels::Backend& backend);
   const std::vector<ReadyMode>& modes() const { return modes_; }
   /// The n tokens in s.x [n, hidden], already rounded to the dtype of the activations.
   void run(std::int64_t n, Scratch& s, TileTally* out) const;
@@ -132,6 +133,7 @@ class RouterReplay {
                 std::int32_t next) const;
 
   const Router& router_;
+  kernels::Backend& backend_;
   Routing routing_;
   std::int64_t top_k_;
   kernels::Float activations_;

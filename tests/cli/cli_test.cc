@@ -300,6 +300,30 @@ TEST_F(Cli, TheReportSumsUpAdvisoriesThatHaveNothingToSay) {
   EXPECT_TRUE(contains(one.out, "error AV001 balance-loss-softmaxed-twice")) << one.out;
 }
 
+TEST_F(Cli, TheDeviceDoesNotChangeTheReportAndIsNamed) {
+  const std::string check = "check fixtures/models/mixtral-tf4 --fail-on never --format json";
+  const Result host = run(check + " --device cpu");
+  EXPECT_EQ(host.exit_code, 0) << host.err;
+  EXPECT_EQ(run(check).out, host.out);  // too little work for a device
+  for (const auto& m : nlohmann::json::parse(host.out)["measures"]) {
+    const std::string backend = m["backend"];
+    EXPECT_TRUE(backend.empty() || backend.rfind("host", 0) == 0) << m;
+    EXPECT_FALSE(m.contains("warning"));
+  }
+  EXPECT_EQ(run(check + " --device tpu").exit_code, 2);
+  const Result cuda = run(check + " --device cuda"), selftest = run("selftest --device cuda");
+  if (cuda.exit_code == 0) {
+    EXPECT_NE(cuda.out.find("\"backend\": \"cuda "), std::string::npos);
+    EXPECT_EQ(selftest.exit_code, 0) << selftest.out;
+  } else {  // no device, or built without CUDA: wrong usage, and what to do
+    EXPECT_EQ(cuda.exit_code, 2);
+    EXPECT_EQ(cuda.out, "");
+    EXPECT_NE(cuda.err.find("use --device auto or cpu"), std::string::npos) << cuda.err;
+    EXPECT_EQ(selftest.exit_code, 2);
+    EXPECT_EQ(selftest.err, cuda.err);
+  }
+}
+
 TEST_F(Cli, SelftestRunsEveryBackendOrSaysWhyNot) {
   const Result r = run("selftest --format json");
   ASSERT_EQ(r.exit_code, 0) << r.out << r.err;
@@ -360,6 +384,12 @@ TEST_F(Cli, HealthIsTheSameForAnyNumberOfThreads) {
   EXPECT_EQ(one.exit_code, 0);
   EXPECT_EQ(one.out, many.out);
   EXPECT_NE(one.out, "");
+}
+
+TEST_F(Cli, HealthNamesItsBackend) {
+  const Result r = run("health fixtures/traces/megatron-router-trace --format json --device cpu");
+  EXPECT_EQ(r.exit_code, 0) << r.err;
+  EXPECT_EQ(nlohmann::json::parse(r.out)["backend"].get<std::string>().rfind("host ", 0), 0u) << r.out;
 }
 
 TEST_F(Cli, HealthNamesWhatItCannotRead) {

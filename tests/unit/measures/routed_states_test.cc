@@ -19,6 +19,7 @@ struct Loaded {
   LoadedRun run;
   std::vector<InputProblem> problems;
   std::unique_ptr<Trace> trace;
+  std::shared_ptr<ReplayBackend> backend = {};
 };
 
 Loaded route(const std::string& model, const std::string& states, const std::string& transformers) {
@@ -27,7 +28,7 @@ Loaded route(const std::string& model, const std::string& states, const std::str
   options.hidden_states = states;
   options.assume = {{"transformers", transformers}};
   Loaded out{std::move(load_runs(options).at(0)), {}, nullptr};
-  out.trace = route_hidden_states(&out.run.facts, out.run.model, out.run.hidden_states, &out.problems);
+  out.trace = route_hidden_states(&out.run.facts, out.run.model, out.run.hidden_states, Device::kCpu, &out.backend, &out.problems);
   return out;
 }
 

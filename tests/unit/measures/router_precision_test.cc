@@ -15,110 +15,12 @@
 #include "audit/measures/measure.h"
 #include "audit/measures/router_inputs.h"
 #include "kernels/host/gaussian.h"
+#include "tests/unit/measures/router_checkpoint.h"
 
 namespace moeaudit {
-extern const Measure measure_router_precision;
 namespace {
 
-/// A safetensors file of bfloat16 or float32 tensors.
-class Weights {
- public:
-  void add(const std::string& name, const std::vector<std::int64_t>& shape, const std::vector<float>& values,
-           bool bf16 = true) {
-    const std::size_t begin = data_.size();
-    for (const float v : values) {
-      const auto bits = std::bit_cast<std::uint32_t>(v);
-      for (int byte = bf16 ? 2 : 0; byte < 4; ++byte) data_ += static_cast<char>(bits >> (8 * byte) & 0xff);
-    }
-    std::string dims;
-    for (const std::int64_t n : shape) dims += (dims.empty() ? "" : ",") + std::to_string(n);
-    header_ += (header_.empty() ? "" : ",") +
-               ("\"" + name + "\":{\"dtype\":\"" + (bf16 ? "BF16" : "F32") + "\",\"shape\":[" + dims +
-                "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(data_.size()) + "]}");
-  }
-  TensorStore open(const std::string& stem) const {
-    const std::string path = testing::TempDir() + "router_precision_" + stem + ".safetensors";
-    std::ofstream out(path, std::ios::binary);
-    const std::string header = "{" + header_ + "}";
-    const std::uint64_t length = header.size();
-    for (int byte = 0; byte < 8; ++byte) out.put(static_cast<char>(length >> (8 * byte) & 0xff));
-    out << header << data_;
-    out.close();
-    std::vector<WeightProblem> problems;
-    TensorStore store = TensorStore::open(path, "model", &problems);
-    EXPECT_TRUE(problems.empty());
-    return store;
-  }
-
- private:
-  std::string header_, data_;
-};
-
-/// n Gaussian numbers that bfloat16 holds.
-std::vector<float> bf16_gaussians(std::int64_t n, std::uint64_t stream, double scale) {
-  std::vector<float> v(static_cast<std::size_t>(n));
-  kernels::unit_gaussians(99, stream, 0, n, v.data());
-  for (float& x : v) x = static_cast<float>(kernels::round_to(x * scale, kernels::Float::kBF16));
-  return v;
-}
-
-struct Model {
-  int layers = 4;
-  std::int64_t experts = 8, hidden = 512, top_k = 2;
-};
-
-std::string gate_name(int layer) { return "model.layers." + std::to_string(layer) + ".mlp.gate.weight"; }
-
-/// Gates whose logits have deviation 1 on inputs of unit RMS, and a norm weight of 1.
-Weights weights_of(const Model& m) {
-  Weights w;
-  for (int layer = 0; layer < m.layers; ++layer) {
-    w.add(gate_name(layer), {m.experts, m.hidden},
-          bf16_gaussians(m.experts * m.hidden, static_cast<std::uint64_t>(layer),
-                         1 / std::sqrt(static_cast<double>(m.hidden))));
-    w.add("model.layers." + std::to_string(layer) + ".norm.weight", {m.hidden},
-          std::vector<float>(static_cast<std::size_t>(m.hidden), 1.0f));
-  }
-  return w;
-}
-
-FactSheet facts_of(const Model& m) {
-  FactSheet f;
-  RouterTable t;
-  for (int layer = 0; layer < m.layers; ++layer) {
-    t.layer.push_back(layer);
-    t.tensor.push_back(gate_name(layer));
-    t.file.push_back("model.safetensors");
-    t.dtype.push_back(DType::kBF16);
-    t.experts.push_back(m.experts);
-    t.hidden.push_back(m.hidden);
-    t.expert_count.push_back(m.experts);
-    t.expert_hidden.push_back(m.hidden);
-    t.fused.push_back(0);
-    t.bias.push_back("");
-  }
-  f.routers.set(t, Origin::kMeasured, {});
-  Routing r;
-  r.renormalise = true;
-  r.input_norm_tensor = "model.layers.{L}.norm.weight";
-  f.routing.set(r, Origin::kFamily, {});
-  f.top_k.set(m.top_k, Origin::kStated, {});
-  return f;
-}
-
-struct Measured {
-  FactSheet facts;
-  std::vector<MeasureRecord> records;
-  const PrecisionTable& table() const { return facts.router_precision.value(); }
-};
-Measured measure(FactSheet facts, const TensorStore& model, const TensorStore& states = {}, int threads = 2,
-                 bool replays = true) {
-  Measured m{std::move(facts), {}};
-  const TensorStore none;
-  MeasureContext ctx{m.facts, model, none, none, states, threads, replays, {}, m.records};
-  measure_router_precision.run(ctx);
-  return m;
-}
+using namespace test;  // NOLINT: router_checkpoint.h
 
 /// Share over all routers of one mode, with the tokens behind it.
 std::pair<double, std::int64_t> share(const PrecisionTable& t, const std::string& mode) {
@@ -179,14 +81,7 @@ TEST(RouterPrecision, FlipsAreOfTheExpectedScale) {
 TEST(RouterPrecision, ResultsDoNotDependOnTheThreads) {
   const Model m{3, 16, 256, 4};
   const TensorStore store = weights_of(m).open("threads");
-  const Measured one = measure(facts_of(m), store, {}, 1), three = measure(facts_of(m), store, {}, 3);
-  const PrecisionTable &a = one.table(), &b = three.table();
-  EXPECT_EQ(a.mode, b.mode);
-  EXPECT_EQ(a.flipped, b.flipped);
-  EXPECT_EQ(a.near_ties, b.near_ties);
-  EXPECT_EQ(a.weight_error, b.weight_error);
-  EXPECT_EQ(a.max_abs_logit, b.max_abs_logit);
-  EXPECT_EQ(a.low, b.low);
+  expect_same_tables(measure(facts_of(m), store, {}, 1), measure(facts_of(m), store, {}, 3));
 }
 
 TEST(RouterPrecision, ExecutedIsTheModeThatTheRunUses) {
