@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -369,6 +370,7 @@ struct TraceLoads {
   std::vector<double> low, high;               // 95 % interval of max_violation
   std::vector<double> normalised_entropy;
   std::vector<std::int64_t> idle, below_tenth; // experts with no choice; with under a tenth of the fair share
+  std::vector<std::string> idle_experts;       // which: "3-5, 12"
   std::vector<char> can_judge;                 // fair_share >= 100
   std::vector<char> idle_is_dead;              // an expert with a tenth of the fair share would hardly be idle
   std::vector<double> off_the_top_k;           // share of tokens whose choice is not the top k of the logits
@@ -376,6 +378,8 @@ struct TraceLoads {
   std::vector<double> non_finite;              // share of tokens with a NaN or infinite logit
   std::vector<double> recompute_changed;       // share of tokens with other experts in the second forward
   std::vector<double> dropped;                 // share of choices
+  std::vector<double> busiest_rank;            // load of the busiest expert-parallel rank / mean of the ranks
+  double straggler_factor = std::numeric_limits<double>::quiet_NaN();  // of these ranks, over all layers
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -392,6 +396,7 @@ struct TraceLoads {
     f("normalised_entropy", s.normalised_entropy);
     f("idle", s.idle);
     f("below_tenth", s.below_tenth);
+    f("idle_experts", s.idle_experts);
     f("can_judge", s.can_judge);
     f("idle_is_dead", s.idle_is_dead);
     f("off_the_top_k", s.off_the_top_k);
@@ -399,6 +404,8 @@ struct TraceLoads {
     f("non_finite", s.non_finite);
     f("recompute_changed", s.recompute_changed);
     f("dropped", s.dropped);
+    f("busiest_rank", s.busiest_rank);
+    f("straggler_factor", s.straggler_factor);
   }
 };
 

@@ -81,6 +81,10 @@ void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts
   const TraceFacts& t = trace->facts();
   source.file = t.head;
   facts->trace_format.set(t.format, Origin::kStated, source);
+  if (t.expert_parallel) {
+    source.key = "training.expert_parallel_size";
+    facts->expert_parallel.set(*t.expert_parallel, Origin::kStated, source);
+  }
   if (t.layers.empty()) return;
   source.key = "layers";
   facts->has_moe.set_if_unknown(true, Origin::kMeasured, source);

@@ -1,7 +1,9 @@
 // What the experts got in a recorded trace, by layer, and what of its tensor files is not sound.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "audit/facts/fact_sheet.h"
 #include "audit/measures/expert_health.h"
 #include "audit/measures/measure.h"
 #include "kernels/host/router.h"
@@ -14,6 +16,14 @@ constexpr std::string_view kSupplies[] = {"trace.loads", "trace.problems"};
 double value(const LayerHealth& layer, std::string_view name) {
   const HealthMetric* m = layer.find(name);
   return m ? m->value : HealthMetric::kNone;
+}
+
+std::string idle_of(const LayerHealth& l) {
+  std::vector<std::int64_t> idle;
+  for (std::size_t e = 0; e < l.load.size(); ++e) {
+    if (l.load[e] == 0) idle.push_back(static_cast<std::int64_t>(e));
+  }
+  return to_text(idle);
 }
 
 void append(const LayerHealth& l, TraceLoads* t) {
@@ -33,6 +43,7 @@ void append(const LayerHealth& l, TraceLoads* t) {
   t->high.push_back(vio->high);
   t->normalised_entropy.push_back(value(l, "normalised_entropy"));
   t->idle.push_back(static_cast<std::int64_t>(value(l, "idle_experts")));
+  t->idle_experts.push_back(idle_of(l));
   t->below_tenth.push_back(static_cast<std::int64_t>(value(l, "cold_experts")));
   t->can_judge.push_back(cold && cold->cannot_tell.empty());
   t->idle_is_dead.push_back(dead && dead->cannot_tell.empty());
@@ -41,6 +52,7 @@ void append(const LayerHealth& l, TraceLoads* t) {
   t->non_finite.push_back(value(l, "tokens_with_non_finite_logits"));
   t->recompute_changed.push_back(value(l, "recompute_changed"));
   t->dropped.push_back(value(l, "dropped_choices"));
+  t->busiest_rank.push_back(HealthMetric::kNone);
 }
 
 void run(MeasureContext& ctx) {
@@ -52,10 +64,16 @@ void run(MeasureContext& ctx) {
   }
   HealthOptions options;
   options.threads = ctx.threads;
+  options.ranks = ctx.trace->facts().expert_parallel.value_or(1) > 1 ? *ctx.trace->facts().expert_parallel : 0;
   options.progress = ctx.progress;
   HealthReport report = measure_health(*ctx.trace, options);
   TraceLoads loads;
   for (const LayerHealth& l : report.layers) append(l, &loads);
+  for (std::size_t i = 0; i < report.placement.load.size(); ++i) {
+    const std::vector<double>& ranks = report.placement.load[i];
+    loads.busiest_rank[i] = *std::max_element(ranks.begin(), ranks.end());
+  }
+  if (options.ranks > 0) loads.straggler_factor = report.placement.straggler_factor;
   Source source;
   source.role = Role::kTrace;
   source.file = ctx.trace->facts().head;
