@@ -22,7 +22,7 @@ choices after 500 steps in a published ablation (sumitdotml/moe-emergence).
 
 ## How to fix
 Go back to a checkpoint from before, and balance. A balance loss that is configured and yet does not act is BL001, BL005 or, in a
-trace, TR003 and TR008.
+trace, TR003 (no gradient) and TR005 (never computed).
 
 ## Limits
 Needs 100 choices an expert. Padding that is not marked as such routes alike and looks like collapse: give a trace with a token mask. k unknown counts as 1. Text that
