@@ -41,9 +41,15 @@ TEST_F(ReplayBackendCuda, RefusesAsTheHostDoes) {
   std::string why;
   const std::unique_ptr<kernels::Backend> device = kernels::open_cuda(&why);
   ASSERT_NE(device, nullptr) << why;
+  const double logits[4] = {1, 2, 3, 4};
+  std::int32_t chosen[5] = {};
   kernels::RouteArgs<double> a;
-  a.tokens = 1, a.experts = 4, a.top_k = 5;
-  EXPECT_EQ(device->route(a, {}), kernels::Status::kBadTopK);
+  a.logits = logits, a.tokens = 1, a.experts = 4, a.top_k = 5;
+  for (kernels::RouteResult<double> r : {kernels::RouteResult<double>{chosen}, {}}) {
+    const kernels::Status host = kernels::route(a, r);
+    EXPECT_NE(host, kernels::Status::kOk);
+    EXPECT_EQ(device->route(a, r), host);
+  }
   EXPECT_EQ(device->z_loss({nullptr, nullptr, 3, 4}, {}), kernels::Status::kNullPointer);
 }
 
