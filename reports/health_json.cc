@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <ostream>
 
+#include "reports/trace_json.h"
 #include "reports/writer.h"
 
 namespace moeaudit {
@@ -11,10 +12,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json json_of(double v) {
-  if (std::isfinite(v)) return v;
-  return std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf";  // JSON has no such numbers
-}
+Json json_of(double v) { return number_json(v); }
 template <class T>
 Json json_of(const T& v) {
   return v;
@@ -96,25 +94,7 @@ void write_health_json(const HealthReport& r, const WriterOptions&, std::ostream
   root["trace"]["ranks"] = r.ranks;
   if (!r.backend.empty()) root["backend"] = r.backend;
   if (!r.warning.empty()) root["warning"] = r.warning;
-  root["problems"] = Json::array();
-  for (const InputProblem& p : r.problems) {
-    Json object = {{"file", p.file}};
-    if (p.line > 0) object["line"] = p.line;
-    if (p.column > 0) object["column"] = p.column;
-    object["what"] = p.what;
-    object["remedy"] = p.remedy;
-    object["fatal"] = p.fatal;
-    root["problems"].push_back(std::move(object));
-  }
-  for (const WeightProblem& p : r.weight_problems) {
-    Json object = {{"file", p.file}};
-    if (p.offset >= 0) object["offset"] = p.offset;
-    if (!p.tensor.empty()) object["tensor"] = p.tensor;
-    object["what"] = p.what;
-    object["remedy"] = "record the run again; what else is in the file was used";
-    object["fatal"] = true;
-    root["problems"].push_back(std::move(object));
-  }
+  root["problems"] = problems_json(r.problems, r.weight_problems);
   root["layers"] = Json::array();
   for (const LayerHealth& l : r.layers) root["layers"].push_back(layer_json(l));
   root["across_layers"] = Json::array();

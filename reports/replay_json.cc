@@ -1,8 +1,8 @@
 // A replay as JSON, described by reports/replay.schema.json.
-#include <cmath>
 #include <nlohmann/json.hpp>
 #include <ostream>
 
+#include "reports/trace_json.h"
 #include "reports/writer.h"
 
 namespace moeaudit {
@@ -10,10 +10,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json json_of(double v) {
-  if (std::isfinite(v)) return v;
-  return std::isnan(v) ? "nan" : v > 0 ? "inf" : "-inf";  // JSON has no such numbers
-}
+Json json_of(double v) { return number_json(v); }
 
 Json row_json(const ReplayTable& t, std::size_t i) {
   Json row = {{"quantity", t.quantity[i]}};
@@ -66,25 +63,7 @@ void write_replay_json(const ReplayReport& r, const WriterOptions&, std::ostream
   put("model_type", t.model_type);
   put("model_class", t.model_class);
   put("packages", t.packages);
-  root["problems"] = Json::array();
-  for (const InputProblem& p : r.problems) {
-    Json object = {{"file", p.file}};
-    if (p.line > 0) object["line"] = p.line;
-    if (p.column > 0) object["column"] = p.column;
-    object["what"] = p.what;
-    object["remedy"] = p.remedy;
-    object["fatal"] = p.fatal;
-    root["problems"].push_back(std::move(object));
-  }
-  for (const WeightProblem& p : r.weight_problems) {
-    Json object = {{"file", p.file}};
-    if (p.offset >= 0) object["offset"] = p.offset;
-    if (!p.tensor.empty()) object["tensor"] = p.tensor;
-    object["what"] = p.what;
-    object["remedy"] = "record the run again; what else is in the file was used";
-    object["fatal"] = true;
-    root["problems"].push_back(std::move(object));
-  }
+  root["problems"] = problems_json(r.problems, r.weight_problems);
   root["quantities"] = Json::array();
   for (std::size_t i = 0; i < t.quantity.size(); ++i) root["quantities"].push_back(row_json(t, i));
   out << root.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
