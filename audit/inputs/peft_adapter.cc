@@ -27,6 +27,12 @@ constexpr Row kRows[] = {
 
 }  // namespace
 
+void read_adapter_of_trace(const std::string& path, const Node& adapter, Material* material) {
+  const ConfigFile file{path, Role::kTrace, &adapter};
+  read_rows(file, kRows, Unread::kNonEmpty, material);
+  state_adapter(file, "peft_type", material);
+}
+
 void read_adapter_config(const std::string& path, Material* material) {
   Node root;
   if (!read_tree(path, &root, material)) return;

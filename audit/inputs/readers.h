@@ -32,6 +32,8 @@ void check_model_configs(Material* material);
 
 /// adapter_config.json.
 void read_adapter_config(const std::string& path, Material* material);
+/// The same as it stands in a trace.
+void read_adapter_of_trace(const std::string& path, const Node& adapter, Material* material);
 
 /// trainer_state.json: log, step, max_steps.
 void read_trainer_state(const std::string& path, Material* material);

@@ -66,6 +66,9 @@ void read_trace(const std::string& path, Material* material) {
   if (facts.config.is_map() && material->configs.empty()) {
     read_model_config(facts.head, facts.config, Role::kCheckpointConfig, material);
   }
+  // Of several adapters it does not say which one trained.
+  if (facts.adapters.is_map() && facts.adapters.items.size() == 1 && facts.adapters.items[0].is_map())
+    read_adapter_of_trace(facts.head, facts.adapters.items[0], material);
 }
 
 void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts) {

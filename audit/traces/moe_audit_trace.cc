@@ -65,6 +65,7 @@ class HeadReader {
     training(head, facts);
     coefficients(head, facts);
     head.flag("output_router_logits", &facts->output_router_logits);
+    if (const Node* map = head.map("adapters")) facts->adapters = *map;
     layers(head, facts);
     return ok_ && head.ok();
   }
@@ -125,6 +126,10 @@ class HeadReader {
     f.flag("model_accepts_loss_kwargs", &facts->accepts_loss_kwargs);
     f.flag("average_tokens_across_devices", &facts->average_tokens_across_devices);
     f.number("max_grad_norm", &facts->max_grad_norm);
+    f.number("capacity_factor", &facts->capacity_factor);
+    f.integer("min_capacity", &facts->min_capacity, 0, kMost);
+    f.text("drop_policy", &facts->drop_policy);
+    f.flag("routing_replayed", &facts->routing_replayed);
     ok_ &= f.ok();
   }
 

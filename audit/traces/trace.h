@@ -49,6 +49,12 @@ struct TraceFacts {
   std::string mixed_precision;  // "bf16", "fp16", "no"
   std::optional<bool> gradient_checkpointing, accepts_loss_kwargs, average_tokens_across_devices;
   std::optional<double> max_grad_norm;
+  // capacity, where experts have one
+  std::optional<double> capacity_factor;
+  std::optional<std::int64_t> min_capacity;
+  std::string drop_policy;               // "position", "choices", "probs", "random"; docs/trace.md
+  std::optional<bool> routing_replayed;  // the forward took the experts of a rollout instead of choosing
+  Node adapters;                         // PEFT's, by name; a null node if the run trains none
   // coefficients
   std::optional<double> aux_coefficient, z_coefficient, bias_update_rate;
   std::optional<bool> output_router_logits;

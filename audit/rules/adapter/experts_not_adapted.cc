@@ -27,7 +27,8 @@ projections of this family: w1, w2, w3 for Mixtral, gate_proj, up_proj, down_pro
 
 ## Limits
 An error where names of experts are listed, a warning for `all-linear`, which promises linear layers only. A list
-without any expert name (attention only) is a choice and not judged. Which experts of a layer are reached is not
+without any expert name (attention only) is a choice and not judged. The configuration may also come from a recorded
+trace, which holds what PEFT ended up with. Which experts of a layer are reached is not
 compared.
 )md";
 
