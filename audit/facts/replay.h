@@ -1,5 +1,5 @@
-// What a replay of a trace found. Types only; audit/measures/trace_replay.cc fills them, docs/replay.md says what each
-// quantity is.
+// What a replay of a trace found. Types only; audit/measures/replay fills them, docs/replay.md says what each quantity
+// is.
 #pragma once
 
 #include <cstdint>

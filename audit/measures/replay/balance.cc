@@ -1,0 +1,183 @@
+#include "audit/measures/replay/balance.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/host/bounds.h"
+
+namespace moeaudit::replay {
+namespace {
+
+constexpr std::size_t kMoved = 8;   // micro-batches whose logits are moved by a rounding
+constexpr std::size_t kNamed = 16;  // micro-batches that a name must fit
+
+}  // namespace
+
+BalanceLosses::Sums::Sums(BalanceLosses* of, const MicroBatch& mb)
+    : of_(*of),
+      m_(*mb.record),
+      layers_(static_cast<double>(mb.layers.size())),
+      loss_(of->right()),
+      up_(of->right()),
+      down_(of->right()),
+      all_(!mb.layers.empty() && mb.layers.size() == of->ctx_.facts.layers.size() && !m_.sampled_tokens) {}
+
+void BalanceLosses::Sums::add(const v::RoutedLayer& l) {
+  if (!all_ || (!m_.aux_loss && !m_.z_loss)) return;
+  const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
+  range_ = std::max(range_, *high - *low);
+  experts_ = std::max(experts_, l.experts);
+  if (l.dtype == Float::kBF16 || l.dtype == Float::kF16) dtype_ = l.dtype;
+  if (m_.aux_loss) loss_.add(l);
+  if (m_.aux_loss && of_.balance_seen_.size() < kMoved) {
+    // One rounding of the recorded dtype up and down, alternating, so that a common shift does not cancel.
+    v::RoutedLayer moved = l;
+    for (std::size_t i = 0; i < l.logits.size(); ++i)
+      moved.logits[i] += (i % 2 ? 0.5 : -0.5) * k::spacing(l.logits[i], l.dtype);
+    up_.add(moved);
+    for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] = 2 * l.logits[i] - moved.logits[i];
+    down_.add(moved);
+  }
+  if (m_.z_loss) {
+    const double value = v::z_value(v::z_forms()[0], l);
+    z_ += value;
+    z_error_ +=
+        k::bounds::log_sum_exp(l.experts, *high - *low, std::sqrt(std::fabs(value))) * 2 * std::sqrt(std::fabs(value)) +
+        unit(l.dtype) * std::max(std::fabs(*high), std::fabs(*low)) * 2 * std::sqrt(std::fabs(value));
+  }
+}
+
+void BalanceLosses::Sums::finish() {
+  if (m_.aux_loss) finish_aux();
+  if (m_.z_loss) finish_z();
+}
+
+void BalanceLosses::Sums::finish_aux() {
+  Row& r = of_.ctx_.row("aux_loss");
+  if (!all_) {
+    r.missing = m_.sampled_tokens ? "the per-token tensors are a sample: record without max_tokens"
+                                  : "needs router_logits of every layer, finite";
+  } else {
+    const double want = loss_.value();
+    if (!std::isfinite(want)) r.missing = "layers of several sizes make no one set";
+    if (std::isfinite(want) && of_.balance_seen_.size() < kMoved) {
+      of_.moved_ = std::max({of_.moved_, std::fabs(up_.value() - want) / std::fabs(want),
+                             std::fabs(down_.value() - want) / std::fabs(want)});
+    }
+    const double narrow = dtype_ == Float::kF32 ? 0.0 : 3 * unit(dtype_);
+    const double band = of_.moved_ + k::bounds::softmax_relative(experts_, 0, range_, Float::kF32) + narrow +
+                        reduction(static_cast<double>(m_.tokens) * layers_) + loss_.tie_slack();
+    r.held_to = of_.right().name;
+    if (std::isfinite(want)) {
+      r.observe(*m_.aux_loss, want, band, of_.ctx_.place_of(m_));
+      of_.balance_seen_.push_back(&m_);
+    }
+  }
+}
+
+void BalanceLosses::Sums::finish_z() {
+  Row& r = of_.ctx_.row("z_loss");
+  if (!all_) {
+    r.missing = "needs router_logits of every layer, finite and not sampled";
+  } else {
+    const double want = z_ / layers_;
+    const double band = z_error_ / layers_ / std::max(want, 1e-300) + reduction(static_cast<double>(m_.tokens)) +
+                        8 * unit(Float::kF32) * (1 + range_);
+    r.held_to = v::z_forms()[0].name;
+    r.observe(*m_.z_loss, want, band, of_.ctx_.place_of(m_));
+    of_.z_seen_.push_back(&m_);
+  }
+}
+
+void BalanceLosses::name() {
+  if (Row* r = ctx_.find("aux_loss")) name_aux(r);
+  if (Row* r = ctx_.find("z_loss")) name_z(r);
+}
+
+/// Loads of the steps that the named micro-batches belong to, for the forms that count beyond a micro-batch.
+void BalanceLosses::load_step(std::int64_t step) {
+  ctx_.loads.clear();
+  for (const TraceStep& s : ctx_.trace.steps()) {
+    if (s.step != step) continue;
+    for (const MicroBatchRecord& m : ctx_.trace.micro_batches_of(s)) {
+      const MicroBatch mb = ctx_.trace.open(m, ctx_.problems);
+      const Shared shared = ctx_.shared_of(mb);
+      for (const LayerTensors& t : mb.layers) ctx_.count_loads(m, shared, t);
+    }
+  }
+}
+
+void BalanceLosses::add_loads(const MicroBatchRecord& m, int layer, v::RoutedLayer* l) const {
+  const auto of_layer = ctx_.loads.find(layer);
+  if (of_layer == ctx_.loads.end()) return;
+  const auto add = [&](const Loads& x, std::vector<std::int64_t>* counts, std::int64_t* tokens) {
+    counts->resize(x.valid.size());
+    for (std::size_t e = 0; e < x.valid.size(); ++e) (*counts)[e] += x.valid[e];
+    *tokens += x.tokens;
+  };
+  for (const auto& [at, x] : of_layer->second) {
+    add(x, &l->step_counts, &l->step_tokens);
+    if (at.first == m.micro_batch) add(x, &l->rank_counts, &l->rank_tokens);
+    if (at.first <= m.micro_batch) add(x, &l->running_counts, &l->running_tokens);
+  }
+}
+
+void BalanceLosses::name_aux(Row* r) {
+  const bool known = ctx_.balance.has_value();
+  if (r->differing == 0) return;
+  const auto forms = v::balance_forms(ctx_.balance.value_or(v::BalanceFamily::kPerLayer),
+                                      !ctx_.routing || ctx_.routing->scoring == Scoring::kSoftmax);
+  std::vector<v::Formula> formulas;
+  for (const v::BalanceForm& f : forms) formulas.push_back({std::string(f.id), std::string(f.name), {}});
+  const std::size_t n = std::min(kNamed, balance_seen_.size());
+  std::int64_t step = -1;
+  for (std::size_t i = 0; i < n; ++i) {
+    const MicroBatchRecord& m = *balance_seen_[i];
+    if (m.step != step) load_step(step = m.step);
+    const MicroBatch mb = ctx_.trace.open(m, ctx_.problems);
+    const Shared shared = ctx_.shared_of(mb);
+    std::vector<v::BalanceSum> sums(forms.begin(), forms.end());
+    for (const LayerTensors& t : mb.layers) {
+      v::RoutedLayer l;
+      if (!ctx_.read_layer(m, shared, t, &l)) continue;
+      add_loads(m, t.layer, &l);
+      for (v::BalanceSum& sum : sums) sum.add(l);
+    }
+    for (std::size_t f = 0; f < forms.size(); ++f) formulas[f].values.push_back(sums[f].value());
+  }
+  const auto factors = v::factors_of(ctx_.symbols(false));
+  r->name = v::name_formula("aux_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)},
+                            formulas, factors);
+  if (known) return;
+  // Nobody said which convention this framework has: one that frameworks use is no divergence.
+  static constexpr std::string_view kConventions[] = {"",    "A0",  "A1",  "A2",  "A3", "A4",
+                                                      "A13", "A14", "A18", "A23", "A24"};
+  if (r->name.found &&
+      std::find(std::begin(kConventions), std::end(kConventions), r->name.id) != std::end(kConventions))
+    r->differing = 0;
+  r->held_to = "no convention known for this framework";
+}
+
+void BalanceLosses::name_z(Row* r) {
+  if (r->differing == 0) return;
+  std::vector<v::Formula> formulas;
+  for (const v::ZForm& f : v::z_forms()) formulas.push_back({std::string(f.id), std::string(f.name), {}});
+  const std::size_t n = std::min(kNamed, z_seen_.size());
+  for (std::size_t i = 0; i < n; ++i) {
+    const MicroBatchRecord& m = *z_seen_[i];
+    const MicroBatch mb = ctx_.trace.open(m, ctx_.problems);
+    const Shared shared = ctx_.shared_of(mb);
+    std::vector<double> sums(formulas.size());
+    for (const LayerTensors& t : mb.layers) {
+      v::RoutedLayer l;
+      if (!ctx_.read_layer(m, shared, t, &l)) continue;
+      for (std::size_t f = 0; f < formulas.size(); ++f) sums[f] += v::z_value(v::z_forms()[f], l);
+    }
+    for (std::size_t f = 0; f < formulas.size(); ++f)
+      formulas[f].values.push_back(sums[f] / static_cast<double>(mb.layers.size()));
+  }
+  r->name = v::name_formula("z_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)}, formulas,
+                            v::factors_of(ctx_.symbols(false)));
+}
+
+}  // namespace moeaudit::replay

@@ -1,0 +1,267 @@
+#include "audit/measures/replay/context.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "audit/measures/replay/routing.h"
+#include "audit/measures/router_replay.h"
+#include "kernels/host/bounds.h"
+
+namespace moeaudit::replay {
+namespace {
+
+constexpr std::int64_t kMostLogits = 1 << 28;  // of one layer of one micro-batch: 2 GiB
+
+}  // namespace
+
+Float float_of(DType d) {
+  return d == DType::kF32    ? Float::kF32
+         : d == DType::kBF16 ? Float::kBF16
+         : d == DType::kF16  ? Float::kF16
+                             : Float::kF64;
+}
+double unit(Float f) { return k::unit_roundoff(f); }
+
+double reduction(double n) {
+  return k::bounds::gamma(std::min(n, 128.0 + std::log2(std::max(n, 2.0))) + 4.0, unit(Float::kF32));
+}
+
+bool Row::add(double got, double want, double by, const Place& where) {
+  ++compared;
+  double d = got == want ? 0.0 : std::fabs(got - want) / by;
+  if (std::isnan(d)) d = std::isnan(got) && std::isnan(want) ? 0.0 : kInf;
+  if (compared == 1 || d > distance) {
+    recorded = got, expected = want, band = by, distance = d;
+    place = where;
+  }
+  differing += d > 1 ? 1 : 0;
+  return d > 1;
+}
+
+void Row::observe(double got, double want, double relative, const Place& where) {
+  add(got, want, relative * std::max(std::fabs(got), std::fabs(want)), where);
+  all_recorded.push_back(got);
+  all_expected.push_back(want);
+  all_band.push_back(relative);
+}
+
+namespace {
+
+void append(ReplayTable* t, Row r) {
+  t->quantity.push_back(r.quantity);
+  t->layer.push_back(r.layer);
+  t->compared.push_back(r.compared);
+  t->differing.push_back(r.differing);
+  t->recorded.push_back(r.recorded);
+  t->expected.push_back(r.expected);
+  t->band.push_back(r.band);
+  t->distance.push_back(r.distance);
+  t->step.push_back(r.place.step);
+  t->micro_batch.push_back(r.place.micro_batch);
+  t->rank.push_back(r.place.rank);
+  t->held_to.push_back(r.held_to);
+  t->formula.push_back(r.name.found ? r.name.id : "");
+  t->name.push_back(r.name.found ? r.name.name : "");
+  t->factor.push_back(r.name.found ? r.name.factor : "");
+  t->factor_value.push_back(r.name.found ? r.name.factor_value : 1);
+  t->fit.push_back(r.name.found ? r.name.fit : 0);
+  t->also.push_back(r.name.also);
+  t->runner_up.push_back(r.name.runner_up);
+  t->runner_up_fit.push_back(r.name.runner_up_fit);
+  t->missing.push_back(r.compared > 0 ? "" : r.missing);
+  t->file.push_back(r.place.file);
+  t->line.push_back(r.place.line);
+}
+
+}  // namespace
+
+Context::Context(const Trace& trace, std::vector<WeightProblem>* problems)
+    : trace(trace), facts(trace.facts()), problems(problems) {
+  folder_ = facts.path;
+  while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
+  routing = routing_of(trace, &why_not_routed);
+  const Family* family = facts.model_type.empty() ? nullptr : find_family_by_model_type(facts.model_type);
+  const bool transformers = std::any_of(facts.packages.begin(), facts.packages.end(),
+                                        [](const auto& p) { return p.first == "transformers"; });
+  if (transformers && family && family->balance == Balance::kAuxLoss) balance = v::BalanceFamily::kTransformers;
+  ranks_.insert(0);
+  for (const MicroBatchRecord& m : trace.micro_batches()) ranks_.insert(m.rank);
+  for (const TraceStep& s : trace.steps()) {
+    std::map<std::int64_t, std::int64_t> of_rank;
+    for (const MicroBatchRecord& m : trace.micro_batches_of(s)) {
+      if (trains(m)) accumulation = std::max(accumulation, ++of_rank[m.rank]);
+    }
+  }
+}
+
+Place Context::place_of(const MicroBatchRecord& m) const {
+  return {m.step, m.micro_batch, m.rank, records_file(m.rank), m.line};
+}
+
+Place Context::place_of(const StepRecord& s) const { return {s.step, -1, s.rank, records_file(s.rank), s.line}; }
+
+std::string Context::records_file(std::int64_t rank) const {
+  if (facts.format != "moe-audit-trace") return facts.path;
+  return folder_ + (rank == 0 ? "/records.jsonl" : "/records_rank" + std::to_string(rank) + ".jsonl");
+}
+
+namespace {
+
+/// Place of a quantity in the report.
+int order_of(std::string_view quantity) {
+  static constexpr std::string_view kOrder[] = {
+      "selection",  "weights",     "recomputed_selection", "aux_loss",       "z_loss",   "aux_in_loss",
+      "aux_weight", "loss_weight", "router_grad",          "router_grad_ce", "bias_step"};
+  return static_cast<int>(std::find(std::begin(kOrder), std::end(kOrder), quantity) - std::begin(kOrder));
+}
+
+}  // namespace
+
+Row& Context::row(std::string_view quantity, int layer) {
+  Row& r = rows_[{order_of(quantity), layer}];
+  if (r.quantity.empty()) r.quantity = quantity, r.layer = layer;
+  return r;
+}
+
+Row* Context::find(std::string_view quantity) {
+  const auto it = rows_.find({order_of(quantity), -1});
+  return it == rows_.end() ? nullptr : &it->second;
+}
+
+void Context::fault(const TensorView& view, std::string what) {
+  problems->push_back({"", view.offset, std::string(view.name), std::move(what)});
+}
+
+ReplayTable Context::table() {
+  ReplayTable t;
+  t.path = folder_;
+  t.framework = facts.framework;
+  t.trainer = facts.trainer.empty() ? facts.arguments_class : facts.trainer;
+  t.model_type = facts.model_type;
+  t.model_class = facts.model_class;
+  for (const auto& [package, version] : facts.packages)
+    t.packages += (t.packages.empty() ? "" : ", ") + package + " " + version;
+  t.output_router_logits = !facts.output_router_logits ? "" : *facts.output_router_logits ? "true" : "false";
+  t.aux_coefficient = facts.aux_coefficient.value_or(kNan);
+  t.steps = static_cast<std::int64_t>(trace.steps().size());
+  t.micro_batches = static_cast<std::int64_t>(trace.micro_batches().size());
+  t.ranks = static_cast<std::int64_t>(ranks_.size());
+  t.accumulation = accumulation;
+  for (auto& [key, row] : rows_) append(&t, std::move(row));
+  rows_.clear();
+  return t;
+}
+
+bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t, v::RoutedLayer* l) {
+  const std::int64_t rows = m.rows();
+  l->tokens = rows;
+  l->experts = t.experts;
+  const TraceLayer* stated = facts.layer(t.layer);
+  l->top_k = t.top_k > 0 ? t.top_k : stated ? stated->top_k : 0;
+  l->sequences = shared.sequences;
+  l->valid = shared.valid;
+  if (!t.router_logits || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
+  if (rows > kMostLogits / l->experts)
+    return fault(*t.router_logits, "more than 2^28 logits in one micro-batch are not replayed"), false;
+  l->dtype = float_of(t.router_logits->dtype);
+  // Under autocast softmax runs in float32 and is not rounded.
+  l->scores_dtype = facts.mixed_precision == "bf16" || facts.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
+  l->logits.resize(static_cast<std::size_t>(rows * l->experts));
+  if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
+    return fault(*t.router_logits, "could not be read"), false;
+  if (!std::all_of(l->logits.begin(), l->logits.end(), [](double x) { return std::isfinite(x); })) return false;
+  if (t.selected_experts) {
+    l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
+    if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data()))
+      return fault(*t.selected_experts, "could not be read"), false;
+    for (const std::int32_t id : l->chosen) {
+      if (id >= l->experts) return fault(*t.selected_experts, "holds an id that is no expert"), false;
+    }
+  }
+  if (t.dropped && t.selected_experts) {
+    l->dropped.resize(l->chosen.size());
+    if (!read_flags(*t.dropped, 0, rows * l->top_k, l->dropped.data()))
+      return fault(*t.dropped, "could not be read"), false;
+  }
+  if (routing) l->score = route_args<double>(*routing, 1, 1).score;
+  const auto bias = biases.find({m.rank, t.layer});
+  if (bias != biases.end() && static_cast<std::int64_t>(bias->second.size()) == l->experts) l->bias = bias->second;
+  return true;
+}
+
+Shared Context::shared_of(const MicroBatch& mb) const {
+  Shared s;
+  const MicroBatchRecord& m = *mb.record;
+  if (m.sequences > 0 && !m.sampled_tokens) s.sequences = m.sequences;
+  if (mb.token_mask) {
+    s.valid.resize(static_cast<std::size_t>(m.rows()));
+    if (!read_flags(*mb.token_mask, 0, m.rows(), s.valid.data())) s.valid.clear();
+  }
+  return s;
+}
+
+void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t) {
+  if (!trains(m) || t.experts < 1) return;
+  Loads counted;
+  const auto e = static_cast<std::size_t>(t.experts);
+  if (t.selected_experts && t.top_k > 0 && !m.sampled_tokens) {
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(m.rows() * t.top_k));
+    if (!read_ids(*t.selected_experts, 0, m.rows() * t.top_k, ids.data())) return;
+    std::vector<std::uint8_t> dropped(ids.size());
+    if (t.dropped && !read_flags(*t.dropped, 0, m.rows() * t.top_k, dropped.data())) return;
+    counted.valid.resize(e), counted.all.resize(e), counted.kept.resize(e);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      if (ids[i] < 0 || ids[i] >= t.experts) continue;
+      const bool valid = shared.valid.empty() || shared.valid[i / static_cast<std::size_t>(t.top_k)];
+      const auto id = static_cast<std::size_t>(ids[i]);
+      ++counted.all[id];
+      counted.valid[id] += valid;
+      counted.kept[id] += valid && !dropped[i];
+    }
+    counted.tokens =
+        shared.valid.empty() ? m.rows() : std::accumulate(shared.valid.begin(), shared.valid.end(), std::int64_t{0});
+  } else if (t.tokens_per_expert) {
+    counted.all.resize(e);
+    if (!read_counts(*t.tokens_per_expert, 0, t.experts, counted.all.data())) return;
+    counted.valid = counted.kept = counted.all;
+    counted.tokens = m.tokens;
+  } else {
+    return;
+  }
+  loads[t.layer][{m.micro_batch, m.rank}] = std::move(counted);
+}
+
+std::vector<v::Symbol> Context::symbols(bool of_gradient) const {
+  const auto number = [](const std::optional<std::int64_t>& n) { return static_cast<double>(n.value_or(1)); };
+  const TraceLayer* first = facts.layers.empty() ? nullptr : &facts.layers.front();
+  std::vector<v::Symbol> s = {{"M", static_cast<double>(accumulation)},
+                              {"W", number(facts.world_size)},
+                              {"2", 2},
+                              {"TP", number(facts.tensor_parallel)},
+                              {"CP", number(facts.context_parallel)},
+                              {"EP", number(facts.expert_parallel)}};
+  if (facts.aux_coefficient) s.push_back({"coefficient", *facts.aux_coefficient, true});
+  std::set<std::int64_t> sequences;
+  std::int64_t tokens = 0, labels = 0;
+  for (const MicroBatchRecord& m : trace.micro_batches()) {
+    sequences.insert(m.sequences);
+    tokens += m.tokens;
+    labels += m.label_tokens.value_or(0);
+  }
+  if (sequences.size() == 1 && *sequences.begin() > 1) s.push_back({"S", static_cast<double>(*sequences.begin())});
+  if (of_gradient) {
+    if (tokens > 0 && !trace.micro_batches().empty())
+      s.push_back({"T", static_cast<double>(tokens) / static_cast<double>(trace.micro_batches().size())});
+    if (labels > 0) s.push_back({"T / labels", static_cast<double>(tokens) / static_cast<double>(labels), true});
+    return s;
+  }
+  s.push_back({"L", static_cast<double>(facts.layers.size())});
+  if (first) {
+    s.push_back({"k", static_cast<double>(first->top_k)});
+    s.push_back({"E", static_cast<double>(first->experts)});
+  }
+  return s;
+}
+
+}  // namespace moeaudit::replay

@@ -1,0 +1,296 @@
+#include "audit/measures/replay/routing.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "audit/measures/router_replay.h"
+#include "kernels/host/bounds.h"
+
+namespace moeaudit::replay {
+namespace {
+
+constexpr std::size_t kNamedWeights = 4096;  // routing weights of a layer that a name must fit
+
+}  // namespace
+
+std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
+  const TraceFacts& f = trace.facts();
+  const Family* family = f.model_type.empty() ? nullptr : find_family_by_model_type(f.model_type);
+  if (!family) {
+    *why = f.model_type.empty() ? "trace.json does not say model_type" : "no family for model_type " + f.model_type;
+    return std::nullopt;
+  }
+  if (!family->not_replayed.empty()) {
+    *why = std::string(family->not_replayed);
+    return std::nullopt;
+  }
+  const auto config = [&](std::string_view key) -> const Node* {
+    const Node* found = f.config.is_map() ? f.config.find(key) : nullptr;
+    if (!found && f.config.is_map()) {
+      const Node* text = f.config.find("text_config");
+      if (text && text->is_map()) found = text->find(key);
+    }
+    return found;
+  };
+  for (const FamilyCondition& c : family->routing_if) {
+    const Node* node = config(c.key);
+    const std::string has = !node ? "" : node->as_bool() ? (*node->as_bool() ? "true" : "false") : node->text;
+    if (node && has != c.value) {
+      *why = "the order is known for " + std::string(c.key) + " " + std::string(c.value) + " only";
+      return std::nullopt;
+    }
+  }
+  Routing r = family->routing;
+  const auto fact = [&](std::string_view name, auto&& set) {
+    for (const FamilyKey& key : family->keys) {
+      if (key.fact != name) continue;
+      for (const std::string_view spelt : key.keys) {
+        if (const Node* node = config(spelt)) return set(*node);
+      }
+    }
+  };
+  fact("router.num_groups",
+       [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
+  fact("router.top_groups",
+       [&](const Node& n) { r.top_groups = std::max<std::int64_t>(1, n.as_int().value_or(r.top_groups)); });
+  fact("router.renormalised", [&](const Node& n) { r.renormalise = n.as_bool().value_or(r.renormalise); });
+  fact("router.routed_scaling", [&](const Node& n) { r.scaling = n.as_double().value_or(r.scaling); });
+  if (!family->groups_if.key.empty()) {
+    const Node* node = config(family->groups_if.key);
+    if (!node || node->text != family->groups_if.value) r.groups = r.top_groups = 1;
+  }
+  if (r.groups <= 1) r.group_score = GroupScore::kNone;
+  for (const auto& [package, version] : f.packages) {
+    // Masked groups got 0.0 before transformers 5.6 (pull request 45441), -inf since.
+    const auto at = Version::parse(version), since = Version::parse("5.6.0");
+    if (package == "transformers" && at && since && r.groups > 1) r.group_mask_is_zero = compare(*at, *since) < 0;
+  }
+  return r;
+}
+
+namespace {
+
+/// Whether a set of experts is one that the choice values allow, each value moved by no more than its band.
+bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* band, const std::vector<char>& in) {
+  const std::int64_t size = a.experts / a.groups;
+  const auto group_score = [&](std::int64_t g, double sign) {
+    double best = -kInf, second = -kInf;
+    for (std::int64_t e = g * size; e < (g + 1) * size; ++e) {
+      const double value = choice[e] + sign * band[e];
+      if (value > best)
+        second = best, best = value;
+      else
+        second = std::max(second, value);
+    }
+    return a.group_score == k::GroupScore::kTop2Sum && size > 1 ? best + second : best;
+  };
+  std::vector<char> certain(static_cast<std::size_t>(a.groups), 1), possible(static_cast<std::size_t>(a.groups), 1);
+  if (a.groups > 1) {
+    for (std::int64_t g = 0; g < a.groups; ++g) {
+      std::int64_t surely_better = 0, maybe_better = 0;
+      for (std::int64_t h = 0; h < a.groups; ++h) {
+        if (h == g) continue;
+        surely_better += group_score(h, -1) > group_score(g, 1);
+        maybe_better += group_score(h, 1) >= group_score(g, -1);
+      }
+      possible[static_cast<std::size_t>(g)] = surely_better < a.top_groups;
+      certain[static_cast<std::size_t>(g)] = maybe_better < a.top_groups;
+    }
+  }
+  double lowest = kInf;
+  for (std::int64_t e = 0; e < a.experts; ++e) {
+    if (!in[static_cast<std::size_t>(e)]) continue;
+    if (!possible[static_cast<std::size_t>(e / size)]) {
+      // A mask of 0 leaves the others in the race, with choice 0.
+      if (!a.group_mask_is_zero) return false;
+      lowest = std::min(lowest, 0.0);
+      continue;
+    }
+    lowest = std::min(lowest, choice[e] + band[e]);
+  }
+  for (std::int64_t e = 0; e < a.experts; ++e) {
+    if (!in[static_cast<std::size_t>(e)] && certain[static_cast<std::size_t>(e / size)] && choice[e] - band[e] > lowest)
+      return false;
+  }
+  return true;
+}
+
+std::string family_words(const Context& ctx) { return ctx.facts.model_type + "'s order"; }
+
+Float score_dtype(const Routing& routing, Float logits) {
+  if (routing.scores_cast_back || routing.scores_dtype == DType::kUnknown) return logits;
+  const Float f = float_of(routing.scores_dtype);
+  return f == Float::kF64 ? Float::kF32 : f;
+}
+
+double score_error(const v::RoutedLayer& l, double range, Float f) {
+  if (l.score == k::Score::kSoftmax) return k::bounds::softmax_relative(l.experts, 0, range, f);
+  return l.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(0, f) : k::bounds::sqrt_softplus_relative(0, f);
+}
+
+void name_selection(const k::RouteArgs<double>& args, const v::RoutedLayer& l, Row* r) {
+  double nearest = kInf;
+  for (const v::RouteForm& form : v::route_forms(args, !l.bias.empty())) {
+    if (form.id.empty()) continue;
+    std::vector<std::int32_t> chosen;
+    std::vector<double> weights;
+    if (!v::route_with(form, l, &chosen, &weights)) continue;
+    std::int64_t off = 0;
+    for (std::int64_t token = 0; token < l.tokens; ++token) {
+      std::vector<std::int32_t> a(chosen.begin() + token * l.top_k, chosen.begin() + (token + 1) * l.top_k);
+      std::vector<std::int32_t> b(l.chosen.begin() + token * l.top_k, l.chosen.begin() + (token + 1) * l.top_k);
+      std::sort(a.begin(), a.end());
+      std::sort(b.begin(), b.end());
+      off += a != b;
+    }
+    const std::string text = std::string(form.id) + " " + std::string(form.name);
+    if (off == 0 && r->name.found) {
+      r->name.also += (r->name.also.empty() ? "" : "; ") + text;
+    } else if (off == 0) {
+      r->name.found = true;
+      r->name.id = form.id;
+      r->name.name = form.name;
+    } else if (static_cast<double>(off) < nearest) {
+      nearest = static_cast<double>(off);
+      r->name.runner_up = text;
+      r->name.runner_up_fit = nearest;
+    }
+  }
+}
+
+void name_weights(const Routing& routing, const k::RouteArgs<double>& args, const LayerTensors& t,
+                  const v::RoutedLayer& l, const std::vector<double>& recorded, Row* w) {
+  const std::size_t n =
+      std::min(recorded.size(), kNamedWeights) / static_cast<std::size_t>(l.top_k) * static_cast<std::size_t>(l.top_k);
+  const Float stored = float_of(t.routing_weights->dtype), scores = score_dtype(routing, l.dtype);
+  const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
+  const double relative = 2 * score_error(l, *high - *low, scores) +
+                          k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)) + 2 * unit(stored);
+  std::vector<v::Formula> formulas;
+  for (const v::RouteForm& form : v::route_forms(args, !l.bias.empty())) {
+    std::vector<std::int32_t> chosen;
+    std::vector<double> weights;
+    if (!v::route_with(form, l, &chosen, &weights)) continue;
+    v::Formula f{std::string(form.id), std::string(form.name), std::vector<double>(n, kNan)};
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::size_t first = i / static_cast<std::size_t>(l.top_k) * static_cast<std::size_t>(l.top_k);
+      for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j) {
+        if (chosen[j] == l.chosen[i]) f.values[i] = weights[j];
+      }
+    }
+    formulas.push_back(std::move(f));
+  }
+  const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
+  const std::vector<double> got(recorded.begin(), recorded.begin() + static_cast<std::ptrdiff_t>(n)), band(n, relative);
+  w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
+}
+
+void replay_recomputation(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l) {
+  std::vector<std::int32_t> again(l.chosen.size());
+  if (!read_ids(*t.recomputed_selected_experts, 0, static_cast<std::int64_t>(again.size()), again.data())) return;
+  Row& r = ctx->row("recomputed_selection", t.layer);
+  r.held_to = "the choice of the first forward";
+  for (std::int64_t token = 0; token < l.tokens; ++token) {
+    std::vector<std::int32_t> a(again.begin() + token * l.top_k, again.begin() + (token + 1) * l.top_k);
+    std::vector<std::int32_t> b(l.chosen.begin() + token * l.top_k, l.chosen.begin() + (token + 1) * l.top_k);
+    std::sort(a.begin(), a.end());
+    std::sort(b.begin(), b.end());
+    ++r.compared;
+    if (a != b && ++r.differing == 1) r.place = ctx->place_of(m);
+  }
+  r.recorded = r.distance = static_cast<double>(r.differing);
+  r.expected = r.band = 0;
+}
+
+}  // namespace
+
+void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l) {
+  if (t.recomputed_selected_experts && !l.chosen.empty()) replay_recomputation(ctx, m, t, l);
+  if (l.chosen.empty()) return;
+  Row& r = ctx->row("selection", t.layer);
+  Row none;
+  Row& w = t.routing_weights ? ctx->row("weights", t.layer) : none;
+  const auto unknown = [&](const std::string& why) {
+    if (r.missing.empty()) r.missing = why;
+    if (w.missing.empty()) w.missing = why;
+  };
+  if (!ctx->routing) return unknown(ctx->why_not_routed);
+  if (ctx->routing->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
+  const k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
+  if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
+    return unknown("the groups do not divide the experts");
+  const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
+  // Choice values without the groups, which allowed() looks at with their bands.
+  k::RouteArgs<double> plain = args;
+  plain.logits = l.logits.data();
+  plain.correction_bias = l.bias.empty() ? nullptr : l.bias.data();
+  plain.tokens = l.tokens;
+  plain.groups = plain.top_groups = 1;
+  plain.group_score = k::GroupScore::kNone;
+  std::vector<std::int32_t> chosen(l.chosen.size()), plain_chosen(l.chosen.size());
+  std::vector<double> choice(l.logits.size()), weights, band(static_cast<std::size_t>(l.experts));
+  if (k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()}) != k::Status::kOk ||
+      !v::route_with(right, l, &chosen, &weights)) {
+    return unknown("this order of routing is not replayed");
+  }
+  const Float scores = score_dtype(*ctx->routing, l.dtype);
+  std::vector<char> in(static_cast<std::size_t>(l.experts));
+  r.held_to = "the k largest of the recorded logits, by " + family_words(*ctx);
+  std::vector<double> recorded_weights;
+  if (t.routing_weights) {
+    recorded_weights.resize(l.chosen.size());
+    if (!read_values(*t.routing_weights, 0, l.tokens * l.top_k, recorded_weights.data())) recorded_weights.clear();
+    w.held_to = "weights of the chosen, by " + family_words(*ctx);
+  }
+  std::int64_t differing = 0;
+  for (std::int64_t token = 0; token < l.tokens; ++token) {
+    const std::int32_t* got = l.chosen.data() + token * l.top_k;
+    const std::int32_t* want = chosen.data() + token * l.top_k;
+    std::fill(in.begin(), in.end(), 0);
+    for (std::int64_t j = 0; j < l.top_k; ++j) {
+      if (got[j] >= 0) in[static_cast<std::size_t>(got[j])] = 1;
+    }
+    bool same = true;
+    for (std::int64_t j = 0; j < l.top_k; ++j) same = same && in[static_cast<std::size_t>(want[j])];
+    const double* logits = l.logits.data() + token * l.experts;
+    const auto [low, high] = std::minmax_element(logits, logits + l.experts);
+    const double relative = score_error(l, *high - *low, scores);
+    ++r.compared;
+    if (!same) {
+      for (std::int64_t e = 0; e < l.experts; ++e) {
+        const double value = choice[static_cast<std::size_t>(token * l.experts + e)];
+        const double score = args.softmax_after_top_k
+                                 ? 0.0
+                                 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
+        band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value);
+      }
+      if (!allowed(args, choice.data() + token * l.experts, band.data(), in)) {
+        ++differing;
+        if (r.differing + differing == 1) r.place = ctx->place_of(m);
+      }
+      continue;  // weights of another set say nothing
+    }
+    if (recorded_weights.empty()) continue;
+    for (std::int64_t j = 0; j < l.top_k; ++j) {
+      const auto at = static_cast<std::size_t>(token * l.top_k + j);
+      const auto* place = std::find(want, want + l.top_k, got[j]);
+      const double expected =
+          weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(place - want)];
+      const double by =
+          std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores))) *
+              std::fabs(expected) +
+          0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
+      w.add(recorded_weights[at], expected, by, ctx->place_of(m));
+    }
+  }
+  r.differing += differing;
+  r.recorded = static_cast<double>(r.differing);
+  r.expected = 0;
+  r.band = 0;
+  r.distance = static_cast<double>(r.differing);
+  if (differing > 0 && !r.name.found) name_selection(args, l, &r);
+  if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty())
+    name_weights(*ctx->routing, args, t, l, recorded_weights, &w);
+}
+
+}  // namespace moeaudit::replay

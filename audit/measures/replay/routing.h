@@ -1,0 +1,14 @@
+// Selection and weights of one layer, and a second forward's selection, against the family's order of routing.
+#pragma once
+
+#include "audit/measures/replay/context.h"
+
+namespace moeaudit::replay {
+
+/// The family's routing with what the recorded config says; `why` where the order is not known.
+std::optional<Routing> routing_of(const Trace& trace, std::string* why);
+
+/// Fills the rows selection, weights and recomputed_selection of the layer.
+void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l);
+
+}  // namespace moeaudit::replay
