@@ -13,8 +13,11 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <limits>
-#include <vector>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/host/elementary-inl.h"
 
@@ -189,89 +192,233 @@ void round_f64(const double* in, std::int64_t count, Float dtype, double* out) {
 
 // ---- route
 // -------------------------------------------------------------------------------------------------------------
+// One token in each lane of a vector, and the experts one row after the other: no lane ever waits for another, whatever
+// the number of experts. Rows lie kWidth apart.
 
-/// Strictly better: larger, NaN largest of all. Equal values are not better, so the lower index stays in front.
 template <class T>
-HWY_INLINE bool better(T a, T b) {
-  return a > b || (a != a && b == b);
-}
+using Tag = hn::CappedTag<T, 64 / sizeof(T)>;
+template <class T>
+using KeyTag = hn::RebindToSigned<Tag<T>>;
+template <class T>
+using Key = hn::TFromD<KeyTag<T>>;
+template <class T>
+inline constexpr std::int64_t kWidth = hn::MaxLanes(Tag<T>());
+template <class T>
+inline constexpr Key<T> kMostKey = std::numeric_limits<Key<T>>::max();  // kLargestKey of router.h, for both types
 
-/// The `count` best of values[0, n), best first, by insertion: few values ever enter, and one comparison turns the rest
-/// away.
-template <class T>
-HWY_INLINE void best_of(const T* values, std::int64_t n, std::int64_t count, std::int32_t* index) {
-  std::int64_t have = 0;
-  for (std::int64_t e = 0; e < n; ++e) {
-    const T v = values[e];
-    if (have == count && (v <= values[index[count - 1]] || !better(v, values[index[count - 1]]))) continue;
-    std::int64_t at = have < count ? have++ : count - 1;
-    for (; at > 0 && better(v, values[index[at - 1]]); --at) index[at] = index[at - 1];
-    index[at] = static_cast<std::int32_t>(e);
+#if HWY_TARGET != HWY_SCALAR
+/// Four columns of as many rows as a vector has lanes: block b of 16 bytes from row 4 b.
+template <class D>
+HWY_INLINE hn::Vec<D> every_fourth_row(D d, const hn::TFromD<D>* from, std::int64_t stride) {
+  if constexpr (hn::MaxLanes(D()) == 4) {
+    return hn::LoadU(d, from);
+  } else {
+    const hn::Half<D> half;
+    const auto low = every_fourth_row(half, from, stride);
+    return hn::Combine(d, every_fourth_row(half, from + hn::MaxLanes(D()) / 2 * stride, stride), low);
   }
 }
-
-/// Tokens whose experts are chosen side by side: a round is a chain of dependent steps, and several chains overlap.
-inline constexpr std::int64_t kAbreast = 4;
-
-/// Keys (route_key(), router.h) of n values, with struck-out ones up to a whole vector.
-HWY_INLINE void keys_of(const float* values, std::int64_t n, std::int32_t* keys) {
-  const hn::CappedTag<float, 16> d;
-  const hn::RebindToSigned<decltype(d)> di;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
-  std::int64_t e = 0;
-  for (; e + width <= n; e += width) {
-    const auto v = hn::Add(hn::LoadU(d, values + e), hn::Zero(d));  // -0 becomes 0
-    const auto bits = hn::BitCast(di, v);
-    const auto flipped = hn::Xor(bits, hn::And(hn::ShiftRight<31>(bits), hn::Set(di, kLargestKey)));
-    hn::StoreU(hn::IfThenElse(hn::RebindMask(di, hn::Eq(v, v)), flipped, hn::Set(di, kLargestKey)), di, keys + e);
-  }
-  for (; e < n; ++e) keys[e] = route_key(values[e]);
-  for (; e % width != 0; ++e) keys[e] = kStruckOut;
+/// to[c, r] = from[r, c] for four columns and as many rows as D has lanes.
+template <class D>
+HWY_INLINE void four_columns(D d, const hn::TFromD<D>* from, std::int64_t from_stride, hn::TFromD<D>* to, std::int64_t to_stride) {
+  const hn::RepartitionToWide<D> pairs;
+  const auto a0 = every_fourth_row(d, from, from_stride), a1 = every_fourth_row(d, from + from_stride, from_stride);
+  const auto a2 = every_fourth_row(d, from + 2 * from_stride, from_stride);
+  const auto a3 = every_fourth_row(d, from + 3 * from_stride, from_stride);
+  const auto b0 = hn::BitCast(pairs, hn::InterleaveLower(d, a0, a1));
+  const auto b1 = hn::BitCast(pairs, hn::InterleaveUpper(d, a0, a1));
+  const auto b2 = hn::BitCast(pairs, hn::InterleaveLower(d, a2, a3));
+  const auto b3 = hn::BitCast(pairs, hn::InterleaveUpper(d, a2, a3));
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(pairs, b0, b2)), d, to);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(pairs, b0, b2)), d, to + to_stride);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(pairs, b1, b3)), d, to + 2 * to_stride);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(pairs, b1, b3)), d, to + 3 * to_stride);
 }
+#endif
 
-/// best_of() from keys, for kT tokens with `stride` keys each: a round takes the largest key, at its lowest index, and
-/// strikes it out. index [kT, count].
-template <int kT>
-HWY_INLINE void best_keys(std::int32_t* keys, std::int64_t n, std::int64_t stride, std::int64_t count,
-                          std::int32_t* index) {
-  const hn::CappedTag<std::int32_t, 16> d;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
-  const auto lane = hn::Iota(d, 0), none = hn::Set(d, kLargestKey);
-  for (std::int64_t j = 0; j < count; ++j) {
-    hn::Vec<decltype(d)> most[kT], first[kT];
-    for (int t = 0; t < kT; ++t) most[t] = hn::LoadU(d, keys + t * stride);
-    for (std::int64_t i = width; i < n; i += width) {
-      for (int t = 0; t < kT; ++t) most[t] = hn::Max(most[t], hn::LoadU(d, keys + t * stride + i));
-    }
-    for (int t = 0; t < kT; ++t) most[t] = hn::MaxOfLanes(d, most[t]), first[t] = none;
-    // No early end: where the largest lies is anybody's guess, and a wrong one costs more than the whole pass.
-    for (std::int64_t i = 0; i < n; i += width) {
-      const auto here = hn::Add(lane, hn::Set(d, static_cast<std::int32_t>(i)));
-      for (int t = 0; t < kT; ++t) {
-        const auto hit = hn::Eq(hn::LoadU(d, keys + t * stride + i), most[t]);
-        first[t] = hn::Min(first[t], hn::IfThenElse(hit, here, none));
+/// to[c, r] = from[r, c] for rows x columns, in squares of 4 x 4 or wider.
+template <class From, class To>
+HWY_INLINE void transpose(const From* HWY_RESTRICT from, std::int64_t from_stride, std::int64_t rows,
+                          std::int64_t columns, To* HWY_RESTRICT to, std::int64_t to_stride) {
+  std::int64_t r = 0;
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (std::is_same_v<From, To> && sizeof(To) == 4) {
+    const auto in_vectors = [&](auto d) {
+      constexpr std::int64_t kRows = hn::MaxLanes(decltype(d)());
+      for (; r + kRows <= rows; r += kRows) {
+        std::int64_t c = 0;
+        for (; c + 4 <= columns; c += 4) four_columns(d, from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+        for (; c < columns; ++c) {
+          for (std::int64_t i = r; i < r + kRows; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+        }
       }
-    }
-    for (int t = 0; t < kT; ++t) first[t] = hn::MinOfLanes(d, first[t]);
-    for (int t = 0; t < kT; ++t) {
-      const std::int32_t at = hn::GetLane(first[t]);
-      index[t * count + j] = at;
-      // A whole vector goes back: the next round loads it whole, which a store of four bytes would hold up.
-      std::int32_t* row = keys + t * stride + at / width * width;
-      const auto struck = hn::Eq(lane, hn::Set(d, static_cast<std::int32_t>(at % width)));
-      hn::StoreU(hn::IfThenElse(struck, hn::Set(d, kStruckOut), hn::LoadU(d, row)), d, row);
-    }
+    };
+    in_vectors(Tag<To>());
+    in_vectors(hn::CappedTag<To, 4>());
+  }
+#endif
+  for (; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = static_cast<To>(from[r * from_stride + c]);
   }
 }
 
+/// route_key() and route_value() (router.h).
 template <class T>
-HWY_INLINE T rounded(T v, Float dtype) {
-  return static_cast<T>(round_to(static_cast<double>(v), dtype));
+HWY_INLINE hn::Vec<KeyTag<T>> key_of(hn::Vec<Tag<T>> v) {
+  const KeyTag<T> dk;
+  const auto most = hn::Set(dk, kMostKey<T>);
+  const auto bits = hn::BitCast(dk, hn::Add(v, hn::Zero(Tag<T>())));  // -0 becomes 0
+  const auto flipped = hn::Xor(bits, hn::And(hn::ShiftRight<8 * sizeof(T) - 1>(bits), most));
+  return hn::IfThenElse(hn::RebindMask(dk, hn::Eq(v, v)), flipped, most);
 }
 template <class T>
-HWY_INLINE void round_tensor(T* values, std::int64_t n, Float dtype) {
-  if (dtype == Float::kF64) return;  // nothing beyond T, and the usual case
-  for (std::int64_t i = 0; i < n; ++i) values[i] = rounded(values[i], dtype);
+HWY_INLINE hn::Vec<Tag<T>> value_of(hn::Vec<KeyTag<T>> key) {
+  const Tag<T> d;
+  const auto most = hn::Set(KeyTag<T>(), kMostKey<T>);
+  const auto v = hn::BitCast(d, hn::Xor(key, hn::And(hn::ShiftRight<8 * sizeof(T) - 1>(key), most)));
+  return hn::IfThenElse(hn::RebindMask(d, hn::Eq(key, most)), hn::Set(d, std::numeric_limits<T>::quiet_NaN()), v);
+}
+
+/// The next kRanks ranks of n rows of values, best first: keys and rows [kRanks]. A row enters before the first that it
+/// beats, so the lower one stays in front among equals. kResume: only what comes after the rank in front of these.
+template <int kRanks, bool kResume, class T>
+HWY_INLINE void choose_some(const T* values, std::int64_t n, Key<T>* keys, Key<T>* rows) {
+  const Tag<T> d;
+  const KeyTag<T> dk;
+  const auto none = hn::Set(dk, std::numeric_limits<Key<T>>::min());
+  hn::Vec<KeyTag<T>> best[kRanks], row[kRanks], past = none, past_row = none;
+  for (int j = 0; j < kRanks; ++j) best[j] = none, row[j] = hn::Zero(dk);
+  if constexpr (kResume) past = hn::Load(dk, keys - kWidth<T>), past_row = hn::Load(dk, rows - kWidth<T>);
+  for (std::int64_t e = 0; e < n; ++e) {
+    auto key = key_of<T>(hn::Load(d, values + e * kWidth<T>));
+    const auto at = hn::Set(dk, static_cast<Key<T>>(e));
+    if constexpr (kResume) {
+      const auto after = hn::Or(hn::Lt(key, past), hn::And(hn::Eq(key, past), hn::Gt(at, past_row)));
+      key = hn::IfThenElse(after, key, none);
+    }
+    auto beats = hn::Gt(key, best[kRanks - 1]);
+    if (kRanks > 2 && e > 4 * kRanks && hn::AllFalse(dk, beats)) continue;
+    for (int j = kRanks - 1; j > 0; --j) {
+      const auto beats_next = hn::Gt(key, best[j - 1]);
+      row[j] = hn::IfThenElse(beats_next, row[j - 1], hn::IfThenElse(beats, at, row[j]));
+      best[j] = hn::Max(best[j], hn::Min(best[j - 1], key));
+      beats = beats_next;
+    }
+    row[0] = hn::IfThenElse(beats, at, row[0]);
+    best[0] = hn::Max(best[0], key);
+  }
+  for (int j = 0; j < kRanks; ++j) {
+    hn::Store(best[j], dk, keys + j * kWidth<T>);
+    hn::Store(row[j], dk, rows + j * kWidth<T>);
+  }
+}
+inline constexpr int kMostRanks = 8;  // of one pass
+
+#if HWY_TARGET != HWY_SCALAR
+struct Step {
+  int high, low;
+};
+inline constexpr std::array<Step, 19> kSort = {{{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+                                                {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}}};
+inline constexpr std::array<Step, 12> kMerge = {
+    {{0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}}};
+/// Written out step by step, since vectors must not sit in memory.
+template <std::size_t kSteps, class F>
+HWY_INLINE void in_turn(const std::array<Step, kSteps>& steps, F&& f) {
+  [&]<std::size_t... kAt>(std::index_sequence<kAt...>) __attribute__((always_inline)) { (f(steps[kAt].high, steps[kAt].low), ...); }
+  (std::make_index_sequence<kSteps>());
+}
+
+/// choose_some() for eight ranks of float32, without a branch: eight rows at a time are sorted by a network (Batcher's)
+/// and merged into the best. A key and the complement of its row are one 64-bit number, so that no two are equal and the
+/// lower row is larger; the tokens of even and of odd lanes go separately.
+template <bool kResume>
+HWY_INLINE void choose_eight(const float* values, std::int64_t n, std::int32_t* keys, std::int32_t* rows) {
+  const Tag<float> d;
+  const KeyTag<float> dk;
+  const hn::RepartitionToWide<KeyTag<float>> pairs;
+  constexpr int kTwo = hn::MaxLanes(pairs);
+  using Pair = hn::Vec<decltype(pairs)>;
+  const auto pair = [&](auto key, auto row, bool odd) {
+    return hn::BitCast(pairs, odd ? hn::OddEven(key, hn::DupOdd(row)) : hn::OddEven(hn::DupEven(key), row));
+  };
+  const auto order = [](Pair& high, Pair& low) __attribute__((always_inline)) {
+    const auto larger = hn::Max(high, low);
+    low = hn::Min(high, low);
+    high = larger;
+  };
+  HWY_ALIGN std::int64_t best[2][kMostRanks * kTwo];
+  std::fill(best[0], best[0] + 2 * kMostRanks * kTwo, std::numeric_limits<std::int64_t>::min());
+  for (std::int64_t e = 0; e < n; e += kMostRanks) {
+    hn::Vec<KeyTag<float>> key[kMostRanks];
+    for (int i = 0; i < kMostRanks; ++i) {
+      key[i] = e + i < n ? key_of<float>(hn::Load(d, values + (e + i) * kWidth<float>))
+                         : hn::Set(dk, std::numeric_limits<std::int32_t>::min());
+    }
+    for (int odd = 0; odd < 2; ++odd) {
+      Pair v[kMostRanks];
+      for (int i = 0; i < kMostRanks; ++i) {
+        v[i] = pair(key[i], hn::Set(dk, ~static_cast<std::int32_t>(e + i)), odd != 0);
+        if constexpr (kResume) {
+          const auto past = pair(hn::Load(dk, keys - kWidth<float>), hn::Not(hn::Load(dk, rows - kWidth<float>)), odd != 0);
+          v[i] = hn::IfThenElse(hn::Lt(v[i], past), v[i], hn::Set(pairs, std::numeric_limits<std::int64_t>::min()));
+        }
+      }
+      in_turn(kSort, [&](int i, int j) __attribute__((always_inline)) { order(v[i], v[j]); });
+      std::int64_t* const to = best[odd];
+      Pair most[kMostRanks];
+      for (int i = 0; i < kMostRanks; ++i) most[i] = hn::Max(hn::Load(pairs, to + i * kTwo), v[kMostRanks - 1 - i]);
+      in_turn(kMerge, [&](int i, int j) __attribute__((always_inline)) { order(most[i], most[j]); });
+      for (int i = 0; i < kMostRanks; ++i) hn::Store(most[i], pairs, to + i * kTwo);
+    }
+  }
+  for (int i = 0; i < kMostRanks; ++i) {
+    const auto even = hn::BitCast(dk, hn::Load(pairs, best[0] + i * kTwo));
+    const auto odd = hn::BitCast(dk, hn::Load(pairs, best[1] + i * kTwo));
+    hn::Store(hn::OddEven(odd, hn::DupOdd(even)), dk, keys + i * kWidth<float>);
+    hn::Store(hn::Not(hn::OddEven(hn::DupEven(odd), even)), dk, rows + i * kWidth<float>);
+  }
+}
+#endif
+
+template <bool kResume, class T>
+HWY_INLINE void choose_next(const T* values, std::int64_t n, std::int64_t count, Key<T>* keys, Key<T>* rows) {
+  if (count <= 2) return choose_some<2, kResume>(values, n, keys, rows);
+  if (count <= 4) return choose_some<4, kResume>(values, n, keys, rows);
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (sizeof(T) == 4) return choose_eight<kResume>(values, n, keys, rows);
+#endif
+  return choose_some<kMostRanks, kResume>(values, n, keys, rows);
+}
+
+/// The `count` best of n rows of values, count <= n. keys, rows: count rows, and room for kMostRanks more.
+template <class T>
+HWY_INLINE void choose(const T* values, std::int64_t n, std::int64_t count, Key<T>* keys, Key<T>* rows) {
+  choose_next<false>(values, n, count, keys, rows);
+  for (std::int64_t j = kMostRanks; j < count; j += kMostRanks)
+    choose_next<true>(values, n, count - j, keys + j * kWidth<T>, rows + j * kWidth<T>);
+}
+
+/// round_to() on vectors.
+template <class T>
+HWY_INLINE hn::Vec<Tag<T>> rounded(hn::Vec<Tag<T>> v, Float dtype) {
+  const Tag<T> d;
+  if (dtype == Float::kF64) return v;  // nothing beyond T, and the usual case
+  if constexpr (sizeof(T) == 4) {
+    return dtype == Float::kBF16 ? round_bf16(d, v) : dtype == Float::kF16 ? round_f16(d, v) : v;
+  } else {
+    HWY_ALIGN T lane[kWidth<T>];
+    hn::Store(v, d, lane);
+    for (T& x : lane) x = round_to(x, dtype);
+    return hn::Load(d, lane);
+  }
+}
+
+/// v[i] = f(v[i]) for n rows.
+template <class T, class F>
+HWY_INLINE void for_rows(T* v, std::int64_t n, F&& f) {
+  const Tag<T> d;
+  for (std::int64_t i = 0; i < n; ++i) hn::Store(f(hn::Load(d, v + i * kWidth<T>)), d, v + i * kWidth<T>);
 }
 
 /// exp_of_non_positive() on vectors: the same operations in the same order, and so the same bits.
@@ -287,10 +434,9 @@ HWY_INLINE hn::Vec<D> fused_lanes(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c)
   return hn::Load(d, x);
 #endif
 }
-template <class D>
-HWY_INLINE hn::Vec<D> exp_of_non_positive_lanes(D d, hn::Vec<D> x) {
+HWY_INLINE hn::Vec<Tag<float>> exp_shifted_lanes(Tag<float> d, hn::Vec<Tag<float>> x) {
   using namespace exp_float;
-  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToUnsigned<Tag<float>> du;
   const auto c = [d](float v) { return hn::Set(d, v); };
   const auto low = hn::IfThenElse(hn::Lt(x, c(kLowest)), c(kLowest), x);
   const auto k = hn::Sub(fused_lanes(d, low, c(kLog2e), c(kMagic)), c(kMagic));
@@ -300,232 +446,149 @@ HWY_INLINE hn::Vec<D> exp_of_non_positive_lanes(D d, hn::Vec<D> x) {
     p = fused_lanes(d, p, r, c(next));
   }
   const auto first = hn::IfThenElse(hn::Lt(k, c(-100.0f)), c(-100.0f), k);
-  const auto two_to = [&](hn::Vec<D> n) {
+  const auto two_to = [&](hn::Vec<Tag<float>> n) {
     return hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, hn::Add(n, c(kMagic + 127.0f)))));
   };
   return hn::Mul(hn::Mul(p, two_to(first)), two_to(hn::Sub(k, first)));
 }
+HWY_INLINE hn::Vec<Tag<double>> exp_shifted_lanes(Tag<double> d, hn::Vec<Tag<double>> x) { return exp_lanes(d, x); }
 
-/// Vectors of up to kMost lanes, from i on; returns how far they got.
-template <std::size_t kMost>
-HWY_INLINE std::int64_t exp_some(const float* in, std::int64_t i, std::int64_t n, float shift, float* out) {
-  const hn::CappedTag<float, kMost> d;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
-  for (; i + width <= n; i += width)
-    hn::StoreU(exp_of_non_positive_lanes(d, hn::Sub(hn::LoadU(d, in + i), hn::Set(d, shift))), d, out + i);
-  return i;
-}
-/// out = exp(in - shift), in - shift <= 0.
-HWY_INLINE void exp_all(const float* in, std::int64_t n, float shift, float* out) {
-  std::int64_t i = exp_some<16>(in, 0, n, shift, out);
-  i = exp_some<8>(in, i, n, shift, out);
-  i = exp_some<4>(in, i, n, shift, out);
-  for (; i < n; ++i) out[i] = exp_of_non_positive(in[i] - shift);
-}
-HWY_INLINE void exp_all(const double* in, std::int64_t n, double shift, double* out) {
-  const hn::ScalableTag<double> d;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
-  std::int64_t i = 0;
-  for (; i + width <= n; i += width)
-    hn::StoreU(exp_lanes(d, hn::Sub(hn::LoadU(d, in + i), hn::Set(d, shift))), d, out + i);
-  for (; i < n; ++i) out[i] = exp_exact_order(in[i] - shift);
-}
-
-HWY_INLINE void sigmoid_all(const float* in, std::int64_t n, float* out) {
-  const hn::CappedTag<float, 16> d;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+/// sigmoid_of() on vectors.
+HWY_INLINE hn::Vec<Tag<float>> sigmoid_lanes(Tag<float> d, hn::Vec<Tag<float>> x) {
   const auto one = hn::Set(d, 1.0f);
-  std::int64_t i = 0;
-  for (; i + width <= n; i += width) {
-    const auto x = hn::LoadU(d, in + i);
-    const auto negative = hn::Lt(x, hn::Zero(d));
-    const auto e = exp_of_non_positive_lanes(d, hn::IfThenElse(negative, x, hn::Neg(x)));
-    hn::StoreU(hn::Div(hn::IfThenElse(negative, e, one), hn::Add(one, e)), d, out + i);
-  }
-  for (; i < n; ++i) out[i] = sigmoid_float(in[i]);
+  const auto negative = hn::Lt(x, hn::Zero(d));
+  const auto e = exp_shifted_lanes(d, hn::IfThenElse(negative, x, hn::Neg(x)));
+  return hn::Div(hn::IfThenElse(negative, e, one), hn::Add(one, e));
 }
-HWY_INLINE void sigmoid_all(const double* in, std::int64_t n, double* out) {
-  const hn::ScalableTag<double> d;
-  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+HWY_INLINE hn::Vec<Tag<double>> sigmoid_lanes(Tag<double> d, hn::Vec<Tag<double>> x) {
   const auto one = hn::Set(d, 1.0);
-  std::int64_t i = 0;
-  for (; i + width <= n; i += width)
-    hn::StoreU(hn::Div(one, hn::Add(one, exp_lanes(d, hn::Neg(hn::LoadU(d, in + i))))), d, out + i);
-  for (; i < n; ++i) out[i] = sigmoid_exact_order(in[i]);
+  return hn::Div(one, hn::Add(one, exp_lanes(d, hn::Neg(x))));
 }
 
-/// Vectors that are as wide as kLanes together.
+/// v = softmax(v) over n rows; each result of the arithmetic is a T. A NaN makes all of a token's NaN, and so does an
+/// infinite largest.
 template <class T>
-using LaneTag = hn::CappedTag<T, 64 / sizeof(T)>;
-template <class T>
-inline constexpr int kWidth = static_cast<int>(hn::MaxLanes(LaneTag<T>()));
-template <class T>
-inline constexpr int kLaneVectors = kLanes / kWidth<T>;
-
-/// Sum of n values in kLanes lanes (elementary.h).
-template <class T>
-HWY_INLINE T sum_in_lanes(const T* v, std::int64_t n) {
-  const LaneTag<T> d;
-  hn::Vec<decltype(d)> sum[kLaneVectors<T>];
-  for (int j = 0; j < kLaneVectors<T>; ++j) sum[j] = hn::Zero(d);
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLaneVectors<T>; ++j) sum[j] = hn::Add(sum[j], hn::LoadU(d, v + i + j * kWidth<T>));
+HWY_INLINE void softmax(T* v, std::int64_t n, Float dtype) {
+  const Tag<T> d;
+  auto largest = hn::Load(d, v), unordered = largest;  // which of two zeros is largest shows nowhere
+  for (std::int64_t e = 1; e < n; ++e) {
+    const auto x = hn::Load(d, v + e * kWidth<T>);
+    unordered = hn::IfThenElse(hn::Eq(x, x), unordered, x);
+    largest = hn::Max(x, largest);
   }
-  HWY_ALIGN T lane[kLanes];
-  for (int j = 0; j < kLaneVectors<T>; ++j) hn::Store(sum[j], d, lane + j * kWidth<T>);
-  for (; i < n; ++i) lane[i % kLanes] += v[i];
-  return add_lanes(lane);
-}
-
-/// The largest of n values; whether a NaN is among them.
-template <class T>
-HWY_INLINE T largest_of(const T* v, std::int64_t n, bool* has_nan) {
-  const LaneTag<T> d;
-  T largest = v[0];
-  bool nan = false;
-  std::int64_t i = 0;
-  if (n >= kWidth<T>) {
-    auto most = hn::LoadU(d, v);
-    auto equal = hn::Eq(most, most);
-    for (i = kWidth<T>; i + kWidth<T> <= n; i += kWidth<T>) {
-      const auto x = hn::LoadU(d, v + i);
-      equal = hn::And(equal, hn::Eq(x, x));
-      most = hn::IfThenElse(hn::Gt(x, most), x, most);
+  const auto good = hn::And(hn::Eq(unordered, unordered), hn::Eq(hn::Sub(largest, largest), hn::Zero(d)));
+  // The sum in kLanes lanes (elementary.h), here rows. Lanes beyond n would add 0 to what is no less.
+  HWY_ALIGN T lane[kLanes * kWidth<T>];
+  for (std::int64_t e = 0; e < n; ++e) {
+    const auto x = exp_shifted_lanes(d, hn::Sub(hn::Load(d, v + e * kWidth<T>), largest));
+    hn::Store(x, d, v + e * kWidth<T>);
+    T* to = lane + e % kLanes * kWidth<T>;
+    hn::Store(e < kLanes ? x : hn::Add(hn::Load(d, to), x), d, to);
+  }
+  std::int64_t live = std::min<std::int64_t>(n, kLanes);
+  for (std::int64_t step = kLanes / 2; step > 0; live = std::min(live, step), step /= 2) {
+    for (std::int64_t i = 0; i + step < live; ++i) {
+      T* to = lane + i * kWidth<T>;
+      hn::Store(hn::Add(hn::Load(d, to), hn::Load(d, to + step * kWidth<T>)), d, to);
     }
-    nan = !hn::AllTrue(d, equal);
-    largest = hn::GetLane(hn::MaxOfLanes(d, most));
   }
-  for (; i < n; ++i) {
-    largest = v[i] > largest ? v[i] : largest;
-    nan |= v[i] != v[i];
-  }
-  *has_nan = nan;
-  return largest;
+  const auto sum = hn::Load(d, lane), nan = hn::Set(d, std::numeric_limits<T>::quiet_NaN());
+  for_rows(v, n, [&](auto x) { return hn::IfThenElse(good, rounded<T>(hn::Div(x, sum), dtype), nan); });
 }
 
-/// out = softmax(in) over n values; each result of the arithmetic is a T. A NaN makes all of them NaN.
+/// v: logits [experts] in, scores out.
 template <class T>
-HWY_INLINE void softmax(const T* in, std::int64_t n, Float dtype, T* out) {
-  bool has_nan = false;
-  const T largest = largest_of(in, n, &has_nan);
-  if (has_nan || largest - largest != 0) return std::fill(out, out + n, std::numeric_limits<T>::quiet_NaN());
-  exp_all(in, n, largest, out);
-  const T sum = sum_in_lanes(out, n);
-  const LaneTag<T> d;
-  const auto by = hn::Set(d, sum);
-  std::int64_t e = 0;
-  for (; e + kWidth<T> <= n; e += kWidth<T>) hn::StoreU(hn::Div(hn::LoadU(d, out + e), by), d, out + e);
-  for (; e < n; ++e) out[e] /= sum;
-  round_tensor(out, n, dtype);
+HWY_INLINE void score(const RouteArgs<T>& a, T* v) {
+  if (a.score == Score::kSoftmax) return softmax(v, a.experts, a.tensor_dtype);
+  if (a.score == Score::kSqrtSoftplus) {
+    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i) v[i] = static_cast<T>(sqrt_softplus_exact_order(v[i]));
+  }
+  for_rows(v, a.experts, [&](auto x) {
+    return rounded<T>(a.score == Score::kSigmoid ? sigmoid_lanes(Tag<T>(), x) : x, a.tensor_dtype);
+  });
 }
 
 template <class T>
-HWY_INLINE void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
-  if (a.score == Score::kSoftmax) return softmax(logits, a.experts, a.tensor_dtype, scores);
-  if (a.score == Score::kSigmoid) {
-    sigmoid_all(logits, a.experts, scores);
-  } else {
-    for (std::int64_t e = 0; e < a.experts; ++e) scores[e] = static_cast<T>(sqrt_softplus_exact_order(logits[e]));
-  }
-  round_tensor(scores, a.experts, a.tensor_dtype);
-}
-
-/// The `count` best of up to kAbreast rows. choice [tokens, experts] in; index [tokens, count] out.
-HWY_INLINE void choose(const float* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
-                       std::int32_t* keys, std::int32_t* index) {
-  const std::int64_t stride = (experts + 15) / 16 * 16;
-  for (std::int64_t t = 0; t < tokens; ++t) keys_of(choice + t * experts, experts, keys + t * stride);
-  if (tokens == kAbreast) return best_keys<kAbreast>(keys, experts, stride, count, index);
-  for (std::int64_t t = 0; t < tokens; ++t)
-    best_keys<1>(keys + t * stride, experts, stride, count, index + t * count);
-}
-HWY_INLINE void choose(const double* choice, std::int64_t tokens, std::int64_t experts, std::int64_t count,
-                       std::int32_t*, std::int32_t* index) {
-  for (std::int64_t t = 0; t < tokens; ++t) best_of(choice + t * experts, experts, count, index + t * count);
-}
-
-template <class T>
-void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, std::int32_t* index, std::int32_t* keys) {
+HWY_INLINE void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, Key<T>* keys, Key<T>* rows) {
+  const Tag<T> d;
+  const KeyTag<T> dk;
   const std::int64_t size = a.experts / a.groups, best = group_members(a);
-  for (std::int64_t first = 0; first < a.groups; first += kAbreast) {
-    const std::int64_t count = std::min(kAbreast, a.groups - first);
-    choose(choice + first * size, count, size, best, keys, index);
-    for (std::int64_t g = 0; g < count; ++g) {
-      const T* members = choice + (first + g) * size;
-      T sum = members[index[g * best]];
-      for (std::int64_t j = 1; j < best; ++j) sum += members[index[g * best + j]];
-      group_value[first + g] = best > 1 ? rounded(sum, a.tensor_dtype) : sum;
-    }
-  }
-  best_of(group_value, a.groups, a.top_groups, index);
-  const T fill = a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
   for (std::int64_t g = 0; g < a.groups; ++g) {
-    if (std::find(index, index + a.top_groups, static_cast<std::int32_t>(g)) != index + a.top_groups) continue;
-    std::fill(choice + g * size, choice + (g + 1) * size, fill);
+    choose(choice + g * size * kWidth<T>, size, best, keys, rows);
+    auto sum = value_of<T>(hn::Load(dk, keys));
+    for (std::int64_t j = 1; j < best; ++j) sum = hn::Add(sum, value_of<T>(hn::Load(dk, keys + j * kWidth<T>)));
+    hn::Store(best > 1 ? rounded<T>(sum, a.tensor_dtype) : sum, d, group_value + g * kWidth<T>);
+  }
+  choose(group_value, a.groups, a.top_groups, keys, rows);
+  const auto fill = hn::Set(d, a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity());
+  for (std::int64_t g = 0; g < a.groups; ++g) {
+    const auto group = hn::Set(dk, static_cast<Key<T>>(g));
+    auto kept = hn::Eq(group, hn::Load(dk, rows));
+    for (std::int64_t j = 1; j < a.top_groups; ++j)
+      kept = hn::Or(kept, hn::Eq(group, hn::Load(dk, rows + j * kWidth<T>)));
+    const auto keep = hn::RebindMask(d, kept);
+    for_rows(choice + g * size * kWidth<T>, size, [&](auto x) { return hn::IfThenElse(keep, x, fill); });
   }
 }
 
+/// weights [top_k] from those of `from` (scores, or logits) that were chosen.
 template <class T>
-void weigh(const RouteArgs<T>& a, const T* logits, const T* scores, const std::int32_t* index, T* gathered,
-           T* weights) {
-  const T* from = a.softmax_after_top_k ? logits : scores;
-  for (std::int64_t j = 0; j < a.top_k; ++j) gathered[j] = from[index[j]];
-  if (a.softmax_after_top_k) {
-    softmax(gathered, a.top_k, a.tensor_dtype, weights);
-  } else {
-    std::copy(gathered, gathered + a.top_k, weights);
+HWY_INLINE void weigh(const RouteArgs<T>& a, const T* from, const Key<T>* rows, T* weights) {
+  const Tag<T> d;
+  const KeyTag<T> dk;
+  constexpr int kLog = std::bit_width(static_cast<std::uint64_t>(kWidth<T>)) - 1;
+  const auto lane = hn::Iota(dk, 0);
+  for (std::int64_t j = 0; j < a.top_k; ++j) {
+    const auto at = hn::Add(hn::ShiftLeft<kLog>(hn::Load(dk, rows + j * kWidth<T>)), lane);
+    hn::Store(hn::GatherIndex(d, from, at), d, weights + j * kWidth<T>);
   }
+  if (a.softmax_after_top_k) softmax(weights, a.top_k, a.tensor_dtype);
   if (a.renormalise) {
-    T sum = 0;
-    for (std::int64_t j = 0; j < a.top_k; ++j) sum += weights[j];
-    sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
-    for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] /= sum;
-    round_tensor(weights, a.top_k, a.tensor_dtype);
+    auto sum = hn::Zero(d);
+    for (std::int64_t j = 0; j < a.top_k; ++j) sum = hn::Add(sum, hn::Load(d, weights + j * kWidth<T>));
+    sum = rounded<T>(hn::Add(rounded<T>(sum, a.tensor_dtype), hn::Set(d, a.renormalise_eps)), a.tensor_dtype);
+    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(hn::Div(x, sum), a.tensor_dtype); });
   }
   if (a.scaling != T(1)) {
-    for (std::int64_t j = 0; j < a.top_k; ++j) weights[j] *= a.scaling;
-    round_tensor(weights, a.top_k, a.tensor_dtype);
+    const auto scaling = hn::Set(d, a.scaling);
+    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(hn::Mul(x, scaling), a.tensor_dtype); });
   }
-  round_tensor(weights, a.top_k, a.weights_dtype);
+  if (a.weights_dtype != Float::kF64)
+    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(x, a.weights_dtype); });
 }
 
 template <class T>
 void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
+  const Tag<T> d;
+  constexpr std::int64_t kW = kWidth<T>;
   const std::int64_t count = std::min(a.top_k + (r.runner_up != nullptr ? 1 : 0), a.experts);
-  std::vector<T> scores(kAbreast * a.experts), choice(kAbreast * a.experts), scratch(std::max(a.groups, a.top_k));
-  std::vector<std::int32_t> index(kAbreast * count), group(std::max(a.groups, kAbreast * group_members(a)));
-  std::vector<std::int32_t> keys(kAbreast * (a.experts + 16));
-  for (std::int64_t first = 0; first < a.tokens; first += kAbreast) {
-    const std::int64_t tokens = std::min(kAbreast, a.tokens - first);
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const T* logits = a.logits + (first + t) * a.experts;
-      const T* base = logits;
-      if (!a.softmax_after_top_k) {
-        scores_of(a, logits, scores.data() + t * a.experts);
-        base = scores.data() + t * a.experts;
-      }
-      T* to = choice.data() + t * a.experts;
-      for (std::int64_t e = 0; e < a.experts; ++e) {
-        to[e] = a.correction_bias == nullptr ? base[e]
-                : a.bias_multiplies          ? base[e] * a.correction_bias[e]
-                                             : base[e] + a.correction_bias[e];
-      }
-      if (a.group_score != GroupScore::kNone) mask_groups(a, to, scratch.data(), group.data(), keys.data());
+  const bool grouped = a.group_score != GroupScore::kNone, changed = a.correction_bias != nullptr || grouped;
+  const std::int64_t ranks = std::max(count, grouped ? std::max(group_members(a), a.top_groups) : 0) + kMostRanks;
+  const auto values = hwy::AllocateAligned<T>((a.experts * (changed ? 2 : 1) + a.top_k + a.groups) * kW);
+  const auto places = hwy::AllocateAligned<Key<T>>(2 * ranks * kW);
+  T *const base = values.get(), *const choice = changed ? base + a.experts * kW : base;
+  T *const weights = choice + a.experts * kW, *const group_value = weights + a.top_k * kW;
+  Key<T>*const keys = places.get(), *const rows = keys + ranks * kW;
+  for (std::int64_t first = 0; first < a.tokens; first += kW) {
+    const std::int64_t tokens = std::min(kW, a.tokens - first);
+    if (tokens < kW) std::fill(base, base + a.experts * kW, T(0));
+    transpose(a.logits + first * a.experts, a.experts, tokens, a.experts, base, kW);
+    if (!a.softmax_after_top_k) score(a, base);
+    if (changed) std::copy(base, base + a.experts * kW, choice);
+    for (std::int64_t e = 0; e < a.experts && a.correction_bias != nullptr; ++e) {
+      const auto bias = hn::Set(d, a.correction_bias[e]);
+      for_rows(choice + e * kW, 1, [&](auto x) { return a.bias_multiplies ? hn::Mul(x, bias) : hn::Add(x, bias); });
     }
-    choose(choice.data(), tokens, a.experts, count, keys.data(), index.data());
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const std::int32_t* chosen = index.data() + t * count;
-      const std::int64_t token = first + t;
-      std::copy(chosen, chosen + a.top_k, r.chosen + token * a.top_k);
-      if (r.runner_up != nullptr) r.runner_up[token] = count > a.top_k ? chosen[a.top_k] : -1;
-      if (r.choice != nullptr)
-        std::copy(choice.begin() + t * a.experts, choice.begin() + (t + 1) * a.experts, r.choice + token * a.experts);
-      if (r.weights != nullptr) {
-        weigh(a, a.logits + token * a.experts, scores.data() + t * a.experts, chosen, scratch.data(),
-              r.weights + token * a.top_k);
-      }
-    }
+    if (grouped) mask_groups(a, choice, group_value, keys, rows);
+    choose(choice, a.experts, count, keys, rows);
+    transpose(rows, kW, a.top_k, tokens, r.chosen + first * a.top_k, a.top_k);
+    for (std::int64_t t = 0; t < tokens && r.runner_up != nullptr; ++t)
+      r.runner_up[first + t] = count > a.top_k ? static_cast<std::int32_t>(rows[a.top_k * kW + t]) : -1;
+    if (r.choice != nullptr)
+      transpose(choice, kW, a.experts, tokens, r.choice + first * a.experts, a.experts);
+    if (r.weights == nullptr) continue;
+    weigh(a, base, rows, weights);
+    transpose(weights, kW, a.top_k, tokens, r.weights + first * a.top_k, a.top_k);
   }
 }
 void route_f32(const RouteArgs<float>& a, const RouteResult<float>& r) { route_all(a, r); }
@@ -588,7 +651,7 @@ Status check(const GateArgs<In, Sum>& a) {
 
 template <class T>
 Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
-  if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max()) return Status::kBadShape;
+  if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max() / 64) return Status::kBadShape;
   if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
   if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone))

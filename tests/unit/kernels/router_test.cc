@@ -4,9 +4,11 @@
 #include <gtest/gtest.h>
 #include <hwy/targets.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/host/gaussian.h"
@@ -277,6 +279,160 @@ TEST(Route, SameBitsOnEveryTarget) {
       EXPECT_EQ(weights[i], weights[0]);
       EXPECT_EQ(chosen[i], chosen[0]);
     }
+  }
+}
+
+/// What router.h says of one token, as plain loops over the scalar functions.
+template <class T>
+std::vector<T> softmax_by_the_book(std::vector<T> v, Float dtype) {
+  T largest = v[0];
+  bool nan = false;
+  for (const T x : v) nan |= std::isnan(x), largest = x > largest ? x : largest;
+  if (nan || std::isinf(largest)) return std::vector<T>(v.size(), std::numeric_limits<T>::quiet_NaN());
+  T lane[kLanes] = {};
+  for (std::size_t e = 0; e < v.size(); ++e) lane[e % kLanes] += v[e] = exp_shifted(v[e] - largest);
+  const T sum = add_lanes(lane);
+  for (T& x : v) x = static_cast<T>(round_to(x / sum, dtype));
+  return v;
+}
+template <class T>
+Ids best_by_the_book(const std::vector<T>& v, std::int64_t count) {
+  Ids order(v.size());
+  for (std::size_t e = 0; e < v.size(); ++e) order[e] = static_cast<std::int32_t>(e);
+  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    return v[a] > v[b] || (std::isnan(v[a]) && !std::isnan(v[b]));
+  });
+  order.resize(static_cast<std::size_t>(count));
+  return order;
+}
+template <class T>
+void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, std::vector<T>* weights,
+                       std::vector<T>* choice) {
+  const auto rounded = [](T x, Float f) { return static_cast<T>(round_to(x, f)); };
+  const std::vector<T> logits(a.logits + token * a.experts, a.logits + (token + 1) * a.experts);
+  std::vector<T> scores = logits;
+  if (!a.softmax_after_top_k && a.score == Score::kSoftmax) {
+    scores = softmax_by_the_book(logits, a.tensor_dtype);
+  } else if (!a.softmax_after_top_k) {
+    for (T& x : scores)
+      x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_exact_order(x)), a.tensor_dtype);
+  }
+  *choice = scores;
+  for (std::int64_t e = 0; e < a.experts && a.correction_bias != nullptr; ++e)
+    (*choice)[e] = a.bias_multiplies ? scores[e] * a.correction_bias[e] : scores[e] + a.correction_bias[e];
+  if (a.group_score != GroupScore::kNone) {
+    const std::int64_t size = a.experts / a.groups;
+    std::vector<T> group(static_cast<std::size_t>(a.groups));
+    for (std::int64_t g = 0; g < a.groups; ++g) {
+      const std::vector<T> members(choice->begin() + g * size, choice->begin() + (g + 1) * size);
+      const Ids best = best_by_the_book(members, group_members(a));
+      group[g] = members[best[0]];
+      for (std::size_t j = 1; j < best.size(); ++j) group[g] += members[best[j]];
+      if (best.size() > 1) group[g] = rounded(group[g], a.tensor_dtype);
+    }
+    const Ids kept = best_by_the_book(group, a.top_groups);
+    for (std::int64_t e = 0; e < a.experts; ++e) {
+      if (std::count(kept.begin(), kept.end(), e / size) == 0)
+        (*choice)[e] = a.group_mask_is_zero ? T(0) : -std::numeric_limits<T>::infinity();
+    }
+  }
+  *chosen = best_by_the_book(*choice, a.top_k);
+  weights->clear();
+  for (const std::int32_t e : *chosen) weights->push_back(scores[e]);
+  if (a.softmax_after_top_k) *weights = softmax_by_the_book(*weights, a.tensor_dtype);
+  T sum = 0;
+  for (const T w : *weights) sum += w;
+  sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
+  for (T& w : *weights) {
+    if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
+    if (a.scaling != T(1)) w = rounded(w * a.scaling, a.tensor_dtype);
+    w = rounded(w, a.weights_dtype);
+  }
+}
+
+/// Equal bits, but a NaN equals any NaN.
+template <class T>
+bool same(const T* a, const std::vector<T>& b) {
+  for (std::size_t i = 0; i < b.size(); ++i) {
+    if (!(std::isnan(a[i]) && std::isnan(b[i])) && std::memcmp(a + i, &b[i], sizeof(T)) != 0) return false;
+  }
+  return true;
+}
+
+template <class T>
+void check_by_the_book(RouteArgs<T> a, const std::vector<float>& logits, const std::vector<float>& bias) {
+  const std::vector<T> l(logits.begin(), logits.end()), b(bias.begin(), bias.end());
+  a.logits = l.data();
+  if (a.correction_bias != nullptr) a.correction_bias = b.data();
+  const auto count = static_cast<std::size_t>(a.tokens * a.top_k);
+  Ids chosen(count), runner_up(static_cast<std::size_t>(a.tokens));
+  std::vector<T> weights(count), choice(l.size());
+  ASSERT_EQ(route(a, RouteResult<T>{chosen.data(), weights.data(), runner_up.data(), choice.data()}), Status::kOk);
+  for (std::int64_t t = 0; t < a.tokens; ++t) {
+    SCOPED_TRACE(testing::Message() << "token " << t << " of " << a.tokens << ", " << a.experts << " experts, top "
+                                    << a.top_k << ", " << 8 * sizeof(T) << " bits");
+    Ids ids;
+    std::vector<T> w, c;
+    route_by_the_book(a, t, &ids, &w, &c);
+    EXPECT_EQ(runner_up[t], a.top_k < a.experts ? best_by_the_book(c, a.top_k + 1).back() : -1);
+    EXPECT_EQ(Ids(chosen.begin() + t * a.top_k, chosen.begin() + (t + 1) * a.top_k), ids);
+    EXPECT_TRUE(same(weights.data() + t * a.top_k, w));
+    EXPECT_TRUE(same(choice.data() + t * a.experts, c));
+  }
+}
+
+// Few and many experts, tokens that do not fill a vector, ties, NaN and infinities, roundings between the operations.
+TEST(Route, WrittenOrderOnEveryTarget) {
+  struct Shape {
+    std::int64_t tokens, experts, top_k, groups, top_groups;
+  };
+  for (const Shape s : {Shape{1, 1, 1, 1, 1}, {3, 8, 1, 4, 1}, {17, 8, 2, 2, 1}, {16, 16, 2, 4, 2}, {15, 32, 1, 8, 3},
+                        {33, 32, 2, 4, 4}, {7, 40, 8, 8, 5}, {21, 31, 9, 1, 1}, {19, 65, 30, 5, 4}, {18, 129, 4, 3, 2}}) {
+    const auto bias = gaussians(s.experts, 21, 0.1f);
+    auto logits = gaussians(s.tokens * s.experts, 20, 2.0f);
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (i % 3 == 0) logits[i] = std::round(logits[i]);
+      const std::int64_t token = static_cast<std::int64_t>(i) / s.experts;
+      if (token % 7 == 3 && i % 5 == 0) logits[i] = -std::numeric_limits<float>::infinity();
+      if (token == 5 && i % 4 == 0) logits[i] = std::numeric_limits<float>::quiet_NaN();
+      if (token == 6 && i % 4 == 0) logits[i] = std::numeric_limits<float>::infinity();
+      if (token == 8 && i % 4 == 0) logits[i] = -0.0f;
+      if (token == 9) logits[i] *= 60;  // exponentials below the normal numbers, and 0
+    }
+    on_every_target([&] {
+      const auto both = [&](auto change) {
+        const auto with = [&](auto a) {
+          a.tokens = s.tokens, a.experts = s.experts, a.top_k = s.top_k;
+          change(a);
+          check_by_the_book(a, logits, bias);
+        };
+        with(RouteArgs<float>());
+        with(RouteArgs<double>());
+      };
+      static const float kSome = 0;
+      static const double kSomeDouble = 0;
+      const auto biased = [](auto& a) {
+        if constexpr (std::is_same_v<decltype(a.scaling), float>)
+          a.correction_bias = &kSome;
+        else
+          a.correction_bias = &kSomeDouble;
+      };
+      both([](auto& a) { a.renormalise = true; });
+      both([](auto& a) { a.softmax_after_top_k = true, a.weights_dtype = Float::kBF16; });
+      both([](auto& a) { a.renormalise = true, a.scaling = 1.5, a.tensor_dtype = Float::kBF16; });
+      both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.renormalise = true, a.renormalise_eps = 1e-20f; });
+      both([&](auto& a) { biased(a), a.bias_multiplies = true, a.score = Score::kSqrtSoftplus, a.tensor_dtype = Float::kF16; });
+      for (const GroupScore g : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
+        for (const bool zero : {false, true}) {
+          both([&](auto& a) {
+            biased(a), a.score = zero ? Score::kSoftmax : Score::kSigmoid, a.group_mask_is_zero = zero;
+            a.group_score = g, a.groups = s.groups, a.top_groups = s.top_groups;
+            a.tensor_dtype = zero ? Float::kF32 : Float::kBF16;
+            if (group_members(a) > s.experts / s.groups) a.group_score = GroupScore::kMax;
+          });
+        }
+      }
+    });
   }
 }
 
