@@ -29,16 +29,19 @@ namespace hn = hwy::HWY_NAMESPACE;
 // weights.
 template <class Sum>
 inline constexpr std::int64_t kPanel = 64 / sizeof(Sum);
-template <class Sum>
-inline constexpr int kVectors = static_cast<int>(kPanel<Sum> / hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>()));
 inline constexpr int kPanels = HWY_MAX_BYTES >= 64 ? 2 : 1;
-template <class Sum>
-inline constexpr int kBlockTokens = HWY_MAX_BYTES >= 64 ? 12 : (kVectors<Sum> >= 12 ? 1 : 12 / kVectors<Sum>);
+/// What is multiplied of a panel: all of it, or the first half where the other has no experts.
+template <class Sum, bool kHalf>
+using PanelTag = hn::CappedTag<Sum, kPanel<Sum> / (kHalf ? 2 : 1)>;
+template <class Sum, bool kHalf>
+inline constexpr int kVectors = static_cast<int>(kPanel<Sum> / (kHalf ? 2 : 1) / hn::MaxLanes(PanelTag<Sum, kHalf>()));
+template <class Sum, bool kHalf>
+inline constexpr int kBlockTokens = std::max(1, 12 / (HWY_MAX_BYTES >= 64 ? 1 : kVectors<Sum, kHalf>));
 inline constexpr std::int64_t kTileTokens = 96;  // their sums stay in the second-level cache; a multiple of every block
 
-/// Asks for the next stretch of kT rows while this one is multiplied, a line of the cache every so often: rows are read a
-/// stretch at a time, too little for the machine to see what comes, and all at once would be more than it can have under
-/// way.
+/// Asks for the next stretch of kT rows while this one is multiplied, a line of the cache every so often: rows are read
+/// a stretch at a time, too little for the machine to see what comes, and all at once would be more than it can have
+/// under way.
 template <int kT, class In>
 struct Ahead {
   static constexpr std::int64_t kPerRow = kGateRun * static_cast<std::int64_t>(sizeof(In)) / 64, kLines = kT * kPerRow;
@@ -52,12 +55,13 @@ struct Ahead {
 };
 
 /// sums[t, panels] += x[t, 0..length) * w[panels, 0..length), from zero and in order. Both operands lie packed.
-template <int kT, int kP, bool kExactProducts, class In, class Sum>
+template <int kT, int kP, bool kHalf, class In, class Sum>
 HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length,
                         Sum* HWY_RESTRICT sums, std::int64_t stride, Ahead<kT, In> ahead) {
-  const hn::CappedTag<Sum, kPanel<Sum>> d;
-  constexpr int kV = kP * kVectors<Sum>;
-  constexpr std::int64_t kWidth = hn::MaxLanes(hn::CappedTag<Sum, kPanel<Sum>>());
+  const PanelTag<Sum, kHalf> d;
+  constexpr bool kExactProducts = sizeof(Sum) > sizeof(In);
+  constexpr int kOfPanel = kVectors<Sum, kHalf>, kV = kP * kOfPanel;
+  constexpr std::int64_t kWidth = hn::MaxLanes(PanelTag<Sum, kHalf>());
   const std::int64_t next_panel = length * kPanel<Sum>;
   hn::Vec<decltype(d)> sum[kT][kV];
   for (int t = 0; t < kT; ++t) {
@@ -67,7 +71,7 @@ HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, st
     ahead.step(i);
     hn::Vec<decltype(d)> weight[kV];
     for (int v = 0; v < kV; ++v) {
-      const std::int64_t at = v / kVectors<Sum> * next_panel + i * kPanel<Sum> + v % kVectors<Sum> * kWidth;
+      const std::int64_t at = v / kOfPanel * next_panel + i * kPanel<Sum> + v % kOfPanel * kWidth;
       weight[v] = hn::LoadU(d, w + at);
     }
     for (int t = 0; t < kT; ++t) {
@@ -90,9 +94,8 @@ HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, st
 }
 
 /// One stretch of hidden for kT tokens against all experts.
-template <int kT, class In, class Sum>
+template <int kT, bool kHalf, class In, class Sum>
 void add_stretch(const GateArgs<In, Sum>& a, std::int64_t token, std::int64_t first, std::int64_t length, Sum* sums) {
-  constexpr bool kExactProducts = sizeof(Sum) > sizeof(In);
   HWY_ALIGN Sum x[kT * kGateRun];
   for (int t = 0; t < kT; ++t) {
     const In* row = a.x + (token + t) * a.hidden + first;
@@ -102,25 +105,27 @@ void add_stretch(const GateArgs<In, Sum>& a, std::int64_t token, std::int64_t fi
   const Sum* w = a.packed + first * padded;
   const bool more = first + 2 * kGateRun <= a.hidden;
   Ahead<kT, In> ahead{more ? a.x + token * a.hidden + first + kGateRun : nullptr, a.hidden};
+  if constexpr (kHalf) return add_run<kT, 1, true>(x, w, length, sums, padded, ahead);
   std::int64_t e = 0;
   for (; e + kPanels * kPanel<Sum> <= padded; e += kPanels * kPanel<Sum>) {
-    add_run<kT, kPanels, kExactProducts>(x, w + e * length, length, sums + e, padded, ahead);
+    add_run<kT, kPanels, false>(x, w + e * length, length, sums + e, padded, ahead);
     ahead.rows = nullptr;
   }
   for (; e < padded; e += kPanel<Sum>) {
-    add_run<kT, 1, kExactProducts>(x, w + e * length, length, sums + e, padded, ahead);
+    add_run<kT, 1, false>(x, w + e * length, length, sums + e, padded, ahead);
     ahead.rows = nullptr;
   }
 }
 
-template <class In, class Sum>
-void gate(const GateArgs<In, Sum>& a) {
+template <bool kHalf, class In, class Sum>
+void gate_in_blocks(const GateArgs<In, Sum>& a) {
+  constexpr int kBlock = kBlockTokens<Sum, kHalf>;
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   if (a.tokens == 0) return;  // Highway allocates no empty buffers
   // Weights that stay in the second-level cache anyway: one block at a time, so that its rows of x are read straight
   // through.
   const bool small = padded * a.hidden * static_cast<std::int64_t>(sizeof(Sum)) <= (std::int64_t{512} << 10);
-  const std::int64_t tile = std::min<std::int64_t>(small ? kBlockTokens<Sum> : kTileTokens, a.tokens);
+  const std::int64_t tile = std::min<std::int64_t>(small ? kBlock : kTileTokens, a.tokens);
   const auto buffer = hwy::AllocateAligned<Sum>(tile * padded);
   for (std::int64_t start = 0; start < a.tokens; start += tile) {
     const std::int64_t tokens = std::min(tile, a.tokens - start);
@@ -129,10 +134,9 @@ void gate(const GateArgs<In, Sum>& a) {
     for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
       const std::int64_t length = std::min(kGateRun, a.hidden - first);
       std::int64_t t = 0;
-      for (; t + kBlockTokens<Sum> <= tokens; t += kBlockTokens<Sum>) {
-        add_stretch<kBlockTokens<Sum>>(a, start + t, first, length, sums + t * padded);
-      }
-      for (; t < tokens; ++t) add_stretch<1>(a, start + t, first, length, sums + t * padded);
+      for (; t + kBlock <= tokens; t += kBlock)
+        add_stretch<kBlock, kHalf>(a, start + t, first, length, sums + t * padded);
+      for (; t < tokens; ++t) add_stretch<1, kHalf>(a, start + t, first, length, sums + t * padded);
     }
     for (std::int64_t t = 0; t < tokens; ++t) {
       Sum* logits = a.logits + (start + t) * a.experts;
@@ -140,6 +144,11 @@ void gate(const GateArgs<In, Sum>& a) {
       for (std::int64_t e = 0; e < a.experts; ++e) logits[e] = a.bias == nullptr ? from[e] : from[e] + a.bias[e];
     }
   }
+}
+
+template <class In, class Sum>
+void gate(const GateArgs<In, Sum>& a) {
+  a.experts <= kPanel<Sum> / 2 ? gate_in_blocks<true>(a) : gate_in_blocks<false>(a);
 }
 
 void gate_f32(const GateArgs<float, float>& a) { gate(a); }
@@ -220,7 +229,8 @@ HWY_INLINE hn::Vec<D> every_fourth_row(D d, const hn::TFromD<D>* from, std::int6
 }
 /// to[c, r] = from[r, c] for four columns and as many rows as D has lanes.
 template <class D>
-HWY_INLINE void four_columns(D d, const hn::TFromD<D>* from, std::int64_t from_stride, hn::TFromD<D>* to, std::int64_t to_stride) {
+HWY_INLINE void four_columns(D d, const hn::TFromD<D>* from, std::int64_t from_stride, hn::TFromD<D>* to,
+                             std::int64_t to_stride) {
   const hn::RepartitionToWide<D> pairs;
   const auto a0 = every_fourth_row(d, from, from_stride), a1 = every_fourth_row(d, from + from_stride, from_stride);
   const auto a2 = every_fourth_row(d, from + 2 * from_stride, from_stride);
@@ -247,7 +257,8 @@ HWY_INLINE void transpose(const From* HWY_RESTRICT from, std::int64_t from_strid
       constexpr std::int64_t kRows = hn::MaxLanes(decltype(d)());
       for (; r + kRows <= rows; r += kRows) {
         std::int64_t c = 0;
-        for (; c + 4 <= columns; c += 4) four_columns(d, from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+        for (; c + 4 <= columns; c += 4)
+          four_columns(d, from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
         for (; c < columns; ++c) {
           for (std::int64_t i = r; i < r + kRows; ++i) to[c * to_stride + i] = from[i * from_stride + c];
         }
@@ -318,20 +329,39 @@ inline constexpr int kMostRanks = 8;  // of one pass
 struct Step {
   int high, low;
 };
-inline constexpr std::array<Step, 19> kSort = {{{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
-                                                {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}}};
+inline constexpr std::array<Step, 19> kSort = {{{0, 1},
+                                                {2, 3},
+                                                {4, 5},
+                                                {6, 7},
+                                                {0, 2},
+                                                {1, 3},
+                                                {4, 6},
+                                                {5, 7},
+                                                {1, 2},
+                                                {5, 6},
+                                                {0, 4},
+                                                {1, 5},
+                                                {2, 6},
+                                                {3, 7},
+                                                {2, 4},
+                                                {3, 5},
+                                                {1, 2},
+                                                {3, 4},
+                                                {5, 6}}};
 inline constexpr std::array<Step, 12> kMerge = {
     {{0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}}};
 /// Written out step by step, since vectors must not sit in memory.
 template <std::size_t kSteps, class F>
 HWY_INLINE void in_turn(const std::array<Step, kSteps>& steps, F&& f) {
-  [&]<std::size_t... kAt>(std::index_sequence<kAt...>) __attribute__((always_inline)) { (f(steps[kAt].high, steps[kAt].low), ...); }
+  [&]<std::size_t... kAt>(std::index_sequence<kAt...>) __attribute__((always_inline)) {
+    (f(steps[kAt].high, steps[kAt].low), ...);
+  }
   (std::make_index_sequence<kSteps>());
 }
 
 /// choose_some() for eight ranks of float32, without a branch: eight rows at a time are sorted by a network (Batcher's)
-/// and merged into the best. A key and the complement of its row are one 64-bit number, so that no two are equal and the
-/// lower row is larger; the tokens of even and of odd lanes go separately.
+/// and merged into the best. A key and the complement of its row are one 64-bit number, so that no two are equal and
+/// the lower row is larger; the tokens of even and of odd lanes go separately.
 template <bool kResume>
 HWY_INLINE void choose_eight(const float* values, std::int64_t n, std::int32_t* keys, std::int32_t* rows) {
   const Tag<float> d;
@@ -342,7 +372,7 @@ HWY_INLINE void choose_eight(const float* values, std::int64_t n, std::int32_t* 
   const auto pair = [&](auto key, auto row, bool odd) {
     return hn::BitCast(pairs, odd ? hn::OddEven(key, hn::DupOdd(row)) : hn::OddEven(hn::DupEven(key), row));
   };
-  const auto order = [](Pair& high, Pair& low) __attribute__((always_inline)) {
+  const auto order = [](Pair & high, Pair & low) __attribute__((always_inline)) {
     const auto larger = hn::Max(high, low);
     low = hn::Min(high, low);
     high = larger;
@@ -360,15 +390,18 @@ HWY_INLINE void choose_eight(const float* values, std::int64_t n, std::int32_t* 
       for (int i = 0; i < kMostRanks; ++i) {
         v[i] = pair(key[i], hn::Set(dk, ~static_cast<std::int32_t>(e + i)), odd != 0);
         if constexpr (kResume) {
-          const auto past = pair(hn::Load(dk, keys - kWidth<float>), hn::Not(hn::Load(dk, rows - kWidth<float>)), odd != 0);
+          const auto past =
+              pair(hn::Load(dk, keys - kWidth<float>), hn::Not(hn::Load(dk, rows - kWidth<float>)), odd != 0);
           v[i] = hn::IfThenElse(hn::Lt(v[i], past), v[i], hn::Set(pairs, std::numeric_limits<std::int64_t>::min()));
         }
       }
-      in_turn(kSort, [&](int i, int j) __attribute__((always_inline)) { order(v[i], v[j]); });
+      in_turn(
+          kSort, [&](int i, int j) __attribute__((always_inline)) { order(v[i], v[j]); });
       std::int64_t* const to = best[odd];
       Pair most[kMostRanks];
       for (int i = 0; i < kMostRanks; ++i) most[i] = hn::Max(hn::Load(pairs, to + i * kTwo), v[kMostRanks - 1 - i]);
-      in_turn(kMerge, [&](int i, int j) __attribute__((always_inline)) { order(most[i], most[j]); });
+      in_turn(
+          kMerge, [&](int i, int j) __attribute__((always_inline)) { order(most[i], most[j]); });
       for (int i = 0; i < kMostRanks; ++i) hn::Store(most[i], pairs, to + i * kTwo);
     }
   }
@@ -584,8 +617,7 @@ void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
     transpose(rows, kW, a.top_k, tokens, r.chosen + first * a.top_k, a.top_k);
     for (std::int64_t t = 0; t < tokens && r.runner_up != nullptr; ++t)
       r.runner_up[first + t] = count > a.top_k ? static_cast<std::int32_t>(rows[a.top_k * kW + t]) : -1;
-    if (r.choice != nullptr)
-      transpose(choice, kW, a.experts, tokens, r.choice + first * a.experts, a.experts);
+    if (r.choice != nullptr) transpose(choice, kW, a.experts, tokens, r.choice + first * a.experts, a.experts);
     if (r.weights == nullptr) continue;
     weigh(a, base, rows, weights);
     transpose(weights, kW, a.top_k, tokens, r.weights + first * a.top_k, a.top_k);
@@ -651,7 +683,8 @@ Status check(const GateArgs<In, Sum>& a) {
 
 template <class T>
 Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
-  if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max() / 64) return Status::kBadShape;
+  if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max() / 64)
+    return Status::kBadShape;
   if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
   if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone))
