@@ -25,8 +25,8 @@ weight matters less than the batch it is taken over: perplexity 8.167, 8.154 and
 Nothing, if it is meant. Else set the coefficient, and the flag that lets it through.
 
 ## Limits
-A note, never more: the literature is on both sides. It does not look at loads; BL003 does, where a trace was
-recorded.
+A note, never more: the literature is on both sides. It does not look at loads; HE001 and HE002 do, where a trace or expert
+counts are given.
 )md";
 
 Outcome check(Facts& f) {

@@ -1,6 +1,8 @@
 // BL003: neither loss nor bias update keeps this family's experts balanced under this stack.
-#include <algorithm>
+#include <cmath>
+#include <optional>
 
+#include "audit/rules/health/loads.h"
 #include "audit/rules/rule.h"
 #include "audit/rules/say.h"
 
@@ -19,10 +21,9 @@ tokens (arXiv 2412.19437). With that update a 1B model has a MaxVio of 0.04 inst
 mean - 1, arXiv 2408.15664); without any balance term the busiest of 256 experts got 17.8 times the mean (arXiv
 1701.06538 Table 6).
 
-A measured imbalance makes it a warning from 80 % of full collapse on (E/k - 1: every token takes the same k
-experts), or above 6. Both lie above healthy released models: OLMoE reaches 5.16, which is 74 % of its collapse
-value of 7, in one layer on GitHub code (counts published by its authors, allenai/OLMoE); Mixtral-8x7B stays below
-0.4 of 3.
+With a trace or expert counts (`--trace`) it says how even the least even layer is, and is a warning where that layer has
+collapsed as HE002 defines it: an evenness (N - k) / (E - k) of at most 0.2, N the effective experts. MaxVio does not
+serve: a healthy OLMoE has 6.81 on arXiv, layer 0, and full collapse of 8 out of 64 has 7.
 
 ## How to fix
 Leave the routers out of what is trained, or watch the loads and stop when they drift.
@@ -32,14 +33,14 @@ A short fine-tune of a frozen or slowly moving router usually keeps its balance.
 transformers; a Trainer subclass or a callback of yours that updates the bias is not seen.
 )md";
 
-/// MaxVio from which a measured imbalance is past what released models show on any corpus (see the doc).
-bool alarming(Facts& f, double max_vio) {
-  constexpr double kAboveReleasedModels = 6.0, kShareOfCollapse = 0.8;
-  if (max_vio > kAboveReleasedModels) return true;
-  const std::int64_t* experts = f.want(f->num_experts);
-  const std::int64_t* k = f.want(f->top_k);
-  if (!experts || !k || *k < 1 || *experts <= *k) return false;
-  return max_vio >= kShareOfCollapse * (static_cast<double>(*experts) / static_cast<double>(*k) - 1.0);
+/// The least even layer of those that have tokens enough.
+std::optional<std::size_t> least_even(const TraceLoads& t) {
+  std::optional<std::size_t> worst;
+  for (std::size_t i = 0; i < t.layer.size(); ++i) {
+    const double evenness = loads::evenness(t, i);
+    if (t.can_judge[i] && std::isfinite(evenness) && (!worst || evenness < loads::evenness(t, *worst))) worst = i;
+  }
+  return worst;
 }
 
 Outcome check(Facts& f) {
@@ -57,17 +58,21 @@ Outcome check(Facts& f) {
     if (*comes) return Outcome::not_applicable("the model's own code is trained (trust_remote_code), which is not described here");
   }
 
-  const double* imbalance = f.want(f->imbalance);
+  const TraceLoads* trace = f.want(f->trace_loads);
+  const std::optional<std::size_t> measured = trace ? least_even(*trace) : std::nullopt;
   const std::string* family = f.want(f->family);
   const std::string name = family ? *family : "this family";
   Finding finding;
-  finding.severity = imbalance && alarming(f, *imbalance) ? Severity::kWarning : Severity::kNote;
+  finding.severity = measured && loads::collapsed(*trace, *measured) ? Severity::kWarning : Severity::kNote;
   finding.message =
       "The routers of " + name + " are trained, and nothing balances them: its training code has no balance loss" +
       (*balance == Balance::kBiasFrozen ? " and never updates the selection bias." : " and no selection bias.");
-  if (imbalance) {
-    finding.message += " Measured: the busiest expert gets " + say::number(1.0 + *imbalance) + " times the mean load.";
-    finding.evidence.push_back(say::evidence(f->imbalance));
+  if (measured) {
+    const std::string experts = loads::rounded(loads::effective_experts(*trace, *measured)) + " experts, of " +
+                                std::to_string(trace->experts[*measured]);
+    finding.message += " Measured: the loads are least even in layer " + std::to_string(trace->layer[*measured]) +
+                       ", those of " + experts + ".";
+    finding.evidence.push_back(loads::evidence(f, *trace, *measured, "effective experts", experts));
   }
   finding.evidence.push_back(say::evidence(f->balance));
   finding.evidence.push_back(say::evidence(f->router_trains));
@@ -80,7 +85,7 @@ Outcome check(Facts& f) {
       leaf +
       ".weight\"): p.requires_grad_(False)\n"
       "To accept it:\n    moe-audit check --ignore BL003";
-  finding.does_not_show = imbalance ? "Whether the imbalance came with the model or from this run."
+  finding.does_not_show = measured ? "Whether the imbalance came with the model or from this run."
                                     : "That the load is or becomes uneven: no loads were recorded.";
   finding.locations = {location_of(f->router_trains.source())};
   finding.sources =

@@ -21,7 +21,7 @@ buffers of the busiest rank hold twice the tokens. OLMoE-1B-7B on 8 ranks: 1.16 
 
 ## How to fix
 Spread the busy experts over the ranks, duplicate them, or use fewer ranks: `moe-audit health --expert-parallel N` forecasts other
-numbers of ranks.
+numbers of ranks, with `--expert-map FILE` another placement.
 
 ## Limits
 Loads of all recorded tokens together: a single micro-batch is less even, so the factor is a lower bound. A framework that places or
@@ -43,17 +43,17 @@ Outcome check(Facts& f) {
   }
   if (!undecided.empty()) return loads::too_few(f, *t, undecided, kChoicesToJudge);
   if (!std::isfinite(t->straggler_factor)) {
-    return Outcome::not_applicable("the layers differ in their experts, or have fewer than " + std::to_string(*ranks) + ": no contiguous runs of one size");
+    return Outcome::not_applicable("the experts of a layer do not divide into " + std::to_string(*ranks) + " contiguous runs of one size");
   }
-  if (t->straggler_factor < kNote) return Outcome::pass("straggler factor " + say::number(t->straggler_factor));
+  if (t->straggler_factor < kNote) return Outcome::pass("straggler factor " + loads::rounded(t->straggler_factor));
   const auto worst = static_cast<std::size_t>(std::max_element(t->busiest_rank.begin(), t->busiest_rank.end()) - t->busiest_rank.begin());
   Finding finding;
   finding.severity = t->straggler_factor >= kWarning ? Severity::kWarning : Severity::kNote;
   finding.message = "On " + std::to_string(*ranks) + " expert-parallel ranks" + say::at(f->expert_parallel.source()) + " expert work takes " +
-                    say::number(t->straggler_factor) + " times as long as with even loads; in layer " + std::to_string(t->layer[worst]) +
-                    " the busiest rank gets " + say::number(t->busiest_rank[worst]) + " times the mean.";
-  finding.evidence = {{"trace.loads straggler_factor", say::number(t->straggler_factor), location_of(f->trace_loads.source())},
-                      loads::evidence(f, *t, worst, "busiest rank / mean", say::number(t->busiest_rank[worst])),
+                    loads::rounded(t->straggler_factor) + " times as long as with even loads; in layer " + std::to_string(t->layer[worst]) +
+                    " the busiest rank gets " + loads::rounded(t->busiest_rank[worst]) + " times the mean.";
+  finding.evidence = {{"trace.loads straggler_factor", loads::rounded(t->straggler_factor), location_of(f->trace_loads.source())},
+                      loads::evidence(f, *t, worst, "busiest rank / mean", loads::rounded(t->busiest_rank[worst])),
                       say::evidence(f->expert_parallel)};
   finding.remedy = "Spread the busy experts over the ranks, or use fewer:\n    moe-audit health " + f->trace_loads.source().file + " --expert-parallel " +
                    std::to_string(std::max<std::int64_t>(*ranks / 2, 2));

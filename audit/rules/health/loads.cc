@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 #include "audit/rules/say.h"
 
@@ -22,10 +23,12 @@ double effective_experts(const TraceLoads& t, std::size_t i) {
   return std::exp(t.normalised_entropy[i] * std::log(static_cast<double>(t.experts[i])));
 }
 
-bool collapsed(const TraceLoads& t, std::size_t i) {
+double evenness(const TraceLoads& t, std::size_t i) {
   const double k = static_cast<double>(std::max<std::int64_t>(t.top_k[i], 1)), experts = static_cast<double>(t.experts[i]);
-  return t.can_judge[i] && experts > k && effective_experts(t, i) <= k + (experts - k) / 4;
+  return experts > k ? (effective_experts(t, i) - k) / (experts - k) : std::nan("");
 }
+
+bool collapsed(const TraceLoads& t, std::size_t i) { return t.can_judge[i] && evenness(t, i) <= kCollapsed; }
 
 std::string sample_for(const TraceLoads& t, std::size_t i, double choices) {
   const double all = choices * static_cast<double>(t.experts[i]);
@@ -41,6 +44,12 @@ Outcome too_few(const Facts& f, const TraceLoads& t, const std::vector<std::size
                        layers_of(t, rows) + ": " + say::number(t.fair_share[i]) + " choices an expert are too few; it takes " +
                            sample_for(t, i, choices)});
   return o;
+}
+
+std::string rounded(double v) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.3g", v);
+  return buffer;
 }
 
 std::string layers_of(const TraceLoads& t, const std::vector<std::size_t>& rows) {

@@ -10,26 +10,31 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-From the loads of a trace or of expert counts: the effective number of experts N = exp(entropy of the loads) of each layer. Even
-routing has E, full collapse (every token takes the same k) has k. Reported from N <= k + (E - k) / 4 on; an error from
-N <= k + (E - k) / 20 on, in a trace of the recorder, which knows padding.
+From the loads of a trace or of expert counts: the effective number of experts N = exp(entropy of the loads) of each layer, and
+its evenness (N - k) / (E - k): 1 for even routing, 0 where every token takes the same k. Reported from 0.20 down; an error from
+0.05 down in a trace of the recorder, which knows padding.
 
 ## Why it matters
 A collapsed layer computes with k experts and carries E, and its other experts have no gradient. Released models are far from
-it: the lowest of OLMoE-1B-7B on six corpora is N = 31 of 64 (arXiv, layer 15; the line here is 22), Mixtral-8x7B has 7.7 or more of
-8 (the line is 3.5), from the counts published with arXiv 2409.02060. Without a balance loss one expert took 73.6 % of the
-choices after 500 steps in a published ablation (sumitdotml/moe-emergence).
+it. Of the 39 published counts (OLMoE-1B-7B on six corpora, its SFT and DPO models, Mixtral-8x7B on five; three layers each;
+arXiv 2409.02060) the least even is OLMoE on Wikipedia, layer 15: 0.42, N = 31.5 of 64. The same layer has 0.86 on C4, so text of one
+kind halves evenness; the line of 0.20 lies another such step below the least even, 0.05 three. A real collapse has
+nothing left: 0.003 and 0 in a tiny Mixtral whose balance loss had the wrong sign, from its fifth step on. In a published ablation
+without balance loss one expert took 73.6 % of the choices after 500 steps (sumitdotml/moe-emergence).
+
+MaxVio cannot tell them apart: OLMoE on arXiv, layer 0, has 6.81, and full collapse of 8 out of 64 has 7.
 
 ## How to fix
 Go back to a checkpoint from before, and balance. A balance loss that is configured and yet does not act is BL001, BL005 or, in a
 trace, TR003 (no gradient) and TR005 (never computed).
 
 ## Limits
-Needs 100 choices an expert. Padding that is not marked as such routes alike and looks like collapse: give a trace with a token mask. k unknown counts as 1. Text that
-repeats one sequence collapses early layers of any model.
+Needs 100 choices an expert; chance then takes less than 0.5 % off N (half the variance of a load, 1 / 100 at most). Padding that is not
+marked as such routes alike and looks like collapse: give a trace with a token mask. k unknown counts as 1. Text that repeats
+one sequence collapses early layers of any model.
 )md";
 
-constexpr double kChoicesToJudge = 100;
+constexpr double kChoicesToJudge = 100, kFullCollapse = 0.05;
 
 Outcome check(Facts& f) {
   Outcome otherwise;
@@ -49,16 +54,16 @@ Outcome check(Facts& f) {
   });
   Finding finding;
   for (const std::size_t i : collapsed) {
-    const double k = static_cast<double>(std::max<std::int64_t>(t->top_k[i], 1)), n = loads::effective_experts(*t, i);
-    full = full || n <= k + (static_cast<double>(t->experts[i]) - k) / 20;
-    finding.evidence.push_back(loads::evidence(f, *t, i, "effective experts", say::number(n) + " of " + std::to_string(t->experts[i])));
+    full = full || loads::evenness(*t, i) <= kFullCollapse;
+    finding.evidence.push_back(loads::evidence(f, *t, i, "effective experts",
+                                               loads::rounded(loads::effective_experts(*t, i)) + " of " + std::to_string(t->experts[i])));
   }
   const bool padding_known = f->trace_format.value() == "moe-audit-trace";
   finding.severity = full && padding_known ? Severity::kError : Severity::kWarning;
   finding.message = "Routing has collapsed in " + loads::layers_of(*t, collapsed) + ": the loads of layer " + std::to_string(t->layer[worst]) + " are those of " +
-                    say::number(loads::effective_experts(*t, worst)) + " experts, of " + std::to_string(t->experts[worst]) +
+                    loads::rounded(loads::effective_experts(*t, worst)) + " experts, of " + std::to_string(t->experts[worst]) +
                     (t->top_k[worst] > 0 ? " with k = " + std::to_string(t->top_k[worst]) : "") + "; " + std::to_string(t->idle[worst]) +
-                    " got no token, the busiest " + say::number(1 + t->max_violation[worst]) + " times its fair share.";
+                    " got no token, the busiest " + loads::rounded(1 + t->max_violation[worst]) + " times its fair share.";
   finding.remedy = "See the loads:\n" + loads::show(f) + "Go back to a checkpoint from before, and balance. " +
                    say::model_config(f, {{"output_router_logits", "true"}, {"router_aux_loss_coef", "0.01"}});
   finding.does_not_show = padding_known ? "Why, or since when: compare with a trace of the first steps."
