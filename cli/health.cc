@@ -16,7 +16,7 @@ namespace moeaudit {
 namespace {
 
 struct HealthArguments {
-  std::string path, hidden_states, against, format = "text", score;
+  std::string path, hidden_states, against, expert_map, format = "text", score;
   TraceOptions trace;
   HealthOptions health;
   Arguments terminal;
@@ -29,6 +29,12 @@ int run(HealthArguments& a) {
   if (!a.score.empty()) a.health.score = kScores.at(a.score);
   HealthReport report;
   report.path = a.path;
+  PlacementOptions& placement = a.health.placement;
+  if (placement.ranks == 0) placement.ranks = static_cast<std::int64_t>(placement.speeds.size());
+  if (!a.expert_map.empty()) {
+    placement.map = read_expert_map(a.expert_map, placement.ranks, &report.problems);
+    if (!placement.map) placement.ranks = 0;  // no forecast of another placement than was asked for
+  }
   // A trace, or a checkpoint whose routers are run on hidden states.
   std::vector<LoadedRun> checkpoint;
   std::shared_ptr<ReplayBackend> backend;
@@ -53,7 +59,7 @@ int run(HealthArguments& a) {
     a.health.progress = [&](std::string_view stage, double done) { bar(stage, done); };
     std::vector<InputProblem> problems = std::move(report.problems);
     report = measure_health(*trace, a.health);
-    report.problems = std::move(problems);
+    report.problems.insert(report.problems.begin(), problems.begin(), problems.end());
     report.backend = std::string("host ") + kernels::host_backend();
     if (backend && backend->on_device()) report.backend += "; routers: " + backend->name();
     if (backend) report.warning = backend->warning();
@@ -91,9 +97,24 @@ std::function<int()> define(CLI::App& app) {
          "What makes probabilities of logits, where the model's family is not known: softmax, sigmoid or sqrtsoftplus")
       ->check(CLI::IsMember({"softmax", "sigmoid", "sqrtsoftplus"}))
       ->type_name("SCORE");
-  app.add_option("--expert-parallel", a->health.ranks, "Forecast the load of N expert-parallel ranks")
+  PlacementOptions& placement = a->health.placement;
+  app.add_option("--expert-parallel", placement.ranks, "Forecast the load of N expert-parallel ranks")
       ->type_name("N")
       ->check(CLI::Range(2, 1 << 16));
+  app.add_option("--expert-map", a->expert_map,
+                 "JSON that says where the experts lie: [rank of each expert], one list or one a layer, or EPLB's "
+                 "physical_to_logical_map; else contiguous runs")
+      ->type_name("FILE");
+  app.add_option("--device-speeds", placement.speeds, "Relative speed of each rank: 1,1,0.5,1")
+      ->delimiter(',')
+      ->check(CLI::Range(1e-6, 1e6))
+      ->type_name("LIST");
+  app.add_option("--hidden-size", placement.hidden_size, "d of the bytes between ranks, where the trace does not say")
+      ->type_name("D")
+      ->check(CLI::Range(1, 1 << 20));
+  app.add_option("--value-bytes", placement.bytes_per_value, "Bytes of a value sent between ranks: 2 of bfloat16, 1 of FP8")
+      ->type_name("B")
+      ->check(CLI::IsMember({1, 2, 4}));
   app.add_flag("--co-activation", a->health.co_activation, "JSON: the whole table of pairs a layer, up to 512 experts");
   app.add_option("--format", a->format, "text or json")->check(CLI::IsMember({"text", "json"}))->type_name("FORMAT");
   a->health.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

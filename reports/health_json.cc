@@ -22,9 +22,13 @@ Json json_of(const std::vector<double>& values) {
   for (const double v : values) list.push_back(json_of(v));
   return list;
 }
-Json json_of(const std::vector<std::vector<double>>& rows) {
+
+template <class T>
+Json object_of(const T& v);
+Json json_of(const PlacementLayer& v) { return object_of(v); }
+Json json_of(const std::vector<PlacementLayer>& layers) {
   Json list = Json::array();
-  for (const auto& row : rows) list.push_back(json_of(row));
+  for (const PlacementLayer& l : layers) list.push_back(json_of(l));
   return list;
 }
 

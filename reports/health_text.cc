@@ -140,6 +140,41 @@ void write_extremes(const LayerHealth& l, std::ostream& out) {
   out << "\n";
 }
 
+std::string bytes(double v) {
+  if (std::isnan(v)) return "-";
+  constexpr const char* kUnits[] = {"B", "kB", "MB", "GB", "TB", "PB", "EB"};
+  std::size_t unit = 0;
+  for (; v >= 1000 && unit + 1 < std::size(kUnits); ++unit) v /= 1000;
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g %s", v, kUnits[unit]);
+  return text;
+}
+
+void write_placement(const PlacementForecast& p, const Paint& paint, int width, std::ostream& out) {
+  if (p.layers.empty()) return;
+  const bool sent = p.hidden_size > 0;
+  out << "\n" << paint.bold("Forecast: " + std::to_string(p.ranks) + " expert-parallel ranks, " + p.map) << "\n";
+  std::vector<std::vector<std::string>> rows = {{"layer", "slowest rank", "its time / mean", "even router", "choices that leave"}};
+  if (sent) rows[0].insert(rows[0].end(), {"sent a token", "sent in all"});
+  for (const PlacementLayer& l : p.layers) {
+    rows.push_back({std::to_string(l.layer), std::to_string(l.slowest_rank), number(l.max_over_mean), number(l.even_router),
+                    percent(l.leaving)});
+    if (sent) rows.back().insert(rows.back().end(), {bytes(l.bytes_per_token), bytes(l.bytes)});
+  }
+  if (sent && p.layers.size() > 1) rows.push_back({"all", "", number(p.straggler_factor), "", "", bytes(p.bytes_per_token), bytes(p.bytes)});
+  write_table(rows, paint, out);
+  std::string speeds;
+  for (const double s : p.speeds) speeds += (speeds.empty() ? "" : ",") + number(s);
+  fill(out,
+       "Straggler factor " + number(p.straggler_factor) + ": expert work takes so many times as long as if it were divided " +
+           (speeds.empty() ? "evenly" : "as the speeds are (" + speeds + ")") + ", since every layer waits for its slowest rank. " +
+           (p.recorded_sources ? "Tokens start on the ranks that recorded them. " : "Tokens are supposed to start evenly on all ranks. ") +
+           (sent ? "Sent: each choice by itself to its expert's rank and back, d = " + std::to_string(p.hidden_size) + ", " +
+                       std::to_string(p.bytes_per_value) + " bytes a value."
+                 : "--hidden-size D adds the bytes between ranks."),
+       2, width);
+}
+
 }  // namespace
 
 void write_health_text(const HealthReport& r, const WriterOptions& options, std::ostream& out) {
@@ -236,19 +271,7 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
     }
     write_table(rows, paint, out);
   }
-  if (r.placement.ranks > 0) {
-    const PlacementForecast& p = r.placement;
-    out << "\n"
-        << paint.bold("On " + std::to_string(p.ranks) + " expert-parallel ranks, experts in contiguous runs") << "\n";
-    fill(out,
-         "straggler factor " + number(p.straggler_factor) +
-             " (busiest rank / mean, summed over the layers); worst layer " + std::to_string(p.worst_layer) + ": " +
-             number(p.worst) + " (floor " + number(1 + p.floor) + ")" +
-             (std::isnan(p.bytes_per_token) ? ""
-                                            : "; " + number(p.bytes_per_token / 1e6) +
-                                                  " MB a token to other ranks and back over all layers, in 16-bit"),
-         2, width);
-  }
+  write_placement(r.placement, paint, width, out);
   if (options.verbose) {
     out << "\n" << paint.bold("Experts") << paint.dim(" (load relative to the fair share)") << "\n";
     for (const LayerHealth& l : r.layers) write_extremes(l, out);

@@ -56,6 +56,7 @@ struct LayerHealth {
   std::vector<CoActivation> together;   // the pairs of the largest lift
   double lift_chance = 0;               // lift of k different experts chosen at random
   std::vector<std::int64_t> co_activation;  // [E, E]; the diagonal is n_e; only where asked for
+  std::vector<std::int64_t> load_by_source;  // [R, E] by the rank of the token in its group of R; for the forecast alone
 
   const HealthMetric* find(std::string_view name) const {
     for (const HealthMetric& m : metrics) {
@@ -86,25 +87,57 @@ struct AcrossLayers {
   }
 };
 
-/// Measured loads on `ranks` expert-parallel ranks, experts in contiguous runs.
+/// One layer on expert-parallel ranks.
+struct PlacementLayer {
+  int layer = 0;
+  std::int64_t slowest_rank = -1;
+  double max_over_mean = HealthMetric::kNone;    // time of the slowest rank / time if work were divided as the speeds are
+  double even_router = HealthMetric::kNone;      // the same of an even router on these ranks, in so few tokens
+  double leaving = HealthMetric::kNone;          // share of the choices whose expert is on another rank than the token
+  double bytes_per_token = HealthMetric::kNone;  // to other ranks and back
+  double bytes = HealthMetric::kNone;            // of all measured tokens
+  std::vector<double> load;                      // choices of each rank / their mean
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("layer", s.layer);
+    f("slowest_rank", s.slowest_rank);
+    f("max_over_mean", s.max_over_mean);
+    f("even_router", s.even_router);
+    f("leaving", s.leaving);
+    f("bytes_per_token", s.bytes_per_token);
+    f("bytes", s.bytes);
+    f("load", s.load);
+  }
+};
+
+/// Measured loads on expert-parallel ranks. NaN and no layers: they could not be placed, and a problem says why.
 struct PlacementForecast {
-  std::int64_t ranks = 0;             // 0: not asked for
-  double straggler_factor = 0;        // sum over layers of the busiest rank's load / sum of the mean loads
-  double worst = 0;                   // max / mean load of a rank in the worst layer
-  double floor = 0;                   // an even router's max / mean - 1 of a layer, in so few tokens
+  std::int64_t ranks = 0;  // 0: not asked for
+  std::string map;         // "contiguous runs", or the file
+  std::vector<double> speeds;     // empty: all alike
+  bool recorded_sources = false;  // the trace has tokens of each rank; else they are taken for evenly spread
+  std::int64_t hidden_size = 0, bytes_per_value = 0;  // hidden_size 0: not known, and no bytes
+  double straggler_factor = HealthMetric::kNone;  // sum over layers of the slowest rank's time / of the ideal time
+  double worst = HealthMetric::kNone;             // largest max_over_mean
   int worst_layer = -1;
-  double bytes_per_token = 0;         // sent to other ranks a token, dispatch and combine, all layers; NaN without d
-  std::vector<std::vector<double>> load;  // [layers][ranks], relative to the mean
+  double bytes_per_token = HealthMetric::kNone, bytes = HealthMetric::kNone;  // of all layers
+  std::vector<PlacementLayer> layers;
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
     f("ranks", s.ranks);
+    f("map", s.map);
+    f("speeds", s.speeds);
+    f("recorded_sources", s.recorded_sources);
+    f("hidden_size", s.hidden_size);
+    f("bytes_per_value", s.bytes_per_value);
     f("straggler_factor", s.straggler_factor);
     f("worst", s.worst);
-    f("floor", s.floor);
     f("worst_layer", s.worst_layer);
     f("bytes_per_token", s.bytes_per_token);
-    f("load", s.load);
+    f("bytes", s.bytes);
+    f("layers", s.layers);
   }
 };
 

@@ -174,7 +174,8 @@ struct Scratch {
 
 class LayerSums {
  public:
-  LayerSums(const TraceLayer& layer, Scoring score) : layer_(layer), score_(score) {}
+  LayerSums(const TraceLayer& layer, Scoring score, std::int64_t sources)
+      : layer_(layer), score_(score), sources_(sources) {}
 
   /// Adds the rows of a micro-batch. `other`: the same tokens in another trace, or null.
   void add(const Frame& frame, const LayerTensors& t, const LayerTensors* other, Scratch* piece,
@@ -215,7 +216,14 @@ class LayerSums {
     }
   }
 
-  void end_micro_batch() { end_window(&micro_, &micro_tokens_, &micro_windows_); }
+  void end_micro_batch(std::int64_t rank) {
+    if (sources_ > 0 && !micro_.empty()) {
+      by_source_.resize(static_cast<std::size_t>(sources_ * experts_));
+      for (std::size_t e = 0; e < micro_.size(); ++e)
+        by_source_[static_cast<std::size_t>(rank % sources_) * micro_.size() + e] += micro_[e];
+    }
+    end_window(&micro_, &micro_tokens_, &micro_windows_);
+  }
   void end_step() { end_window(&step_, &step_tokens_, &step_windows_); }
 
   LayerHealth report(bool keep_pairs) const;
@@ -279,10 +287,11 @@ class LayerSums {
 
   TraceLayer layer_;
   Scoring score_;
+  std::int64_t sources_;  // ranks of a group, where the trace says on which one a token was; else 0
   std::int64_t experts_ = 0, top_k_ = 0;
   std::string choices_from_;
   // counts
-  std::vector<std::int64_t> counts_, micro_, step_, block_, chunk_;
+  std::vector<std::int64_t> counts_, micro_, step_, block_, chunk_, by_source_;
   std::int64_t tokens_ = 0, micro_tokens_ = 0, step_tokens_ = 0, outside_ = 0;
   Blocks blocks_;
   Windows micro_windows_, step_windows_;
@@ -529,6 +538,7 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   out.tokens = top_k_ > 0 ? tokens_ : 0;
   out.choices_from = choices_from_;
   out.load = counts_;
+  out.load_by_source = by_source_;
   const k::LoadStatistics s = statistics(counts_, tokens_);
   out.choices = s.choices;
   const double e = static_cast<double>(experts_), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
@@ -748,49 +758,6 @@ AcrossLayers across(std::string name, const std::vector<LayerHealth>& layers, bo
   return out;
 }
 
-PlacementForecast forecast(const std::vector<LayerHealth>& layers, std::int64_t ranks, const TraceFacts& facts) {
-  PlacementForecast out;
-  out.ranks = ranks;
-  out.straggler_factor = out.worst = out.floor = out.bytes_per_token = kNan;
-  std::vector<std::int64_t> counts;
-  std::vector<std::int32_t> rank_of;
-  double choices = 0;
-  std::int64_t tokens = 0;
-  for (const LayerHealth& l : layers) {
-    if (l.experts != layers.front().experts || ranks > l.experts) return out;  // no contiguous runs of one size
-    const std::int64_t each = (l.experts + ranks - 1) / ranks;
-    for (std::int64_t e = 0; e < l.experts; ++e) rank_of.push_back(static_cast<std::int32_t>(e / each));
-    counts.insert(counts.end(), l.load.begin(), l.load.end());
-    choices += static_cast<double>(l.choices);
-    tokens = std::max(tokens, l.tokens);
-  }
-  if (layers.empty()) return out;
-  const k::PlacementArgs args{counts.data(),
-                              rank_of.data(),
-                              static_cast<std::int64_t>(layers.size()),
-                              layers.front().experts,
-                              ranks,
-                              std::max<std::int64_t>(layers.front().top_k, 1),
-                              tokens};
-  const auto width = static_cast<std::size_t>(ranks);
-  std::vector<std::int64_t> loads(layers.size() * width);
-  k::Placement p;
-  if (k::placement_load(args, loads.data(), &p) != k::Status::kOk) return out;
-  out.straggler_factor = p.slowdown;
-  out.worst = p.worst_max_over_mean;
-  out.worst_layer = p.worst_layer < 0 ? -1 : layers[static_cast<std::size_t>(p.worst_layer)].layer;
-  out.floor = tokens > 0 ? p.floor : kNan;
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    out.load.push_back(relative_to_fair({loads.begin() + static_cast<std::ptrdiff_t>(i * width),
-                                         loads.begin() + static_cast<std::ptrdiff_t>((i + 1) * width)}));
-  }
-  if (facts.hidden_size && tokens > 0) {
-    out.bytes_per_token = choices / static_cast<double>(tokens) * static_cast<double>(*facts.hidden_size) * 2 * 2 *
-                          (1 - 1 / static_cast<double>(ranks));
-  }
-  return out;
-}
-
 class Pass {
  public:
   Pass(const Trace& trace, const HealthOptions& options) : trace_(trace), options_(options) {}
@@ -803,7 +770,8 @@ class Pass {
     report_.model = !f.model_class.empty() ? f.model_class : f.model_type;
     report_.note = f.note;
     const Scoring score = scoring();
-    for (const TraceLayer& layer : f.layers) sums_.emplace_back(layer, score);
+    const std::int64_t sources = knows_sources() ? options_.placement.size() : 0;
+    for (const TraceLayer& layer : f.layers) sums_.emplace_back(layer, score, sources);
     if (options_.against) report_.compared_with = options_.against->facts().path;
     read();
     for (const LayerSums& sums : sums_) {
@@ -835,11 +803,29 @@ class Pass {
       AcrossLayers a = across(name, report_.layers, large_is_bad);
       if (a.layers > 1) report_.across.push_back(std::move(a));
     }
-    if (options_.ranks > 0) report_.placement = forecast(report_.layers, options_.ranks, f);
+    if (options_.placement.size() > 0) report_.placement = forecast_placement(report_.layers, placement(), &report_.problems);
     return std::move(report_);
   }
 
  private:
+  PlacementOptions placement() const {
+    PlacementOptions o = options_.placement;
+    if (o.hidden_size == 0) o.hidden_size = trace_.facts().hidden_size.value_or(0);
+    return o;
+  }
+
+  /// Ranks are counted 0 .. m R - 1, and R neighbours are a group: rank mod R is the place in it. A trace of fewer ranks, or
+  /// of counts that were taken behind the dispatch, does not say where the tokens came from.
+  bool knows_sources() const {
+    const std::int64_t group = options_.placement.size();
+    const std::string& format = trace_.facts().format;
+    if (group == 0 || (format != "moe-audit-trace" && format != "megatron-router-trace")) return false;
+    std::set<std::int64_t> ranks;
+    for (const MicroBatchRecord& r : trace_.micro_batches()) ranks.insert(r.rank);
+    const auto count = static_cast<std::int64_t>(ranks.size());
+    return count > 0 && count % group == 0 && *ranks.rbegin() == count - 1;
+  }
+
   Scoring scoring() {
     Scoring score = Scoring::kSoftmax;
     report_.score_from = "assumed";
@@ -893,7 +879,7 @@ class Pass {
       if (theirs && rows_of(*theirs) != rows_of(t)) theirs = nullptr;
       sums.add(frames.at(rows_of(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)],
                &found[static_cast<std::size_t>(i)]);
-      sums.end_micro_batch();
+      sums.end_micro_batch(record.rank);
     });
     for (auto& list : found) problems.insert(problems.end(), list.begin(), list.end());
     for (WeightProblem& p : problems) {

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "audit/facts/health.h"
+#include "audit/measures/placement.h"
 #include "audit/traces/trace.h"
 
 namespace moeaudit {
@@ -16,7 +17,7 @@ struct HealthOptions {
   int threads = 1;                    // results do not depend on it
   std::optional<Scoring> score;       // what makes probabilities of logits; else the family's, else softmax, and it says so
   bool co_activation = false;         // keep the whole [E, E]
-  std::int64_t ranks = 0;             // of the placement forecast; 0: none
+  PlacementOptions placement;
   const Trace* against = nullptr;     // the same tokens, routed by another checkpoint
   std::function<void(std::string_view stage, double done)> progress;
 };

@@ -64,16 +64,16 @@ void run(MeasureContext& ctx) {
   }
   HealthOptions options;
   options.threads = ctx.threads;
-  options.ranks = ctx.trace->facts().expert_parallel.value_or(1) > 1 ? *ctx.trace->facts().expert_parallel : 0;
+  if (ctx.trace->facts().expert_parallel.value_or(1) > 1) options.placement.ranks = *ctx.trace->facts().expert_parallel;
   options.progress = ctx.progress;
   HealthReport report = measure_health(*ctx.trace, options);
   TraceLoads loads;
   for (const LayerHealth& l : report.layers) append(l, &loads);
-  for (std::size_t i = 0; i < report.placement.load.size(); ++i) {
-    const std::vector<double>& ranks = report.placement.load[i];
-    loads.busiest_rank[i] = *std::max_element(ranks.begin(), ranks.end());
+  for (const PlacementLayer& p : report.placement.layers) {
+    const auto at = std::find(loads.layer.begin(), loads.layer.end(), p.layer) - loads.layer.begin();
+    loads.busiest_rank[static_cast<std::size_t>(at)] = p.max_over_mean;
   }
-  if (options.ranks > 0) loads.straggler_factor = report.placement.straggler_factor;
+  loads.straggler_factor = report.placement.straggler_factor;
   Source source;
   source.role = Role::kTrace;
   source.file = ctx.trace->facts().head;

@@ -244,7 +244,7 @@ std::unique_ptr<Trace> open_megatron_counts(const std::string& path, const Trace
 // --------------------------------------------------------------------------------------------------
 
 /// {"model", "num_experts", "top_k", "corpus", "layers": {"0": [count of each expert], ...}}: one window, as the OLMoE
-/// authors published theirs.
+/// authors published theirs; "hidden_size" and "expert_parallel_size" may be there.
 std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOptions&,
                                           std::vector<InputProblem>* problems) {
   constexpr const char* kRemedy = "docs/trace.md says what a file of expert counts holds";
@@ -268,6 +268,8 @@ std::unique_ptr<Trace> open_expert_counts(const std::string& path, const TraceOp
   f.text("corpus", &corpus);
   f.integer("num_experts", &facts.experts, 1, kMaxExperts);
   f.integer("top_k", &facts.top_k, 1, kMaxExperts);
+  f.integer("hidden_size", &facts.hidden_size, 1, kMaxTokens);
+  f.integer("expert_parallel_size", &facts.expert_parallel, 1, kMaxExperts);
   const Node* layers = f.map("layers");
   if (!f.ok()) return nullptr;
   if (!layers || layers->items.empty() || !facts.experts || !facts.top_k || *facts.top_k > *facts.experts) {

@@ -300,44 +300,62 @@ Status coverage(const std::int64_t* counts, std::int64_t experts, std::int64_t b
   return Status::kOk;
 }
 
-Status placement_load(const PlacementArgs& a, std::int64_t* loads, Placement* out) {
-  if (a.layers < 1 || a.experts < 1 || a.ranks < 1 || a.ranks > std::numeric_limits<std::int32_t>::max() ||
+Status placement_load(const PlacementArgs& a, double* loads, Placement* out) {
+  if (a.experts < 1 || a.slots < a.experts || a.ranks < 1 || a.ranks > std::numeric_limits<std::int32_t>::max() ||
       a.tokens < 0)
     return Status::kBadShape;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (a.counts == nullptr || a.rank_of == nullptr || out == nullptr) return Status::kNullPointer;
-  *out = {};
-  std::vector<std::int64_t> load(size(a.ranks));
-  Mean max_over_mean, cv;
-  std::int64_t busiest = 0, all = 0;
-  out->worst_max_over_mean = kNan;
-  LoadStatistics s;
-  for (std::int64_t l = 0; l < a.layers; ++l) {
-    std::fill(load.begin(), load.end(), 0);
-    for (std::int64_t e = 0; e < a.experts; ++e) {
-      const std::int32_t rank = a.rank_of[l * a.experts + e];
-      const std::int64_t n = a.counts[l * a.experts + e];
-      if (rank < 0 || rank >= a.ranks || n < 0) return Status::kBadShape;
-      load[size(rank)] += n;
-    }
-    load_statistics(load.data(), a.ranks, 1, 1, &s);  // ranks in place of experts
-    busiest += *std::max_element(load.begin(), load.end());
-    all += s.choices;
-    out->idle_ranks += s.idle;
-    max_over_mean.add(1.0 + s.max_violation);
-    cv.add(s.cv_population);
-    if (!(1.0 + s.max_violation <= out->worst_max_over_mean) && s.choices > 0)
-      out->worst_max_over_mean = 1.0 + s.max_violation, out->worst_layer = l;
-    if (loads != nullptr) std::copy(load.begin(), load.end(), loads + l * a.ranks);
+  if (a.counts == nullptr || a.slot_expert == nullptr || a.slot_rank == nullptr || out == nullptr)
+    return Status::kNullPointer;
+  const double experts = static_cast<double>(a.experts), k = static_cast<double>(a.top_k);
+  double choices = 0, speeds = 0;
+  for (std::int64_t e = 0; e < a.experts; ++e) {
+    if (a.counts[e] < 0) return Status::kBadShape;
+    choices += static_cast<double>(a.counts[e]);
   }
-  const double ranks = static_cast<double>(a.ranks);
-  out->slowdown = static_cast<double>(busiest) * ranks / static_cast<double>(all);
-  out->mean_max_over_mean = max_over_mean.value();
-  out->mean_cv = cv.value();
-  const double variance = a.experts == 1 ? 0.0
-                                         : (ranks - 1.0) * ratio(a.experts - a.top_k, a.top_k * (a.experts - 1)) /
-                                               static_cast<double>(a.tokens);
-  out->floor = std::sqrt(2.0 * log_exact_order(ranks) * variance);
+  for (std::int64_t r = 0; r < a.ranks; ++r) {
+    const double speed = a.speed == nullptr ? 1.0 : a.speed[r];
+    if (!(speed > 0 && speed <= std::numeric_limits<double>::max())) return Status::kBadShape;
+    speeds += speed;
+  }
+  std::vector<std::int64_t> copies(size(a.experts));
+  for (std::int64_t i = 0; i < a.slots; ++i) {
+    if (a.slot_expert[i] < 0 || a.slot_expert[i] >= a.experts || a.slot_rank[i] < 0 || a.slot_rank[i] >= a.ranks)
+      return Status::kBadShape;
+    ++copies[size(a.slot_expert[i])];
+  }
+  if (std::find(copies.begin(), copies.end(), 0) != copies.end()) return Status::kBadShape;
+  // Of each rank: its choices, the sum over experts of their share on it, and of the square of that share.
+  std::vector<double> load(size(a.ranks)), share(load), squares(load);
+  std::vector<std::int64_t> order(size(a.slots));
+  for (std::int64_t i = 0; i < a.slots; ++i) order[size(i)] = i;
+  std::stable_sort(order.begin(), order.end(), [&](std::int64_t x, std::int64_t y) {
+    return a.slot_rank[x] != a.slot_rank[y] ? a.slot_rank[x] < a.slot_rank[y] : a.slot_expert[x] < a.slot_expert[y];
+  });
+  for (std::size_t i = 0; i < order.size();) {
+    const std::int32_t rank = a.slot_rank[order[i]], e = a.slot_expert[order[i]];
+    double held = 0;
+    for (; i < order.size() && a.slot_rank[order[i]] == rank && a.slot_expert[order[i]] == e; ++i) ++held;
+    held /= static_cast<double>(copies[size(e)]);
+    load[size(rank)] += held * static_cast<double>(a.counts[e]);
+    share[size(rank)] += held;
+    squares[size(rank)] += held * held;
+  }
+  *out = {};
+  out->ideal = choices / speeds;
+  const double z = std::sqrt(2.0 * log_exact_order(static_cast<double>(a.ranks)));
+  for (std::int64_t r = 0; r < a.ranks; ++r) {
+    const double speed = a.speed == nullptr ? 1.0 : a.speed[r], m = share[size(r)];
+    if (load[size(r)] / speed > out->slowest) out->slowest = load[size(r)] / speed, out->slowest_rank = r;
+    out->idle_ranks += load[size(r)] == 0;
+    if (m == 0) continue;
+    const double variance = std::max(0.0, squares[size(r)] / experts - m / experts * (m / experts));
+    const double relative = a.experts == 1 ? 0.0 : (experts - k) * experts * variance * experts / (k * (experts - 1) * m * m);
+    const double floor = a.tokens == 0 ? 0.0 : z * std::sqrt(relative / static_cast<double>(a.tokens));
+    out->even_router = std::max(out->even_router, m / experts / (speed / speeds) * (1.0 + floor));
+  }
+  out->max_over_mean = out->slowest / out->ideal;
+  if (loads != nullptr) std::copy(load.begin(), load.end(), loads);
   return Status::kOk;
 }
 

@@ -232,30 +232,35 @@ Status coverage(const std::int64_t* counts, std::int64_t experts, std::int64_t b
 // ---- load of ranks
 // -------------------------------------------------------------------------------------------------------
 
-/// What expert parallelism would make of these counts: every layer waits for its busiest rank.
+/// What expert parallelism makes of one layer's counts. A slot is an expert's copy on a rank; the choices of an expert
+/// with several copies are spread evenly over them. A rank takes load / speed, and all wait for the slowest.
 struct PlacementArgs {
-  const std::int64_t* counts = nullptr;   // [layers, experts]
-  const std::int32_t* rank_of = nullptr;  // [layers, experts]
-  std::int64_t layers = 1;
+  const std::int64_t* counts = nullptr;       // [experts]
+  const std::int32_t* slot_expert = nullptr;  // [slots]; every expert at least once
+  const std::int32_t* slot_rank = nullptr;    // [slots]
+  const double* speed = nullptr;              // [ranks], relative, above 0; null: all alike
   std::int64_t experts = 0;
+  std::int64_t slots = 0;
   std::int64_t ranks = 0;
-  std::int64_t top_k = 0;  // with tokens, for the floor alone
-  std::int64_t tokens = 0;
+  std::int64_t top_k = 0;   // with tokens, for even_router alone
+  std::int64_t tokens = 0;  // 0: unknown, and without end
 };
+/// Times in choices of a rank of speed 1. NaN without a choice, but even_router.
 struct Placement {
-  double slowdown = 0;            // sum over layers of the busiest rank's choices / sum of the mean: 1 is even
-  double mean_max_over_mean = 0;  // mean over layers of max / mean
-  double worst_max_over_mean = 0;
-  std::int64_t worst_layer = -1;
-  double mean_cv = 0;           // mean over layers of the population CV of the ranks
-  std::int64_t idle_ranks = 0;  // (layer, rank) pairs without a choice
-  /// What an even router's independent tokens would show as max / mean - 1 of a layer: sqrt(2 ln R v / T), v the
-  /// relative variance of the choices on E / R of E experts, (R - 1)(E - k) / (k (E - 1)) (hypergeometric). R = E gives
-  /// the floor of MaxVio.
-  double floor = 0;
+  double ideal = 0;          // if the choices were divided as the speeds are: choices / sum of speeds
+  double slowest = 0;        // of the rank that takes longest
+  double max_over_mean = 0;  // slowest / ideal; of like ranks their largest load over the mean
+  std::int64_t slowest_rank = -1;
+  std::int64_t idle_ranks = 0;  // without a choice
+  /// max_over_mean that independent tokens of an even router would show: the largest over the ranks of m (1 + c sqrt(2 ln
+  /// R / T)), m the rank's expected share over its share of the speed, c^2 the relative variance of what a token sends
+  /// it, (E - k) E^2 s^2 / (k (E - 1) M^2), M and s^2 the sum and the population variance over experts of their share on
+  /// the rank (k of E without replacement). Of E / R experts on each of R like ranks c^2 = (R - 1)(E - k) / (k (E - 1)),
+  /// and R = E gives the floor of MaxVio.
+  double even_router = 0;
 };
-/// loads [layers, ranks], or null. Layers without a choice are left out of the means. kBadShape also for a rank outside
-/// or a negative count; kBadTopK, kNullPointer.
-Status placement_load(const PlacementArgs& args, std::int64_t* loads, Placement* out);
+/// loads [ranks]: choices, or null. Sums in the order of the slots. kBadShape also for a rank or an expert outside, an
+/// expert without a slot, a negative count, a speed that is not above 0; kBadTopK, kNullPointer.
+Status placement_load(const PlacementArgs& args, double* loads, Placement* out);
 
 }  // namespace moeaudit::kernels

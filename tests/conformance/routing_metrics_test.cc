@@ -459,31 +459,50 @@ BOOST_AUTO_TEST_CASE(scopes_of_load) {
   BOOST_CHECK(k::coverage(n.data(), 4, 5, &share) == K::kBadTopK);
 }
 
-BOOST_AUTO_TEST_CASE(load_of_ranks) {
-  const Longs counts = {40, 10, 10, 20, 20, 20, 20, 20};  // two layers, four experts
-  const Ids in_order = {0, 0, 1, 1, 0, 0, 1, 1}, spread = {0, 1, 1, 0, 0, 0, 1, 1};
+/// A slot for each expert.
+k::PlacementArgs placed(const Longs& counts, const Ids& experts, const Ids& ranks, std::int64_t num_ranks) {
   k::PlacementArgs a;
-  a.counts = counts.data(), a.rank_of = in_order.data(), a.layers = 2, a.experts = 4, a.ranks = 2, a.top_k = 1,
-  a.tokens = 80;
+  a.counts = counts.data(), a.experts = static_cast<std::int64_t>(counts.size());
+  a.slot_expert = experts.data(), a.slot_rank = ranks.data(), a.slots = static_cast<std::int64_t>(experts.size());
+  a.ranks = num_ranks, a.top_k = 1;
+  return a;
+}
+
+BOOST_AUTO_TEST_CASE(load_of_ranks) {
+  const Longs counts = {40, 10, 10, 20};
+  const Ids each = {0, 1, 2, 3}, in_order = {0, 0, 1, 1}, spread = {0, 1, 1, 0};
   k::Placement p;
-  Longs loads(4);
-  BOOST_REQUIRE(k::placement_load(a, loads.data(), &p) == K::kOk);
-  BOOST_CHECK(loads == (Longs{50, 30, 40, 40}));
-  BOOST_CHECK_CLOSE(p.slowdown, 90.0 / 80, 1e-12);
-  BOOST_CHECK_CLOSE(p.mean_max_over_mean, (1.25 + 1) / 2, 1e-12);
-  BOOST_CHECK(p.worst_layer == 0 && p.idle_ranks == 0);
-  BOOST_CHECK_CLOSE(p.worst_max_over_mean, 1.25, 1e-12);
-  a.rank_of = spread.data();
+  Doubles loads(2);
+  BOOST_REQUIRE(k::placement_load(placed(counts, each, in_order, 2), loads.data(), &p) == K::kOk);
+  BOOST_CHECK(loads == (Doubles{50, 30}));
+  BOOST_CHECK(p.ideal == 40 && p.slowest == 50 && p.max_over_mean == 1.25 && p.slowest_rank == 0 && p.idle_ranks == 0);
+  BOOST_CHECK(p.even_router == 1.0);  // tokens without end
+  BOOST_REQUIRE(k::placement_load(placed(counts, each, spread, 2), nullptr, &p) == K::kOk);
+  BOOST_CHECK(p.max_over_mean == 1.5);
+  const Ids one_rank(4, 1), outside(4, 2);
+  BOOST_REQUIRE(k::placement_load(placed(counts, each, one_rank, 2), nullptr, &p) == K::kOk);
+  BOOST_CHECK(p.max_over_mean == 2.0 && p.idle_ranks == 1 && p.even_router == 2.0);
+  // Expert 0 twice, on both ranks: 20 of its 40 choices on each.
+  const Ids copied = {0, 1, 0, 2, 3}, copied_rank = {0, 0, 1, 1, 1};
+  BOOST_REQUIRE(k::placement_load(placed(counts, copied, copied_rank, 2), loads.data(), &p) == K::kOk);
+  BOOST_CHECK(loads == (Doubles{30, 50}) && p.slowest_rank == 1);
+  // Rank 0 at half the speed: 50 choices take it 100, and 80 / 1.5 would do.
+  const Doubles speeds = {0.5, 1};
+  k::PlacementArgs a = placed(counts, each, in_order, 2);
+  a.speed = speeds.data();
   BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-  BOOST_CHECK_CLOSE(p.slowdown, (60.0 + 40) / 80, 1e-12);
-  const Ids one_rank(8, 1), outside(8, 2);
-  a.rank_of = one_rank.data();
-  BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-  BOOST_CHECK(p.slowdown == 2.0 && p.idle_ranks == 2);
-  a.rank_of = outside.data();
+  BOOST_CHECK(p.slowest == 100 && p.slowest_rank == 0);
+  BOOST_CHECK_CLOSE(p.max_over_mean, 100 / (80 / 1.5), 1e-12);
+  BOOST_CHECK_CLOSE(p.even_router, 1.5, 1e-12);  // half of the work, a third of the speed
+  // Refused.
+  const Doubles no_speed = {0, 1};
+  a.speed = no_speed.data();
   BOOST_CHECK(k::placement_load(a, nullptr, &p) == K::kBadShape);
-  // A rank for each expert: the slowdown is 1 + MaxVio, the floor that of MaxVio. All on one rank: 1, and nothing to
-  // fear.
+  const Ids missing = {0, 1, 2, 2};
+  BOOST_CHECK(k::placement_load(placed(counts, each, outside, 2), nullptr, &p) == K::kBadShape);
+  BOOST_CHECK(k::placement_load(placed(counts, missing, in_order, 2), nullptr, &p) == K::kBadShape);
+  BOOST_CHECK(k::placement_load(placed(counts, each, in_order, 2), nullptr, nullptr) == K::kNullPointer);
+  // A rank for each expert: max / mean is 1 + MaxVio, and an even router's that of its floor. All on one rank: 1.
   for (const char* file : {"olmoe-1b-7b_c4", "olmoe-1b-7b_github"}) {
     const auto json = nlohmann::json::parse(
         std::ifstream(std::string(MOE_AUDIT_SOURCE_DIR "/fixtures/expert_counts/") + file + ".json"));
@@ -493,35 +512,41 @@ BOOST_AUTO_TEST_CASE(load_of_ranks) {
     for (std::size_t e = 0; e < 64; ++e) run[e] = static_cast<std::int32_t>(e / 8);
     k::LoadStatistics s;
     BOOST_REQUIRE(k::load_statistics(layer.data(), 64, 8, 200'000, &s) == K::kOk);
-    a = {};
-    a.counts = layer.data(), a.experts = a.ranks = 64, a.top_k = 8, a.tokens = 200'000, a.rank_of = own.data();
-    BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-    BOOST_CHECK_CLOSE(p.slowdown, 1 + s.max_violation, 1e-10);
-    BOOST_CHECK_CLOSE(p.floor, s.max_violation_floor, 1e-10);
-    a.ranks = 1, a.rank_of = all.data();
-    BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-    BOOST_CHECK(p.slowdown == 1.0 && p.floor == 0.0);
-    a.ranks = 8, a.rank_of = run.data();  // eight ranks of eight: between the two
-    BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-    BOOST_CHECK(p.slowdown > 1 && p.slowdown < 1 + s.max_violation);
+    const auto place = [&](const Ids& rank, std::int64_t ranks) {
+      k::PlacementArgs b = placed(layer, own, rank, ranks);
+      b.top_k = 8, b.tokens = 200'000;
+      BOOST_REQUIRE(k::placement_load(b, nullptr, &p) == K::kOk);
+    };
+    place(own, 64);
+    BOOST_CHECK_CLOSE(p.max_over_mean, 1 + s.max_violation, 1e-10);
+    BOOST_CHECK_CLOSE(p.even_router, 1 + s.max_violation_floor, 1e-10);
+    place(all, 1);
+    BOOST_CHECK(p.max_over_mean == 1.0 && p.even_router == 1.0);
+    place(run, 8);  // eight ranks of eight: between the two
+    BOOST_CHECK(p.max_over_mean > 1 && p.max_over_mean < 1 + s.max_violation);
   }
-  // The floor against an even router: max / mean - 1 of the ranks stays below it and in its region.
+  // What is said of an even router, against one: below, and in that region. Experts one by one, then with 0 to 15 twice.
   const Shape s{4096, 64, 8};
-  double seen = 0;
-  Ids rank(64);
-  for (std::size_t e = 0; e < 64; ++e) rank[e] = static_cast<std::int32_t>(e / 4);
-  for (std::uint64_t w = 0; w < 8; ++w) {
-    const Ids chosen = top(gaussians(s.tokens * s.experts, 300 + w), 64, 8);
-    Longs c(64);
-    std::int64_t none = 0;
-    BOOST_REQUIRE(k::count_choices(k::CountArgs<std::int32_t>{chosen.data(), nullptr, s.tokens, 8, 64}, c.data(),
-                                   &none) == K::kOk);
-    a = {};
-    a.counts = c.data(), a.rank_of = rank.data(), a.experts = 64, a.ranks = 16, a.top_k = 8, a.tokens = s.tokens;
-    BOOST_REQUIRE(k::placement_load(a, nullptr, &p) == K::kOk);
-    seen += (p.slowdown - 1) / 8;
+  for (const std::int64_t copies : {0, 16}) {
+    Ids slot, rank;
+    for (std::int64_t i = 0; i < 64 + copies; ++i) {
+      slot.push_back(static_cast<std::int32_t>(i % 64));
+      rank.push_back(static_cast<std::int32_t>(i / ((64 + copies) / 16)));
+    }
+    double seen = 0;
+    for (std::uint64_t w = 0; w < 8; ++w) {
+      const Ids chosen = top(gaussians(s.tokens * s.experts, 300 + w), 64, 8);
+      Longs c(64);
+      std::int64_t none = 0;
+      BOOST_REQUIRE(k::count_choices(k::CountArgs<std::int32_t>{chosen.data(), nullptr, s.tokens, 8, 64}, c.data(),
+                                     &none) == K::kOk);
+      k::PlacementArgs b = placed(c, slot, rank, 16);
+      b.top_k = 8, b.tokens = s.tokens;
+      BOOST_REQUIRE(k::placement_load(b, nullptr, &p) == K::kOk);
+      seen += p.max_over_mean / 8;
+    }
+    BOOST_CHECK_MESSAGE(seen < p.even_router * 1.005 && seen > 1 + 0.5 * (p.even_router - 1), seen << " " << p.even_router);
   }
-  BOOST_CHECK(seen < 1.1 * p.floor && seen > 0.5 * p.floor);
 }
 
 /// Gate mass of the chosen and of all is the importance of router_regularisers.h; the confidence is its sum over

@@ -52,7 +52,9 @@ for trace in traces:
         if dead["outcome"] == "measured" and dead["value"] > 0:
             bad += 1
             print(f"{trace}, layer {layer['layer']}: {dead}")
-for arguments in (["no/such/trace"], ["fixtures/expert_counts/olmoe-1b-7b_c4.json", "--expert-parallel", "8"],
+for arguments in (["no/such/trace"], ["fixtures/expert_counts/olmoe-1b-7b_c4.json", "--expert-parallel", "8", "--hidden-size", "2048"],
+                  ["fixtures/expert_counts/olmoe-1b-7b_c4.json", "--expert-parallel", "7"],
+                  ["fixtures/expert_counts/mixtral-8x7b_c4.json", "--device-speeds", "1,1,0.5,1"],
                   ["fixtures/traces/megatron-router-trace", "--co-activation", "--against", "fixtures/traces/megatron-router-trace"]):
     complain(arguments, report_validator, health(*arguments)[0])
 

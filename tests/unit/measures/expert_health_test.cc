@@ -353,16 +353,132 @@ TEST(ExpertHealth, FewTokensCannotTell) {
   EXPECT_TRUE(health_of(tree.path("c.json")).layers[0].find("dead_experts")->cannot_tell.empty());
 }
 
-TEST(ExpertHealth, Placement) {
-  const TempTree tree;
-  tree.write("c.json", R"({"num_experts": 4, "top_k": 2, "layers": {"0": [300, 300, 100, 100], "1": [200, 200, 200, 200]}})");
-  HealthOptions options;
-  options.ranks = 2;
-  const PlacementForecast p = health_of(tree.path("c.json"), options).placement;
+// ---- the forecast --------------------------------------------------------------------------------------------------------
+
+class Placement : public testing::Test {
+ protected:
+  void SetUp() override {
+    tree.write("c.json", R"({"num_experts": 4, "top_k": 2, "hidden_size": 100, "layers": {"0": [300, 300, 100, 100], "1": [200, 200, 200, 200]}})");
+  }
+  PlacementForecast forecast(const std::string& map, std::int64_t ranks, std::vector<double> speeds = {}) {
+    problems.clear();
+    HealthOptions o;
+    o.placement.ranks = ranks;
+    o.placement.speeds = std::move(speeds);
+    if (!map.empty()) o.placement.map = read_expert_map(tree.write("map.json", map), ranks, &problems);
+    if (!map.empty() && !o.placement.map) return {};
+    const HealthReport r = health_of(tree.path("c.json"), o);
+    problems.insert(problems.end(), r.problems.begin(), r.problems.end());
+    return r.placement;
+  }
+  std::string only_problem() const { return problems.size() == 1 ? problems[0].what : std::to_string(problems.size()) + " problems"; }
+
+  TempTree tree;
+  std::vector<InputProblem> problems;
+};
+
+TEST_F(Placement, ContiguousRuns) {
+  const PlacementForecast p = forecast("", 2);
+  EXPECT_TRUE(problems.empty());
   EXPECT_DOUBLE_EQ(p.worst, 1.5);
   EXPECT_EQ(p.worst_layer, 0);
-  EXPECT_DOUBLE_EQ(p.straggler_factor, 1000.0 / 800.0);
-  EXPECT_EQ(p.load[0], (std::vector<double>{1.5, 0.5}));
+  EXPECT_DOUBLE_EQ(p.straggler_factor, (600.0 + 400) / 800);
+  ASSERT_EQ(p.layers.size(), 2u);
+  EXPECT_EQ(p.layers[0].load, (std::vector<double>{1.5, 0.5}));
+  EXPECT_EQ(p.layers[0].slowest_rank, 0);
+  // 800 choices, half of them to the other rank, 100 values of 2 bytes there and back; 400 tokens.
+  EXPECT_FALSE(p.recorded_sources);
+  EXPECT_DOUBLE_EQ(p.layers[0].leaving, 0.5);
+  EXPECT_DOUBLE_EQ(p.layers[0].bytes, 800 * 0.5 * 100 * 2 * 2);
+  EXPECT_DOUBLE_EQ(p.bytes, 2 * p.layers[0].bytes);
+  EXPECT_DOUBLE_EQ(p.bytes_per_token, p.bytes / 400);
+  // Of 4 experts 2 on a rank, 2 chosen: c^2 = (2 - 1)(4 - 2) / (2 (4 - 1)) = 1/3 a token.
+  EXPECT_DOUBLE_EQ(p.layers[0].even_router, 1 + std::sqrt(2 * std::log(2.0) / 3 / 400));
+}
+
+TEST_F(Placement, GivenMaps) {
+  for (const char* map : {"[0, 1, 1, 0]", "[[0, 1, 1, 0], [1, 0, 0, 1]]", R"({"expert_to_rank": [0, 1, 1, 0]})", R"({"physical_to_logical_map": [[0, 3, 1, 2]]})"}) {
+    const PlacementForecast p = forecast(map, 2);
+    EXPECT_TRUE(problems.empty()) << map;
+    EXPECT_DOUBLE_EQ(p.straggler_factor, 1) << map;
+  }
+  EXPECT_EQ(forecast("[0, 1, 2, 0]", 0).ranks, 3) << "by the largest rank";
+}
+
+TEST_F(Placement, CopiesShareTheLoad) {
+  // Six slots on two ranks: expert 0 and 1 twice. Layer 0: 150 + 150 + 100 each.
+  const PlacementForecast p = forecast(R"({"physical_to_logical_map": [[0, 1, 2, 0, 1, 3], [0, 1, 2, 0, 1, 3]]})", 2);
+  EXPECT_TRUE(problems.empty());
+  EXPECT_EQ(p.layers[0].load, (std::vector<double>{1, 1}));
+  // Both copies on rank 0: 300 + 150, 150 + 100 + 100.
+  EXPECT_EQ(forecast(R"({"physical_to_logical_map": [0, 0, 1, 1, 2, 3]})", 2).layers[0].load, (std::vector<double>{450.0 / 400, 350.0 / 400}));
+}
+
+TEST_F(Placement, DeviceSpeeds) {
+  const PlacementForecast p = forecast("", 2, {1, 0.5});
+  // Layer 0: 600 / 1 and 200 / 0.5; layer 1: 400 and 800; divided as the speeds are, 800 / 1.5 each.
+  EXPECT_DOUBLE_EQ(p.layers[0].max_over_mean, 600 / (800 / 1.5));
+  EXPECT_EQ(p.layers[1].slowest_rank, 1);
+  EXPECT_DOUBLE_EQ(p.straggler_factor, (600.0 + 800) / (1600 / 1.5));
+  EXPECT_TRUE(forecast("", 2, {1, 1, 1}).layers.empty());
+  EXPECT_EQ(only_problem(), "3 speeds for 2 ranks");
+}
+
+TEST_F(Placement, MapsThatDoNotFit) {
+  for (const auto& [map, ranks, says] : std::vector<std::tuple<std::string, int, std::string>>{
+           {"[0, 1, 1]", 2, "puts expert 3 of layer 0 on no rank"},
+           {"[0, 1, 1, 0, 1]", 2, "names expert 4; layer 0 has 4"},
+           {"[0, 1, 2, 0]", 2, "expert 2 is on rank 2, the ranks are 0 to 1"},
+           {"[0, 1, -1, 0]", 0, "the rank of expert 2 is no number from 0 on"},
+           {"[0, 1, 1.5, 0]", 2, "the rank of expert 2 is no number from 0 on"},
+           {"[0, 99999999, 0, 0]", 0, "the rank of expert 1 is no number from 0 on"},
+           {"[0, 1, 50, 0]", 0, "has fewer experts than the 51 ranks"},
+           {"[0, 0, 0, 0]", 0, "has one rank: there is nothing to forecast"},
+           {"[[0, 1, 1, 0], 3]", 2, "holds something beside lists of numbers"},
+           {"[[0, 1, 1, 0], []]", 2, "holds something beside lists of numbers"},
+           {R"({"layers": 3})", 2, "is no map of experts: neither a list, nor expert_to_rank, nor physical_to_logical_map"},
+           {"7", 2, "is no map of experts: neither a list, nor expert_to_rank, nor physical_to_logical_map"},
+           {R"({"physical_to_logical_map": [[0, 1, 2, 3]]})", 0, "does not say on how many ranks its slots lie"},
+           {R"({"physical_to_logical_map": [[0, 1, 2, 3, 0]]})", 2, "has 5 slots, which 2 ranks cannot hold in equal numbers"},
+           {R"({"physical_to_logical_map": [[0, 1, -1, 3]]})", 2, "slot 2 holds no expert id"},
+           {R"({"physical_to_logical_map": [[0, 1, 2, 2]]})", 2, "puts expert 3 of layer 0 on no rank"}}) {
+    EXPECT_TRUE(forecast(map, ranks).layers.empty()) << map;
+    EXPECT_EQ(problems.empty() ? "" : problems[0].what, says) << map;
+    EXPECT_FALSE(problems.empty() || problems[0].remedy.empty());
+  }
+  EXPECT_TRUE(forecast("[0, 1, 1, 0", 2).layers.empty());
+  EXPECT_EQ(problems.at(0).what.substr(0, 10), "JSON error");
+  EXPECT_TRUE(forecast("", 3).layers.empty());
+  EXPECT_EQ(only_problem(), "the 4 experts of layer 0 do not divide into 3 runs of one size");
+  // A map of three layers for a model of which layers 1 and 7 were measured.
+  tree.write("c.json", R"({"num_experts": 2, "top_k": 1, "layers": {"1": [300, 300], "7": [200, 200]}})");
+  EXPECT_TRUE(forecast("[[0, 1], [0, 1], [0, 1]]", 2).layers.empty());
+  EXPECT_EQ(only_problem(), "has 3 layers; 2 were measured, among them layer 7");
+}
+
+TEST_F(HealthTrace, TokensOfRecordedRanks) {
+  write_head(tree);
+  Made m = make(12);
+  tree.write("s0m0.safetensors", tensors(m).text());
+  tree.write("records.jsonl", record(0, 0, R"(, "rank": 0)") + record(0, 0, R"(, "rank": 1)"));
+  std::vector<InputProblem> problems;
+  HealthOptions o;
+  o.placement.map = read_expert_map(tree.write("map.json", "[0, 0, 0, 1, 1]"), 0, &problems);
+  const HealthReport r = health_of(tree.path(), o);
+  ASSERT_EQ(r.placement.layers.size(), 1u);
+  EXPECT_TRUE(r.placement.recorded_sources);
+  double here = 0, all = 0;  // of rank 0's tokens the choices of 0 to 2 stay, of rank 1's the others: together one of each
+  for (int t = 0; t < kTokens; ++t) {
+    for (int j = 0; j < kTopK && m.mask[static_cast<std::size_t>(t)]; ++j) all += 2, ++here;
+  }
+  EXPECT_DOUBLE_EQ(r.placement.layers[0].leaving, 1 - here / all);
+  EXPECT_DOUBLE_EQ(r.placement.layers[0].bytes, all * (1 - here / all) * 64 * 2 * 2);
+  // Only rank 0 has tokens: those that stay are the choices of 0 to 2.
+  tree.write("records.jsonl", record(0, 0, R"(, "rank": 0)") + record(0, 1, R"(, "rank": 1, "training": false)"));
+  tree.write("s0m1.safetensors", tensors(m).text());
+  const LayerHealth l = health_of(tree.path(), o).layers.at(0);
+  const double stay = static_cast<double>(l.load[0] + l.load[1] + l.load[2]) / static_cast<double>(l.choices);
+  EXPECT_DOUBLE_EQ(health_of(tree.path(), o).placement.layers[0].leaving, 1 - stay);
 }
 
 }  // namespace
