@@ -60,8 +60,7 @@ int run(HealthArguments& a) {
     std::vector<InputProblem> problems = std::move(report.problems);
     report = measure_health(*trace, a.health);
     report.problems.insert(report.problems.begin(), problems.begin(), problems.end());
-    report.backend = std::string("host ") + kernels::host_backend();
-    if (backend && backend->on_device()) report.backend += "; routers: " + backend->name();
+    report.backend = backend ? backend->name_beside_host("routers") : kernels::on_host().name();
     if (backend) report.warning = backend->warning();
   }
   const WriterOptions options = terminal_options(a.terminal);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <iostream>
 #include <memory>
+#include <thread>
 
+#include "audit/measures/replay_backend.h"
 #include "audit/measures/trace_replay.h"
 #include "cli/arguments.h"
 #include "cli/subcommand.h"
@@ -14,9 +16,12 @@ namespace {
 struct ReplayArguments {
   std::string path, format = "text";
   Arguments terminal;
+  Device device = Device::kAuto;
+  int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 };
 
 int run(ReplayArguments& a) {
+  if (a.device == Device::kCuda) open_cuda_or_throw();
   ReplayReport report;
   const std::unique_ptr<Trace> trace = open_trace(a.path, {}, &report.problems);
   report.table.path = a.path;
@@ -24,7 +29,12 @@ int run(ReplayArguments& a) {
     ProgressBar bar(!a.terminal.no_progress);
     ReplayOptions options;
     options.progress = [&](std::string_view stage, double done) { bar(stage, done); };
+    ReplayBackend backend(a.device, kernels::open_cuda, host_seconds(*trace) / a.threads);
+    options.backend = &backend;
+    options.threads = a.threads;
     report.table = replay_trace(*trace, options, &report.weight_problems);
+    report.backend = backend.name_beside_host(kReplayedOnBackend);
+    report.warning = backend.warning();
   }
   const WriterOptions options = terminal_options(a.terminal);
   if (a.format == "json")
@@ -44,6 +54,10 @@ std::function<int()> define(CLI::App& app) {
       ->required()
       ->type_name("PATH");
   app.add_option("--format", a->format, "text or json")->check(CLI::IsMember({"text", "json"}))->type_name("FORMAT");
+  app.add_option("--threads", a->threads, "Threads; the result does not depend on it")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1024));
+  add_device_option(app, a->device);
   app.add_flag("-v,--verbose", a->terminal.verbose, "Text: every layer, not only those that differ");
   app.add_flag("--no-progress", a->terminal.no_progress, "No progress bar on stderr");
   app.add_option("--color", a->terminal.color, "auto, always or never (NO_COLOR is respected)")

@@ -113,6 +113,12 @@ class Backend {
   }
 };
 
+/// The one host of those who have no other backend.
+inline Backend& on_host() {
+  static Backend host;
+  return host;
+}
+
 /// The first CUDA device; null, and why, where there is none or this binary was built without CUDA. The first call of
 /// the CUDA runtime: a few tenths of a second.
 std::unique_ptr<Backend> open_cuda(std::string* why_not);

@@ -63,6 +63,8 @@ void write_replay_json(const ReplayReport& r, const WriterOptions&, std::ostream
   put("model_type", t.model_type);
   put("model_class", t.model_class);
   put("packages", t.packages);
+  if (!r.backend.empty()) root["backend"] = r.backend;
+  if (!r.warning.empty()) root["warning"] = r.warning;
   root["problems"] = problems_json(r.problems, r.weight_problems);
   root["quantities"] = Json::array();
   for (std::size_t i = 0; i < t.quantity.size(); ++i) root["quantities"].push_back(row_json(t, i));

@@ -76,6 +76,8 @@ void write_replay_text(const ReplayReport& r, const WriterOptions& options, std:
   subject += (subject.empty() ? "" : "; ") + std::string("steps ") + std::to_string(t.steps) + ", micro-batches " +
              std::to_string(t.micro_batches) + ", ranks " + std::to_string(t.ranks);
   fill(out, subject, 2, options.width);
+  if (!r.backend.empty()) fill(out, "computed on: " + r.backend, 2, options.width);
+  if (!r.warning.empty()) fill(out, "warning: " + r.warning, 2, options.width);
   for (const InputProblem& p : r.problems) {
     Source s;
     s.file = p.file;

@@ -6,16 +6,20 @@ namespace moeaudit {
 
 namespace k = kernels;
 
-ReplayBackend::ReplayBackend(const MeasureContext& ctx, double host_seconds) {
-  if (ctx.device == Device::kCpu || (ctx.device == Device::kAuto && host_seconds < kWorthADevice)) return;
+ReplayBackend::ReplayBackend(Device device, OpenDevice open, double host_seconds) {
+  if (device == Device::kCpu || (device == Device::kAuto && host_seconds < kWorthADevice)) return;
   std::string why;
-  device_ = ctx.open_device(&why);
-  if (device_ == nullptr && ctx.device == Device::kCuda) warning_ = "--device cuda: " + why + "; the host did it";
+  device_ = open(&why);
+  if (device_ == nullptr && device == Device::kCuda) warning_ = "--device cuda: " + why + "; the host did it";
 }
 
 std::string ReplayBackend::name() const {
   if (!device_took_part_) return host_.name();
   return device_->name() + (host_took_part_ ? " and " + host_.name() : "");
+}
+
+std::string ReplayBackend::name_beside_host(std::string_view part) const {
+  return host_.name() + (device_took_part_ ? "; " + std::string(part) + ": " + name() : "");
 }
 
 std::string ReplayBackend::warning() const {
@@ -56,6 +60,12 @@ k::Status ReplayBackend::route(const k::RouteArgs<float>& a, const k::RouteResul
 }
 k::Status ReplayBackend::route(const k::RouteArgs<double>& a, const k::RouteResult<double>& r) {
   return first_that_can([&](k::Backend& b) { return b.route(a, r); });
+}
+k::Status ReplayBackend::balance_loss(const k::BalanceLossArgs<double>& a, const k::BalanceLossResult<double>& r) {
+  return first_that_can([&](k::Backend& b) { return b.balance_loss(a, r); });
+}
+k::Status ReplayBackend::z_loss(const k::ZLossArgs<double>& a, const k::ZLossResult<double>& r) {
+  return first_that_can([&](k::Backend& b) { return b.z_loss(a, r); });
 }
 
 }  // namespace moeaudit

@@ -1,16 +1,22 @@
 #include "audit/measures/trace_replay.h"
 
+#include <algorithm>
+#include <optional>
+
 #include "audit/measures/measure.h"
 #include "audit/measures/replay/balance.h"
 #include "audit/measures/replay/bias.h"
 #include "audit/measures/replay/gradients.h"
 #include "audit/measures/replay/losses.h"
 #include "audit/measures/replay/routing.h"
+#include "audit/measures/replay_backend.h"
+#include "audit/measures/router_inputs.h"
 
 namespace moeaudit {
 
 ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::vector<WeightProblem>* problems) {
   replay::Context ctx(trace, problems);
+  ctx.backend = options.backend;
   replay::BalanceLosses balance(&ctx);
   replay::StepLosses losses(&ctx);
   const auto steps = static_cast<double>(trace.steps().size());
@@ -28,17 +34,21 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
     for (const MicroBatchRecord& m : trace.micro_batches_of(s)) {
       const MicroBatch mb = trace.open(m, problems);
       const replay::Shared shared = ctx.shared_of(mb);
+      // Layers side by side: what one does touches rows of its own layer alone. Sums over layers are in their order.
       replay::BalanceLosses::Sums sums(&balance, mb);
-      for (const LayerTensors& t : mb.layers) {
+      std::vector<std::optional<replay::BalanceLosses::LayerSums>> of_layers(mb.layers.size());
+      const std::size_t known = problems->size();
+      parallel_for(options.threads, static_cast<std::int64_t>(mb.layers.size()), [&](std::int64_t i, int) {
+        const LayerTensors& t = mb.layers[static_cast<std::size_t>(i)];
         ctx.count_loads(m, shared, t);
         replay::v::RoutedLayer l;
-        if (!ctx.read_layer(m, shared, t, &l)) {
-          sums.incomplete();
-          continue;
-        }
+        if (!ctx.read_layer(m, shared, t, &l)) return;
         replay::replay_selection(&ctx, m, t, l);
-        sums.add(l);
-      }
+        of_layers[static_cast<std::size_t>(i)] = sums.of(l);
+      });
+      std::stable_sort(problems->begin() + static_cast<std::ptrdiff_t>(known), problems->end(),
+                       [](const WeightProblem& a, const WeightProblem& b) { return a.offset < b.offset; });
+      for (const auto& of_layer : of_layers) sums.add(of_layer);
       sums.finish();
       losses.add(mb);
     }
@@ -51,12 +61,27 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
 }
 
 namespace {
+constexpr double kSecondsALogit = 1e-8;  // measured: docs/bench.md
+}
+
+double host_seconds(const Trace& trace) {
+  double logits = 0;
+  for (const TraceLayer& l : trace.facts().layers) logits += static_cast<double>(l.experts);
+  double rows = 0;
+  for (const MicroBatchRecord& m : trace.micro_batches()) rows += static_cast<double>(m.rows());
+  return logits * rows * kSecondsALogit;
+}
+
+namespace {
 
 void run(MeasureContext& ctx) {
   if (!ctx.trace) return ctx.facts.replay.explain_unknown("no trace was given, or it could not be opened");
   std::vector<WeightProblem> problems;
   ReplayOptions options;
   options.progress = ctx.progress;
+  options.threads = ctx.threads;
+  ReplayBackend backend(ctx, host_seconds(*ctx.trace) / std::max(ctx.threads, 1));
+  options.backend = &backend;
   ReplayTable table = replay_trace(*ctx.trace, options, &problems);
   Source source;
   source.role = Role::kTrace;
@@ -64,8 +89,9 @@ void run(MeasureContext& ctx) {
   std::size_t compared = 0;
   for (const std::int64_t n : table.compared) compared += n > 0;
   ctx.records.push_back(
-      {"trace_replay", "host float64",
-       std::to_string(table.quantity.size()) + " quantities, " + std::to_string(compared) + " compared"});
+      {"trace_replay", backend.name_beside_host(kReplayedOnBackend),
+       std::to_string(table.quantity.size()) + " quantities, " + std::to_string(compared) + " compared",
+       backend.warning()});
   ctx.facts.replay.set(std::move(table), Origin::kMeasured, std::move(source));
 }
 

@@ -9,14 +9,22 @@
 #include "audit/facts/replay.h"
 #include "audit/tensors/tensor_store.h"
 #include "audit/traces/trace.h"
+#include "kernels/backend.h"
 
 namespace moeaudit {
 
 struct ReplayOptions {
+  int threads = 1;                                 // results do not depend on it
+  kernels::Backend* backend = &kernels::on_host();  // of the routing and of the losses from logits; nor on this
   std::function<void(std::string_view stage, double done)> progress;
 };
 
-/// Reads the trace a layer of a micro-batch at a time; what could not be read goes to `problems` and is left out.
+/// What a ReplayBackend does of a replay.
+inline constexpr std::string_view kReplayedOnBackend = "routing, balance loss and z-loss";
+/// About how long one core of the host works at that.
+double host_seconds(const Trace& trace);
+
+/// Reads the trace a micro-batch at a time, and of it as many layers as there are threads; what could not be read goes to `problems` and is left out.
 ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::vector<WeightProblem>* problems);
 
 }  // namespace moeaudit

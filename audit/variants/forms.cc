@@ -7,8 +7,6 @@
 #include <numeric>
 
 #include "kernels/host/bounds.h"
-#include "kernels/host/elementary.h"
-#include "kernels/host/z_loss.h"
 
 namespace moeaudit::variants {
 namespace {
@@ -17,38 +15,27 @@ namespace k = kernels;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-/// Scores of all experts, by the kernels: softmax from the log-sum-exp of z_loss(), the others from route() asked for
-/// all experts.
-std::vector<double> scores_of(const std::vector<double>& logits, std::int64_t tokens, std::int64_t experts,
-                              k::Score score) {
-  if (score == k::Score::kSoftmax) {
-    std::vector<double> lse(static_cast<std::size_t>(tokens)), out(logits.size());
-    double loss = 0;
-    k::ZLossArgs<double> z;
-    z.logits = logits.data();
-    z.tokens = tokens;
-    z.experts = experts;
-    k::ZLossResult<double> r;
-    r.loss = &loss;
-    r.log_sum_exp = lse.data();
-    if (k::z_loss(z, r) != k::Status::kOk) return {};
-    const auto e = static_cast<std::size_t>(experts);
-    for (std::size_t i = 0; i < out.size(); ++i) out[i] = k::exp_exact_order(logits[i] - lse[i / e]);
-    return out;
-  }
+/// The k largest of each token, largest first, the lower index first among equals, and what would come next.
+struct Top {
+  std::vector<std::int32_t> chosen, next;
+};
+
+/// Scores of all experts, for logits of the layer's shape, and the top k by them.
+std::vector<double> scores_of(const std::vector<double>& logits, const RoutedLayer& l, k::Score score,
+                              Top* top = nullptr) {
   k::RouteArgs<double> a;
   a.logits = logits.data();
-  a.tokens = tokens;
-  a.experts = a.top_k = experts;
+  a.tokens = l.tokens;
+  a.experts = l.experts;
+  a.top_k = top ? l.top_k : 1;
   a.score = score;
-  std::vector<std::int32_t> order(logits.size());
-  std::vector<double> sorted(logits.size()), out(logits.size());
-  if (k::route(a, k::RouteResult<double>{order.data(), sorted.data(), nullptr, nullptr}) != k::Status::kOk) return {};
-  for (std::size_t i = 0; i < out.size(); ++i) {
-    const std::size_t row = i / static_cast<std::size_t>(experts) * static_cast<std::size_t>(experts);
-    out[row + static_cast<std::size_t>(order[i])] = sorted[i];
-  }
-  return out;
+  Top ours;
+  if (!top) top = &ours;
+  top->chosen.resize(static_cast<std::size_t>(l.tokens * a.top_k));
+  top->next.resize(static_cast<std::size_t>(l.tokens));
+  std::vector<double> out(logits.size());
+  const k::RouteResult<double> r{top->chosen.data(), nullptr, top->next.data(), out.data()};
+  return l.backend->route(a, r) == k::Status::kOk ? out : std::vector<double>();
 }
 
 void divide_by_sum(std::vector<double>* p, std::int64_t experts) {
@@ -60,38 +47,70 @@ void divide_by_sum(std::vector<double>* p, std::int64_t experts) {
   }
 }
 
-/// The k largest of `values`, and what would come next.
-bool top_k_of(const std::vector<double>& values, const RoutedLayer& l, std::vector<std::int32_t>* chosen,
-              std::vector<std::int32_t>* next) {
+/// Turns the top k by `scores` into that by scores as the framework holds them: rounded to the dtype of the logits,
+/// where ties can arise.
+bool round_top(const std::vector<double>& scores, const RoutedLayer& l, Top* top) {
+  const auto e = static_cast<std::size_t>(l.experts), n = static_cast<std::size_t>(l.top_k);
+  bool tie = false;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(l.tokens) && !tie && l.scores_dtype != k::Float::kF64; ++t) {
+    double before = std::numeric_limits<double>::infinity();
+    for (std::size_t j = 0; j <= n && !tie; ++j) {
+      const std::int32_t id = j < n ? top->chosen[t * n + j] : top->next[t];
+      if (id < 0) break;
+      const double held = k::round_to(scores[t * e + static_cast<std::size_t>(id)], l.scores_dtype);
+      tie = held == before;
+      before = held;
+    }
+  }
+  if (!tie) return true;  // rounding keeps the order
+  std::vector<double> held(scores.size());
+  k::round_values(scores.data(), static_cast<std::int64_t>(scores.size()), l.scores_dtype, held.data());
   k::RouteArgs<double> a;
-  a.logits = values.data();
+  a.logits = held.data();
   a.tokens = l.tokens;
   a.experts = l.experts;
   a.top_k = l.top_k;
   a.softmax_after_top_k = true;  // the choice is by the values themselves
-  chosen->resize(static_cast<std::size_t>(l.tokens * l.top_k));
-  next->resize(static_cast<std::size_t>(l.tokens));
-  return k::route(a, k::RouteResult<double>{chosen->data(), nullptr, next->data(), nullptr}) == k::Status::kOk;
+  return l.backend->route(a, {top->chosen.data(), nullptr, top->next.data(), nullptr}) == k::Status::kOk;
 }
 
-std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer& l) {
+/// Tokens whose last choice may be another by the framework's rounding.
+double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLayer& l) {
+  const auto e = static_cast<std::size_t>(l.experts), n = static_cast<std::size_t>(l.top_k);
+  const auto apart = [&](std::span<const double> logits) {
+    const Extremes x = extremes_of(logits);
+    return 2 * k::bounds::softmax_relative(l.experts, 0, x.high - x.low, k::Float::kF32);
+  };
+  const double most = apart(l.logits);
+  double ties = 0;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(l.tokens) && l.top_k < l.experts; ++t) {
+    const double last = scores[t * e + static_cast<std::size_t>(top.chosen[(t + 1) * n - 1])];
+    const double after = scores[t * e + static_cast<std::size_t>(top.next[t])];
+    const bool same = k::round_to(last, l.scores_dtype) == k::round_to(after, l.scores_dtype);
+    if (same || (last - after <= most * last && last - after <= apart({l.logits.data() + t * e, e}) * last)) ties += 1;
+  }
+  return ties;
+}
+
+/// And the top k by them, where they are the scores of a router; else `top` stays as it is.
+std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer& l, Top* top) {
   switch (form.probabilities) {
     case Probabilities::kLogits: return l.logits;
-    case Probabilities::kSoftmax: return scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+    case Probabilities::kSoftmax: return scores_of(l.logits, l, k::Score::kSoftmax, top);
     case Probabilities::kDouble: {
-      const auto once = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
-      return scores_of(once, l.tokens, l.experts, k::Score::kSoftmax);
+      const auto once = scores_of(l.logits, l, k::Score::kSoftmax);
+      return scores_of(once, l, k::Score::kSoftmax, top);
     }
-    case Probabilities::kUnnormalised: return scores_of(l.logits, l.tokens, l.experts, l.score);
+    case Probabilities::kUnnormalised: return scores_of(l.logits, l, l.score);
     case Probabilities::kRouter: {
-      auto p = scores_of(l.logits, l.tokens, l.experts, l.score);
+      auto p = scores_of(l.logits, l, l.score, l.score == k::Score::kSoftmax ? top : nullptr);
       if (l.score != k::Score::kSoftmax) divide_by_sum(&p, l.experts);
       return p;
     }
     case Probabilities::kOfChosen:
     case Probabilities::kChosenOnly: {
       if (l.chosen.empty()) return {};
-      const auto all = scores_of(l.logits, l.tokens, l.experts, l.score);
+      const auto all = scores_of(l.logits, l, l.score);
       std::vector<double> p(all.size());
       for (std::int64_t t = 0; t < l.tokens; ++t) {
         double sum = 0;
@@ -105,7 +124,7 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
             p[static_cast<std::size_t>(t * l.experts + e)] = all[static_cast<std::size_t>(t * l.experts + e)] / sum;
         }
       }
-      if (form.probabilities == Probabilities::kOfChosen) return scores_of(p, l.tokens, l.experts, k::Score::kSoftmax);
+      if (form.probabilities == Probabilities::kOfChosen) return scores_of(p, l, k::Score::kSoftmax);
       return p;
     }
   }
@@ -116,6 +135,25 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
 
 // ---- balance loss
 // ----------------------------------------------------------------------------------------------------
+
+Extremes extremes_of(std::span<const double> values) {
+  constexpr std::size_t kLanes = 8;
+  double low[kLanes], high[kLanes], zero[kLanes] = {};
+  std::fill(low, low + kLanes, std::numeric_limits<double>::infinity());
+  std::fill(high, high + kLanes, -std::numeric_limits<double>::infinity());
+  const auto add = [&](double v, std::size_t lane) {
+    low[lane] = v < low[lane] ? v : low[lane];
+    high[lane] = v > high[lane] ? v : high[lane];
+    zero[lane] += v * 0.0;  // NaN from a NaN or an infinity on
+  };
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) add(values[i + lane], lane);
+  }
+  for (; i < values.size(); ++i) add(values[i], i % kLanes);
+  return {*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes),
+          std::accumulate(zero, zero + kLanes, 0.0) == 0.0};
+}
 
 BalanceForm held_to(BalanceFamily family) {
   BalanceForm f;
@@ -192,29 +230,21 @@ std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router
 
 void BalanceSum::add(const RoutedLayer& l) {
   ++layers_;
-  const std::vector<double> p = probabilities_of(form_, l);
-  std::vector<std::int32_t> chosen, next;
+  Top top;
+  const std::vector<double> p = probabilities_of(form_, l, &top);
+  std::vector<std::int32_t> chosen;
   bool sound = !p.empty() && l.tokens > 0;
   double slack = 0;
   if (form_.choices == Choices::kScores || form_.choices == Choices::kSoftmax) {
-    // By the scores as the framework holds them: rounded to the dtype of the logits, where ties can arise.
-    std::vector<double> by = form_.choices == Choices::kScores ? scores_of(l.logits, l.tokens, l.experts, l.score) : p;
-    if (form_.choices == Choices::kSoftmax && form_.probabilities != Probabilities::kSoftmax &&
-        form_.probabilities != Probabilities::kDouble) {
-      by = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
-    }
-    const std::vector<double> exact = by;
-    for (double& v : by) v = k::round_to(v, l.scores_dtype);
-    sound = sound && top_k_of(by, l, &chosen, &next);
-    for (std::int64_t t = 0; sound && t < l.tokens && l.top_k < l.experts; ++t) {
-      const auto last =
-          static_cast<std::size_t>(t * l.experts + chosen[static_cast<std::size_t>((t + 1) * l.top_k - 1)]);
-      const auto after = static_cast<std::size_t>(t * l.experts + next[static_cast<std::size_t>(t)]);
-      const auto [low, high] =
-          std::minmax_element(l.logits.begin() + t * l.experts, l.logits.begin() + (t + 1) * l.experts);
-      const double apart = 2 * k::bounds::softmax_relative(l.experts, 0, *high - *low, k::Float::kF32) * exact[last];
-      if (by[last] == by[after] || exact[last] - exact[after] <= apart) slack += 1;
-    }
+    const k::Score score = form_.choices == Choices::kScores ? l.score : k::Score::kSoftmax;
+    const bool by_p = !top.next.empty() && score == k::Score::kSoftmax &&
+                      (form_.choices == Choices::kSoftmax || form_.probabilities != Probabilities::kDouble);
+    std::vector<double> others;
+    if (!by_p) others = scores_of(l.logits, l, score, &top);
+    const std::vector<double>& by = by_p ? p : others;
+    sound = sound && !by.empty() && round_top(by, l, &top);
+    if (sound) slack = ties_of(by, top, l);
+    chosen = std::move(top.chosen);
   } else {
     sound = sound && !l.chosen.empty();
     if (form_.choices == Choices::kKept) {
@@ -280,7 +310,7 @@ void BalanceSum::add(const RoutedLayer& l) {
     a.counted_tokens = counted.data();
     r.counts = nullptr;
   }
-  if (k::balance_loss(a, r) != k::Status::kOk) {
+  if (l.backend->balance_loss(a, r) != k::Status::kOk) {
     sum_ = kNan;
     return;
   }
@@ -310,6 +340,22 @@ void BalanceSum::add(const RoutedLayer& l) {
   counted_ += a.counts != nullptr ? counted[0]
               : all               ? l.tokens
                                   : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
+}
+
+void BalanceSum::add(const BalanceSum& layers) {
+  if (layers.layers_ == 0) return;
+  if (experts_ == 0) experts_ = layers.experts_, top_k_ = layers.top_k_, counts_.resize(layers.counts_.size());
+  layers_ += layers.layers_;
+  sum_ += layers.sum_;
+  ties_ = std::max(ties_, layers.ties_);
+  if (layers.experts_ == 0) return;
+  if (experts_ != layers.experts_ || top_k_ != layers.top_k_) {
+    sum_ = kNan;
+    return;
+  }
+  p_.insert(p_.end(), layers.p_.begin(), layers.p_.end());
+  for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += layers.counts_[e];
+  counted_ += layers.counted_;
 }
 
 double BalanceSum::value() const {
@@ -352,23 +398,22 @@ std::span<const ZForm> z_forms() {
 }
 
 double z_value(const ZForm& form, const RoutedLayer& l) {
-  std::vector<double> logits = l.logits;
+  std::vector<double> others;
   std::int64_t experts = l.experts;
-  if (form.kind == ZKind::kProbabilities) logits = scores_of(l.logits, l.tokens, l.experts, k::Score::kSoftmax);
+  if (form.kind == ZKind::kProbabilities) others = scores_of(l.logits, l, k::Score::kSoftmax);
   if (form.kind == ZKind::kChosen) {
     if (l.chosen.empty()) return kNan;
-    logits.clear();
     experts = l.top_k;
     for (std::int64_t i = 0; i < l.tokens * l.top_k; ++i) {
       const std::int32_t e = l.chosen[static_cast<std::size_t>(i)];
       if (e < 0 || e >= l.experts) return kNan;
-      logits.push_back(l.logits[static_cast<std::size_t>(i / l.top_k * l.experts + e)]);
+      others.push_back(l.logits[static_cast<std::size_t>(i / l.top_k * l.experts + e)]);
     }
   }
   std::vector<double> lse(static_cast<std::size_t>(l.tokens));
   double loss = 0;
   k::ZLossArgs<double> a;
-  a.logits = logits.data();
+  a.logits = others.empty() ? l.logits.data() : others.data();
   a.valid = l.valid.empty() || form.padding == Padding::kCounted ? nullptr : l.valid.data();
   a.tokens = l.tokens;
   a.experts = experts;
@@ -376,7 +421,7 @@ double z_value(const ZForm& form, const RoutedLayer& l) {
   k::ZLossResult<double> r;
   r.loss = &loss;
   r.log_sum_exp = lse.data();
-  if (k::z_loss(a, r) != k::Status::kOk) return kNan;
+  if (l.backend->z_loss(a, r) != k::Status::kOk) return kNan;
   if (form.kind == ZKind::kSquare || form.kind == ZKind::kProbabilities || form.kind == ZKind::kChosen) return loss;
   double sum = 0, n = 0;
   for (std::int64_t t = 0; t < l.tokens; ++t) {
@@ -458,7 +503,7 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
                 std::vector<double>* weights) {
   std::vector<double> logits = l.logits, bias = form.ignore_bias ? std::vector<double>() : l.bias;
   const auto e = static_cast<std::size_t>(l.experts);
-  if (form.softmax_first) logits = scores_of(logits, l.tokens, l.experts, k::Score::kSoftmax);
+  if (form.softmax_first) logits = scores_of(logits, l, k::Score::kSoftmax);
   if (form.bias_on_logits) {
     for (std::size_t i = 0; i < logits.size(); ++i) logits[i] += bias[i % e];
     bias.clear();
@@ -475,7 +520,7 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   weights->resize(chosen->size());
   std::vector<double> choice(form.bias_weighs ? logits.size() : 0);
   k::RouteResult<double> r{chosen->data(), weights->data(), nullptr, form.bias_weighs ? choice.data() : nullptr};
-  if (k::route(a, r) != k::Status::kOk) return false;
+  if (l.backend->route(a, r) != k::Status::kOk) return false;
   if (form.bias_weighs) {
     for (std::int64_t t = 0; t < l.tokens; ++t) {
       double sum = 0;

@@ -7,10 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/host/balance_loss.h"
-#include "kernels/host/bias_update.h"
-#include "kernels/host/router.h"
-#include "kernels/host/token_loss.h"
+#include "kernels/backend.h"
 
 namespace moeaudit::variants {
 
@@ -29,7 +26,15 @@ struct RoutedLayer {
   /// in the step up to this micro-batch. Empty: not known.
   std::vector<std::int64_t> step_counts, rank_counts, running_counts;
   std::int64_t step_tokens = 0, rank_tokens = 0, running_tokens = 0;
+  kernels::Backend* backend = &kernels::on_host();  // runs route, balance_loss and z_loss; the bits are the same
 };
+
+/// Smallest and largest, and whether none is NaN or infinite.
+struct Extremes {
+  double low, high;
+  bool finite;
+};
+Extremes extremes_of(std::span<const double> values);
 
 // ---- balance loss
 // ----------------------------------------------------------------------------------------------------
@@ -71,6 +76,7 @@ class BalanceSum {
  public:
   explicit BalanceSum(const BalanceForm& form) : form_(form) {}
   void add(const RoutedLayer& layer);
+  void add(const BalanceSum& layers);  // those that come after
   double value() const;  // NaN: a layer lacked what the form needs
   const BalanceForm& form() const { return form_; }
   /// How much the value can change where experts tie for the last place: of all layers added so far, relative.

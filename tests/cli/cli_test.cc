@@ -386,6 +386,22 @@ TEST_F(Cli, HealthIsTheSameForAnyNumberOfThreads) {
   EXPECT_NE(one.out, "");
 }
 
+TEST_F(Cli, ReplayIsTheSameForAnyNumberOfThreadsAndNamesItsBackend) {
+  const std::string replay = "replay fixtures/traces/ga8-aux-tf4.57.6 --format json --device ";
+  const Result one = run(replay + "cpu --threads 1"), many = run(replay + "auto --threads 8");
+  EXPECT_EQ(one.exit_code, 0) << one.err;
+  EXPECT_EQ(one.out, many.out);
+  EXPECT_EQ(nlohmann::json::parse(one.out)["backend"].get<std::string>().rfind("host ", 0), 0u) << one.out;
+  const Result cuda = run(replay + "cuda");
+  if (cuda.exit_code == 0) {
+    EXPECT_NE(cuda.out.find("routing, balance loss and z-loss: cuda "), std::string::npos) << cuda.out;
+    EXPECT_EQ(cuda.out.find("\"warning\""), std::string::npos) << cuda.out;
+  } else {
+    EXPECT_EQ(cuda.exit_code, 2);
+    EXPECT_NE(cuda.err.find("use --device auto or cpu"), std::string::npos) << cuda.err;
+  }
+}
+
 TEST_F(Cli, HealthNamesItsBackend) {
   const Result r = run("health fixtures/traces/megatron-router-trace --format json --device cpu");
   EXPECT_EQ(r.exit_code, 0) << r.err;

@@ -17,34 +17,44 @@ BalanceLosses::Sums::Sums(BalanceLosses* of, const MicroBatch& mb)
     : of_(*of),
       m_(*mb.record),
       layers_(static_cast<double>(mb.layers.size())),
-      loss_(of->right()),
-      up_(of->right()),
-      down_(of->right()),
+      sum_{v::BalanceSum(of->right()), v::BalanceSum(of->right()), v::BalanceSum(of->right())},
       all_(!mb.layers.empty() && mb.layers.size() == of->ctx_.facts.layers.size() && !m_.sampled_tokens) {}
 
-void BalanceLosses::Sums::add(const v::RoutedLayer& l) {
-  if (!all_ || (!m_.aux_loss && !m_.z_loss)) return;
-  const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
-  range_ = std::max(range_, *high - *low);
-  experts_ = std::max(experts_, l.experts);
-  if (l.dtype == Float::kBF16 || l.dtype == Float::kF16) dtype_ = l.dtype;
-  if (m_.aux_loss) loss_.add(l);
+BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const {
+  LayerSums s{v::BalanceSum(of_.right()), v::BalanceSum(of_.right()), v::BalanceSum(of_.right())};
+  if (!all_ || (!m_.aux_loss && !m_.z_loss)) return s;
+  const auto [low, high, finite] = v::extremes_of(l.logits);
+  s.range = high - low;
+  s.experts = l.experts;
+  s.dtype = l.dtype == Float::kBF16 || l.dtype == Float::kF16 ? l.dtype : Float::kF32;
+  if (m_.aux_loss) s.loss.add(l);
   if (m_.aux_loss && of_.balance_seen_.size() < kMoved) {
     // One rounding of the recorded dtype up and down, alternating, so that a common shift does not cancel.
     v::RoutedLayer moved = l;
     for (std::size_t i = 0; i < l.logits.size(); ++i)
       moved.logits[i] += (i % 2 ? 0.5 : -0.5) * k::spacing(l.logits[i], l.dtype);
-    up_.add(moved);
+    s.up.add(moved);
     for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] = 2 * l.logits[i] - moved.logits[i];
-    down_.add(moved);
+    s.down.add(moved);
   }
   if (m_.z_loss) {
-    const double value = v::z_value(v::z_forms()[0], l);
-    z_ += value;
-    z_error_ +=
-        k::bounds::log_sum_exp(l.experts, *high - *low, std::sqrt(std::fabs(value))) * 2 * std::sqrt(std::fabs(value)) +
-        unit(l.dtype) * std::max(std::fabs(*high), std::fabs(*low)) * 2 * std::sqrt(std::fabs(value));
+    s.z = v::z_value(v::z_forms()[0], l);
+    const double lse = std::sqrt(std::fabs(s.z));
+    s.z_error = k::bounds::log_sum_exp(l.experts, s.range, lse) * 2 * lse +
+                unit(l.dtype) * std::max(std::fabs(high), std::fabs(low)) * 2 * lse;
   }
+  return s;
+}
+
+void BalanceLosses::Sums::add(const std::optional<LayerSums>& l) {
+  all_ = all_ && l;
+  if (!all_) return;
+  sum_.loss.add(l->loss), sum_.up.add(l->up), sum_.down.add(l->down);
+  sum_.z += l->z;
+  sum_.z_error += l->z_error;
+  sum_.range = std::max(sum_.range, l->range);
+  sum_.experts = std::max(sum_.experts, l->experts);
+  if (l->dtype != Float::kF32) sum_.dtype = l->dtype;
 }
 
 void BalanceLosses::Sums::finish() {
@@ -58,15 +68,15 @@ void BalanceLosses::Sums::finish_aux() {
     r.missing = m_.sampled_tokens ? "the per-token tensors are a sample: record without max_tokens"
                                   : "needs router_logits of every layer, finite";
   } else {
-    const double want = loss_.value();
+    const double want = sum_.loss.value();
     if (!std::isfinite(want)) r.missing = "layers of several sizes make no one set";
     if (std::isfinite(want) && of_.balance_seen_.size() < kMoved) {
-      of_.moved_ = std::max({of_.moved_, std::fabs(up_.value() - want) / std::fabs(want),
-                             std::fabs(down_.value() - want) / std::fabs(want)});
+      of_.moved_ = std::max({of_.moved_, std::fabs(sum_.up.value() - want) / std::fabs(want),
+                             std::fabs(sum_.down.value() - want) / std::fabs(want)});
     }
-    const double narrow = dtype_ == Float::kF32 ? 0.0 : 3 * unit(dtype_);
-    const double band = of_.moved_ + k::bounds::softmax_relative(experts_, 0, range_, Float::kF32) + narrow +
-                        reduction(static_cast<double>(m_.tokens) * layers_) + loss_.tie_slack();
+    const double narrow = sum_.dtype == Float::kF32 ? 0.0 : 3 * unit(sum_.dtype);
+    const double band = of_.moved_ + k::bounds::softmax_relative(sum_.experts, 0, sum_.range, Float::kF32) + narrow +
+                        reduction(static_cast<double>(m_.tokens) * layers_) + sum_.loss.tie_slack();
     r.held_to = of_.right().name;
     if (std::isfinite(want)) {
       r.observe(*m_.aux_loss, want, band, of_.ctx_.place_of(m_));
@@ -80,9 +90,9 @@ void BalanceLosses::Sums::finish_z() {
   if (!all_) {
     r.missing = "needs router_logits of every layer, finite and not sampled";
   } else {
-    const double want = z_ / layers_;
-    const double band = z_error_ / layers_ / std::max(want, 1e-300) + reduction(static_cast<double>(m_.tokens)) +
-                        8 * unit(Float::kF32) * (1 + range_);
+    const double want = sum_.z / layers_;
+    const double band = sum_.z_error / layers_ / std::max(want, 1e-300) + reduction(static_cast<double>(m_.tokens)) +
+                        8 * unit(Float::kF32) * (1 + sum_.range);
     r.held_to = v::z_forms()[0].name;
     r.observe(*m_.z_loss, want, band, of_.ctx_.place_of(m_));
     of_.z_seen_.push_back(&m_);

@@ -1,6 +1,7 @@
 // The balance loss and the z-loss that the model reported.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "audit/measures/replay/context.h"
@@ -11,13 +12,21 @@ class BalanceLosses {
  public:
   explicit BalanceLosses(Context* ctx) : ctx_(*ctx) {}
 
-  /// One micro-batch, a layer at a time.
+  /// What one layer adds.
+  struct LayerSums {
+    v::BalanceSum loss, up, down;
+    double z = 0, z_error = 0, range = 0;
+    Float dtype = Float::kF32;
+    std::int64_t experts = 1;
+  };
+
+  /// One micro-batch.
   class Sums {
    public:
     Sums(BalanceLosses* of, const MicroBatch& mb);
-    void add(const v::RoutedLayer& l);
-    void incomplete() { all_ = false; }  // a layer could not be read
-    void finish();                       // into the rows aux_loss and z_loss
+    LayerSums of(const v::RoutedLayer& l) const;         // layers may run side by side
+    void add(const std::optional<LayerSums>& of_layer);  // in the order of the layers; nothing: it could not be read
+    void finish();                                       // into the rows aux_loss and z_loss
 
    private:
     void finish_aux();
@@ -26,11 +35,8 @@ class BalanceLosses {
     BalanceLosses& of_;
     const MicroBatchRecord& m_;
     double layers_;
-    v::BalanceSum loss_, up_, down_;
-    double z_ = 0, z_error_ = 0, range_ = 0;
+    LayerSums sum_;
     bool all_;
-    Float dtype_ = Float::kF32;
-    std::int64_t experts_ = 1;
   };
 
   void name();  // second pass over a few micro-batches, with every form

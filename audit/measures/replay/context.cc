@@ -119,6 +119,7 @@ int order_of(std::string_view quantity) {
 }  // namespace
 
 Row& Context::row(std::string_view quantity, int layer) {
+  const std::scoped_lock lock(mutex_);
   Row& r = rows_[{order_of(quantity), layer}];
   if (r.quantity.empty()) r.quantity = quantity, r.layer = layer;
   return r;
@@ -130,6 +131,7 @@ Row* Context::find(std::string_view quantity) {
 }
 
 void Context::fault(const TensorView& view, std::string what) {
+  const std::scoped_lock lock(mutex_);
   problems->push_back({"", view.offset, std::string(view.name), std::move(what)});
 }
 
@@ -159,6 +161,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   l->experts = t.experts;
   const TraceLayer* stated = facts.layer(t.layer);
   l->top_k = t.top_k > 0 ? t.top_k : stated ? stated->top_k : 0;
+  l->backend = backend;
   l->sequences = shared.sequences;
   l->valid = shared.valid;
   if (!t.router_logits || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
@@ -170,7 +173,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   l->logits.resize(static_cast<std::size_t>(rows * l->experts));
   if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
     return fault(*t.router_logits, "could not be read"), false;
-  if (!std::all_of(l->logits.begin(), l->logits.end(), [](double x) { return std::isfinite(x); })) return false;
+  if (!v::extremes_of(l->logits).finite) return false;
   if (t.selected_experts) {
     l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
     if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data()))
@@ -229,6 +232,7 @@ void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const
   } else {
     return;
   }
+  const std::scoped_lock lock(mutex_);
   loads[t.layer][{m.micro_batch, m.rank}] = std::move(counted);
 }
 

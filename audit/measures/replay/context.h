@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <string>
@@ -72,7 +73,9 @@ class Context {
  public:
   Context(const Trace& trace, std::vector<WeightProblem>* problems);
 
-  /// Rows come out in the order of the report: by quantity, then by layer.
+  // Of the following, row(), read_layer() and count_loads() may be called for several layers at a time.
+
+  /// Rows come out in the order of the report: by quantity, then by layer. A reference stays good.
   Row& row(std::string_view quantity, int layer = -1);
   Row* find(std::string_view quantity);  // of the whole model; nullptr: there is none
   ReplayTable table();                   // of all rows, which are gone then
@@ -88,6 +91,7 @@ class Context {
   /// Numbers that a bug could multiply by: of a gradient's weight, or of a loss.
   std::vector<v::Symbol> symbols(bool of_gradient) const;
 
+  k::Backend* backend = &k::on_host();
   const Trace& trace;
   const TraceFacts& facts;
   std::vector<WeightProblem>* const problems;
@@ -105,6 +109,7 @@ class Context {
   void fault(const TensorView& view, std::string what);
   std::string records_file(std::int64_t rank) const;
 
+  std::mutex mutex_;  // of rows_, loads and problems while layers run side by side
   std::string folder_;
   std::set<std::int64_t> ranks_;
   std::map<std::pair<int, int>, Row> rows_;  // by place in the report, and layer

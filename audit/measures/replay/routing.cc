@@ -220,19 +220,16 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
     return unknown("the groups do not divide the experts");
   const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
-  // Choice values without the groups, which allowed() looks at with their bands.
+  std::vector<std::int32_t> chosen(l.chosen.size()), plain_chosen(static_cast<std::size_t>(l.top_k));
+  std::vector<double> choice(static_cast<std::size_t>(l.experts)), weights, band(choice.size());
+  if (!v::route_with(right, l, &chosen, &weights)) return unknown("this order of routing is not replayed");
+  // Choice values without the groups, which allowed() looks at with their bands: of one token.
   k::RouteArgs<double> plain = args;
-  plain.logits = l.logits.data();
   plain.correction_bias = l.bias.empty() ? nullptr : l.bias.data();
-  plain.tokens = l.tokens;
+  plain.tokens = 1;
   plain.groups = plain.top_groups = 1;
   plain.group_score = k::GroupScore::kNone;
-  std::vector<std::int32_t> chosen(l.chosen.size()), plain_chosen(l.chosen.size());
-  std::vector<double> choice(l.logits.size()), weights, band(static_cast<std::size_t>(l.experts));
-  if (k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()}) != k::Status::kOk ||
-      !v::route_with(right, l, &chosen, &weights)) {
-    return unknown("this order of routing is not replayed");
-  }
+  const Place place = ctx->place_of(m);
   const Float scores = score_dtype(*ctx->routing, l.dtype);
   std::vector<char> in(static_cast<std::size_t>(l.experts));
   r.held_to = "the k largest of the recorded logits, by " + family_words(*ctx);
@@ -252,35 +249,37 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
     }
     bool same = true;
     for (std::int64_t j = 0; j < l.top_k; ++j) same = same && in[static_cast<std::size_t>(want[j])];
+    ++r.compared;
+    if (same && recorded_weights.empty()) continue;
     const double* logits = l.logits.data() + token * l.experts;
     const auto [low, high] = std::minmax_element(logits, logits + l.experts);
     const double relative = score_error(l, *high - *low, scores);
-    ++r.compared;
     if (!same) {
+      plain.logits = logits;
+      k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()});
       for (std::int64_t e = 0; e < l.experts; ++e) {
-        const double value = choice[static_cast<std::size_t>(token * l.experts + e)];
+        const double value = choice[static_cast<std::size_t>(e)];
         const double score = args.softmax_after_top_k
                                  ? 0.0
                                  : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
         band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value);
       }
-      if (!allowed(args, choice.data() + token * l.experts, band.data(), in)) {
+      if (!allowed(args, choice.data(), band.data(), in)) {
         ++differing;
-        if (r.differing + differing == 1) r.place = ctx->place_of(m);
+        if (r.differing + differing == 1) r.place = place;
       }
       continue;  // weights of another set say nothing
     }
-    if (recorded_weights.empty()) continue;
+    const double by_weight =
+        std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
     for (std::int64_t j = 0; j < l.top_k; ++j) {
       const auto at = static_cast<std::size_t>(token * l.top_k + j);
-      const auto* place = std::find(want, want + l.top_k, got[j]);
+      const auto* rank = std::find(want, want + l.top_k, got[j]);
       const double expected =
-          weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(place - want)];
+          weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(rank - want)];
       const double by =
-          std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores))) *
-              std::fabs(expected) +
-          0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
-      w.add(recorded_weights[at], expected, by, ctx->place_of(m));
+          by_weight * std::fabs(expected) + 0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
+      w.add(recorded_weights[at], expected, by, place);
     }
   }
   r.differing += differing;
