@@ -5,9 +5,12 @@ Besides the Google Benchmark programs it times the command line itself: --help; 
 directory (93 GB in 19 sparse shards; the router tensors hold real bytes), warm; and `check --full` of a Mixtral-shaped
 checkpoint with weights in every byte: 3.4 GB, warm, and with --big 15.2 GB, cold where the page cache can be dropped. The
 checkpoints are kept in $MOE_AUDIT_BENCH_DIR (default: moe-audit-bench in the folder for temporary files); made if absent.
-With $MOE_AUDIT_BENCH_PYTHON, a Python that has torch and safetensors, the loop that people write is timed, too."""
+With $MOE_AUDIT_BENCH_PYTHON, a Python that has torch and safetensors, the loop that people write is timed, too. Last `replay` and
+`health` of a trace against trace_loop.py: 1e5 tokens, with --big 1e6."""
+import array
 import glob
 import json
+import math
 import os
 import random
 import shutil
@@ -146,6 +149,90 @@ def full_scans(binary, big):
     return rows
 
 
+def trace(folder, tokens, batch=4000, layers=16, experts=64, k=8):
+    """A trace of OLMoE's shape. All records name one file, whose choices and losses are right."""
+    os.makedirs(folder, exist_ok=True)
+    random.seed(11)
+    header, blobs, offset = {}, [], 0
+    loads, mass, z = [0] * experts, [0.0] * experts, 0.0
+    for layer in range(layers):
+        likes = [random.gauss(0, 0.3) for _ in range(experts)]
+        logits, chosen = array.array("f", (random.gauss(like, 1) for _ in range(batch) for like in likes)), array.array("h")
+        for t in range(batch):
+            row = logits[t * experts:(t + 1) * experts]
+            powers = [math.exp(x) for x in row]
+            total = math.fsum(powers)
+            z += math.log(total) ** 2
+            mass = [m + p / total for m, p in zip(mass, powers)]
+            best = sorted(range(experts), key=lambda e: -row[e])[:k]
+            chosen.extend(best)
+            for e in best:
+                loads[e] += 1
+        for name, dtype, shape, data in (("router_logits", "F32", [batch, experts], logits), ("selected_experts", "I16", [batch, k], chosen)):
+            header[f"layer.{layer}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data) * data.itemsize]}
+            blobs.append(data)
+            offset += len(data) * data.itemsize
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(os.path.join(folder, "all.safetensors"), "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for data in blobs:
+            data.tofile(f)
+    rows = batch * layers
+    record = {"kind": "micro_batch", "step": 0, "file": "all.safetensors", "tokens": batch, "training": True, "z_loss": z / rows,
+              "aux_loss": experts * math.fsum(n / rows * m / rows for n, m in zip(loads, mass))}
+    with open(os.path.join(folder, "trace.json"), "w", encoding="utf-8") as f:
+        json.dump({"format": "moe-audit-trace", "version": 1, "packages": {"transformers": "4.57.6"},
+                   "model": {"model_type": "olmoe", "num_experts": experts, "top_k": k, "config": {"norm_topk_prob": False}},
+                   "layers": [{"layer": n} for n in range(layers)]}, f)
+    with open(os.path.join(folder, "records.jsonl"), "w", encoding="utf-8") as f:
+        for b in range(tokens // batch):
+            f.write(json.dumps({**record, "micro_batch": b}) + "\n")
+
+
+def wall_and_cpu(command):
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command}: {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, out
+
+
+def replays(binary, tokens):
+    """replay and health of a trace, and a script that computes the same, in turn."""
+    python = next((p for p in (os.environ.get("MOE_AUDIT_BENCH_PYTHON"), os.environ.get("MOE_AUDIT_PYTHON"), sys.executable)
+                   if p and not subprocess.run([p, "-c", "import numpy"], capture_output=True).returncode), None)
+    loop = os.path.join(os.path.dirname(os.path.abspath(__file__)), "trace_loop.py")
+    rows, name, peer = [], f"{tokens:.0e} tokens x 16 layers, E = 64, k = 8".replace("e+0", "e"), ""
+    with tempfile.TemporaryDirectory() as folder:
+        trace(folder, tokens)
+        for n in (1, 2):
+            took = {"replay": [], "health": [], "script": []}
+            for _ in range(3):
+                for command in ("replay", "health"):
+                    took[command].append(wall_and_cpu([binary, command, folder, "--device", "cpu", "--no-progress", "--threads", str(n)])[:2])
+                if python:
+                    *seconds, out = wall_and_cpu([python, loop, folder, str(n)])
+                    got = json.loads(out)
+                    if got["tokens_that_differ"] or got["largest_difference_of_a_loss"] > 1e-9:
+                        raise SystemExit(f"trace_loop.py: {got}")
+                    took["script"].append((got["seconds"], seconds[1]))
+                    peer = got["peer"]
+            wall, cpu = ({c: statistics.median(s[i] for s in list_) for c, list_ in took.items() if list_} for i in (0, 1))
+            threads = f"{n} thread{'s' * (n > 1)}"
+            for command in ("replay", "health"):
+                rows.append((f"{command}, {name}, {threads}", wall[command], f"CPU {cpu[command]:.2f} s; {tokens * 16 / wall[command] / 1e6:.1f} M routed tokens/s"))
+            if python:
+                ratio = [t["script"] / (t["replay"] + t["health"]) for t in (wall, cpu)]
+                rows.append((f"  both by {peer}, {threads}", wall["script"],
+                             f"CPU {cpu['script']:.2f} s; the two commands are {ratio[0]:.1f}x as fast, by CPU time {ratio[1]:.1f}x"))
+    if not peer.startswith("torch"):
+        rows.append(("  torch: skipped", 0, "no Python with torch: MOE_AUDIT_PYTHON names one" + ("" if peer else "; nor with NumPy")))
+    return rows
+
+
 def main():
     build = sys.argv[1]
     binary = os.path.join(build, "bin/moe-audit")
@@ -158,6 +245,7 @@ def main():
         rows.append(("check --static, Mixtral-8x7B shape", timed([binary, "check", folder, "--static"]), f"limit 50 ms; {size / 1e9:.1f} GB"))
         rows.append(("check, the same with router replay", timed([binary, "check", folder, "--no-progress"], 3), "aim 3 s on two cores"))
     rows += full_scans(binary, "--big" in sys.argv)
+    rows += replays(binary, 1_000_000 if "--big" in sys.argv else 100_000)
     results = {"command_line": [{"name": n, "median_seconds": s, "note": note} for n, s, note in rows], "benchmarks": {}}
     for n, s, note in rows:
         print(f"{n:<52} {s * 1e3:>10.2f} ms   {note}")
