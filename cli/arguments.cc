@@ -80,6 +80,9 @@ void add_input_options(CLI::App& app, Arguments& a) {
 
   app.add_option("--trace", a.run.trace, "Recorded steps of the run: a folder with trace.json, or another format of docs/trace.md")
       ->group(group)->type_name("DIR");
+  app.add_option("--rollout", a.run.rollout,
+                 "Experts that an inference engine chose for the tokens of --trace: .npy, [tokens, layers, k]")
+      ->group(group)->type_name("FILE");
 
   group = "What no file says";
   one_each(app.add_option("--assume", a.assume, "Package versions, e.g. transformers=4.57.1,peft=0.18.0"))

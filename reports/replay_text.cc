@@ -23,7 +23,8 @@ std::string bands(double v) {
 
 /// Quantities that count tokens or say zero or not, and so have no recorded and expected number.
 bool counts(const std::string& quantity) {
-  return quantity == "selection" || quantity == "recomputed_selection" || quantity.starts_with("router_grad");
+  return quantity == "selection" || quantity == "recomputed_selection" || quantity == "group_limit" ||
+         quantity == "drop_order" || quantity.starts_with("router_grad");
 }
 
 void write_row(const ReplayTable& t, std::size_t i, const Paint& paint, int width, std::ostream& out) {
@@ -34,7 +35,9 @@ void write_row(const ReplayTable& t, std::size_t i, const Paint& paint, int widt
   const std::string n = std::to_string(t.compared[i]);
   if (counts(t.quantity[i])) {
     line += differs ? std::to_string(t.differing[i]) + " of " + n +
-                          (t.quantity[i].starts_with("router_grad") ? " are zero" : " tokens")
+                          (t.quantity[i].starts_with("router_grad") ? " are zero"
+                           : t.quantity[i] == "drop_order"          ? " micro-batches"
+                                                                    : " tokens")
                     : n + " compared";
   } else {
     line += number(t.recorded[i]) + ", expected " + number(t.expected[i]) + " +- " + number(t.band[i]) + " (" +

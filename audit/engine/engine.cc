@@ -91,7 +91,7 @@ RunResult audit_run(LoadedRun run, const EngineOptions& options) {
 
   MeasureContext context{result.facts,    run.model,       run.base,         run.adapter,    run.hidden_states,
                          options.threads, options.replays, options.progress, result.measures, options.full,  run.trace.get(),
-                         options.device};
+                         options.device,  run.rollout.get()};
   Measures measures(context);
   if (options.measure_everything) {
     Names all;

@@ -134,6 +134,7 @@ std::string to_text(const ReplayTable& v) {
   }
   return rows(compared, "quantity", "quantities") + " compared, " + std::to_string(differ) + " differ";
 }
+std::string to_text(const RolloutAgreement& v) { return rows(v.layer.size(), "layer", "layers"); }
 std::string to_text(const std::vector<WeightProblem>& v) { return rows(v.size(), "problem", "problems"); }
 std::string to_text(const std::vector<IgnoredKey>& v) { return rows(v.size(), "key", "keys"); }
 std::string to_text(const std::vector<UnreadKey>& v) { return rows(v.size(), "key", "keys"); }

@@ -9,6 +9,7 @@
 
 #include "audit/facts/fact.h"
 #include "audit/facts/replay.h"
+#include "audit/facts/rollout.h"
 #include "audit/facts/values.h"
 #include "audit/facts/version.h"
 
@@ -90,6 +91,7 @@ std::string to_text(const ConfigChanges& v);  // "top_k 2 -> 4"
 std::string to_text(const MergeTable& v);
 std::string to_text(const AdapterLayout& v);
 std::string to_text(const ReplayTable& v);
+std::string to_text(const RolloutAgreement& v);
 std::string to_text(const LogTable& v);
 std::string to_text(const std::vector<WeightProblem>& v);
 std::string to_text(const std::vector<IgnoredKey>& v);

@@ -114,6 +114,8 @@ class Discovery {
       plan_.hidden_states = {x, Rank::kOption};
     }
     if (!options_.trace.empty()) take_trace(without_slash(options_.trace));
+    if (!options_.rollout.empty() && is_file(options_.rollout, "--rollout takes an array of expert ids, saved with numpy.save"))
+      plan_.rollout = {options_.rollout, Rank::kOption};
   }
 
   bool is_file(const std::string& path, const std::string& remedy) {

@@ -29,7 +29,7 @@ struct RunPlan {
   Slot adapter_config, adapter_weights;
   Slot trainer_state, training_args;
   Slot base_id;  // a hub id instead of a path
-  Slot hidden_states, trace;
+  Slot hidden_states, trace, rollout;
   std::vector<std::string> training_configs;
   std::vector<std::string> version_files;        // found in a run's folder
   std::vector<std::string> model_cards;          // README.md with framework versions, written by the run

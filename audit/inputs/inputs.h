@@ -18,7 +18,7 @@ class Trace;
 struct RunOptions {
   std::vector<std::string> paths;         // positional; each is found out
   std::vector<std::string> models, bases, adapters, configs, envs, logs;  // explicit
-  std::string hidden_states, trace;
+  std::string hidden_states, trace, rollout;
   std::vector<std::pair<std::string, std::string>> assume;  // package -> version constraint, in order
   std::int64_t world_size = 0;            // 0: not given
   std::int64_t sequence_length = 0;       // 0: not given
@@ -31,6 +31,7 @@ struct LoadedRun {
   FactSheet facts;
   TensorStore model, base, adapter, hidden_states;  // base: only beside weights that were trained from it
   std::shared_ptr<const Trace> trace;               // of this run; null: none was given
+  std::shared_ptr<const Trace> rollout;             // of an inference engine, of the same tokens
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;
   std::vector<Suppression> suppressions;

@@ -40,12 +40,13 @@ class Loader {
     LoadedRun run;
     run.name = m_.name;
     resolve(m_, options_, &run.facts);
-    resolve_trace(m_.trace.get(), plan_.trace.path, &run.facts);
+    resolve_trace(m_.trace.get(), plan_.trace.path, plan_.rollout.path, &run.facts);
     run.model = std::move(m_.model);
     run.base = std::move(m_.base);
     run.adapter = std::move(m_.adapter);
     run.hidden_states = std::move(m_.hidden_states);
     run.trace = std::move(m_.trace);
+    run.rollout = std::move(m_.rollout);
     run.inputs = std::move(m_.inputs);
     run.problems = std::move(m_.problems);
     run.suppressions = std::move(m_.suppressions);
@@ -99,6 +100,10 @@ class Loader {
     if (!plan_.trace.empty()) {
       read_trace(plan_.trace.path, &m_);
       input(plan_.trace.path, "recorded trace");
+    }
+    if (!plan_.rollout.empty()) {
+      read_rollout(plan_.rollout.path, &m_);
+      input(plan_.rollout.path, "experts of a rollout");
     }
     if (!plan_.trainer_state.empty()) {
       const bool state = has_ending(plan_.trainer_state.path, ".json");

@@ -75,7 +75,7 @@ struct Material {
   std::vector<UnreadKey> unread_keys;
   std::vector<Suppression> suppressions;  // comments in the files that were read
   TensorStore model, base, adapter, hidden_states;  // base: only where the model under audit has weights of its own
-  std::shared_ptr<const Trace> trace;     // null: none was given
+  std::shared_ptr<const Trace> trace, rollout;  // null: none was given
   bool base_asked = false;                // the user gave the base; otherwise it was found under the name that some file has for it
   std::vector<InputFile> inputs;
   std::vector<InputProblem> problems;

@@ -45,8 +45,10 @@ void read_training_log(const std::string& path, Material* material);
 
 /// A recorded trace: opens it, and states what it says of the run. Not readable: a fatal problem.
 void read_trace(const std::string& path, Material* material);
+/// The experts that an inference engine chose for the tokens of that trace, which is read before.
+void read_rollout(const std::string& path, Material* material);
 /// What only the trace knows; without one (nullptr) that there is none, unless one was given and could not be read.
-void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts);
+void resolve_trace(const Trace* trace, const std::string& path, const std::string& rollout, FactSheet* facts);
 
 /// training_args.bin, by the inert pickle reader. Not readable: a non-fatal problem.
 void read_training_args(const std::string& path, Material* material);

@@ -71,9 +71,36 @@ void read_trace(const std::string& path, Material* material) {
     read_adapter_of_trace(facts.head, facts.adapters.items[0], material);
 }
 
-void resolve_trace(const Trace* trace, const std::string& path, FactSheet* facts) {
+void read_rollout(const std::string& path, Material* material) {
+  TraceOptions options;
+  std::vector<InputProblem> problems;
+  std::int64_t layers = 0;
+  if (material->trace) {
+    options.experts = material->trace->facts().experts.value_or(0);
+    layers = static_cast<std::int64_t>(material->trace->facts().layers.size());
+  }
+  std::unique_ptr<Trace> trace = open_trace(path, options, &problems);
+  // As many first as the trace has layers, and not so many in the middle: [layers, tokens, k].
+  const auto tokens = [](const Trace& t) {
+    std::int64_t n = 0;
+    for (const MicroBatchRecord& m : t.micro_batches()) n += m.tokens;
+    return n;
+  };
+  if (!trace || (static_cast<std::int64_t>(trace->facts().layers.size()) != layers && tokens(*trace) == layers)) {
+    options.layers_first = true;
+    std::vector<InputProblem> again;
+    if (std::unique_ptr<Trace> turned = open_trace(path, options, &again);
+        turned && static_cast<std::int64_t>(turned->facts().layers.size()) == layers)
+      trace = std::move(turned), problems = std::move(again);
+  }
+  material->problems.insert(material->problems.end(), problems.begin(), problems.end());
+  material->rollout = std::move(trace);
+}
+
+void resolve_trace(const Trace* trace, const std::string& path, const std::string& rollout, FactSheet* facts) {
   Source source;
   source.role = Role::kTrace;
+  facts->rollout_given.set(!rollout.empty(), Origin::kAbsent, {Role::kCommandLine, "", 0, 0, "", "", ""});
   if (trace == nullptr) {
     if (path.empty())
       facts->trace_format.set("none", Origin::kAbsent, {Role::kCommandLine, "", 0, 0, "", "", ""});

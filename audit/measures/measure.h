@@ -40,6 +40,7 @@ struct MeasureContext {
   bool full = false;                    // --full: the weight scan reads files of any size
   const Trace* trace = nullptr;         // --trace; null: none was given
   Device device = Device::kAuto;        // --device
+  const Trace* rollout = nullptr;       // --rollout; null: none was given
   OpenDevice open_device = kernels::open_cuda;
 };
 

@@ -6,7 +6,10 @@
 #include "audit/measures/measure.h"
 #include "audit/measures/replay/balance.h"
 #include "audit/measures/replay/bias.h"
+#include "audit/measures/replay/drops.h"
 #include "audit/measures/replay/gradients.h"
+#include "audit/measures/replay/loads.h"
+#include "audit/measures/replay/logits.h"
 #include "audit/measures/replay/losses.h"
 #include "audit/measures/replay/routing.h"
 #include "audit/measures/replay_backend.h"
@@ -19,19 +22,40 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
   ctx.backend = options.backend;
   replay::BalanceLosses balance(&ctx);
   replay::StepLosses losses(&ctx);
+  replay::Logits logits(&ctx);
+  replay::Drops drops(&ctx);
   const auto steps = static_cast<double>(trace.steps().size());
   std::size_t done = 0;
   for (const TraceStep& s : trace.steps()) {
     if (options.progress) options.progress("replay", static_cast<double>(done++) / steps);
+    ctx.step = s.step;
     ctx.biases.clear();
     ctx.loads.clear();
-    std::vector<StepTensors> of_ranks;
+    ctx.weights.clear();
+    ctx.weights_after.clear();
+    std::vector<StepTensors> of_ranks, of_next;
+    const auto keep = [](const StepTensors& of, auto* into) {
+      for (const StepLayerTensors& l : of.layers) {
+        if (l.router_weight) into->insert_or_assign({of.record->rank, l.layer}, *l.router_weight);
+      }
+    };
+    const auto batches = trace.micro_batches_of(s);
+    const bool evaluates = std::any_of(batches.begin(), batches.end(), [](const auto& m) { return !m.training.value_or(true); });
+    if (const auto next = static_cast<std::size_t>(&s - trace.steps().data()) + 1; evaluates && next < trace.steps().size()) {
+      std::vector<WeightProblem> told_later;  // when it is that step's turn
+      for (const StepRecord& r : trace.ranks_of(trace.steps()[next])) {
+        if (r.step != s.step + 1) continue;
+        of_next.push_back(trace.open(r, &told_later));
+        keep(of_next.back(), &ctx.weights_after);
+      }
+    }
     for (const StepRecord& r : trace.ranks_of(s)) {
       of_ranks.push_back(trace.open(r, problems));
+      keep(of_ranks.back(), &ctx.weights);
       replay::read_biases(&ctx, of_ranks.back());
       replay::replay_gradients(&ctx, of_ranks.back());
     }
-    for (const MicroBatchRecord& m : trace.micro_batches_of(s)) {
+    for (const MicroBatchRecord& m : batches) {
       const MicroBatch mb = trace.open(m, problems);
       const replay::Shared shared = ctx.shared_of(mb);
       // Layers side by side: what one does touches rows of its own layer alone. Sums over layers are in their order.
@@ -41,8 +65,12 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
       parallel_for(options.threads, static_cast<std::int64_t>(mb.layers.size()), [&](std::int64_t i, int) {
         const LayerTensors& t = mb.layers[static_cast<std::size_t>(i)];
         ctx.count_loads(m, shared, t);
+        replay::replay_loads(&ctx, m, t);
+        logits.add(mb, t);
         replay::v::RoutedLayer l;
-        if (!ctx.read_layer(m, shared, t, &l)) return;
+        const bool read = ctx.read_layer(m, shared, t, &l);
+        drops.add(mb, shared, t, read ? &l : nullptr);
+        if (!read) return;
         replay::replay_selection(&ctx, m, t, l);
         of_layers[static_cast<std::size_t>(i)] = sums.of(l);
       });
@@ -55,6 +83,8 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
     for (const StepTensors& tensors : of_ranks) replay::replay_bias(&ctx, tensors);
     losses.add(s);
   }
+  logits.finish();
+  drops.finish();
   balance.name();
   losses.finish();
   return ctx.table();

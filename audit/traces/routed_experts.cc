@@ -86,6 +86,10 @@ std::unique_ptr<Trace> open_routed_experts(const std::string& path, const TraceO
   if (length > 0 && !guard.guarded([&] { std::memcpy(start.data(), file->data(), length); }))
     return refuse("could not be read");
   if (!parse_npy_header({start.data(), length}, file->size(), &header, &why)) return refuse(why);
+  if (header.shape.size() == 4 && !options.layers_first) {  // [sequences, tokens of each, layers, k]: verl
+    header.shape[1] *= header.shape[0];  // in bounds: the product of all is the size of the file
+    header.shape.erase(header.shape.begin());
+  }
   if (header.shape.size() != 3)
     return refuse("is an array of " + std::to_string(header.shape.size()) + " dimensions, not 3");
   const std::int64_t tokens = header.shape[options.layers_first ? 1 : 0],

@@ -464,8 +464,11 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("A18", "chosen without the correction bias", [](RouteForm& f) { f.ignore_bias = true; });
   }
   if (!right.softmax_after_top_k) {
-    add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen",
-        [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
+    if (right.top_k == 1 && !right.renormalise)
+      add("W5", "the one weight over itself: 1, without a gradient", [](RouteForm& f) { f.args.renormalise = true; });
+    else
+      add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen",
+          [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
   }
   if (right.score == k::Score::kSoftmax) {
     add("W4", "softmax of the softmax", [](RouteForm& f) { f.softmax_first = true; });
@@ -495,6 +498,11 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("W10", right.group_mask_is_zero ? "other groups masked by -inf" : "other groups masked by 0",
         [](RouteForm& f) { f.args.group_mask_is_zero = !f.args.group_mask_is_zero; });
   }
+  if (right.groups > 1 && right.group_score != k::GroupScore::kTopShareSum && right.top_k / right.top_groups != 2)
+    add("W9", "groups scored by their k / groups best", [](RouteForm& f) { f.args.group_score = k::GroupScore::kTopShareSum; });
+  if (right.groups > 1 && right.score == k::Score::kSoftmax)
+    add("W11", "softmax over the experts of the chosen groups", [](RouteForm& f) { f.mask_first = true; });
+  add("W7", "renormalised over the choices that were not dropped", [](RouteForm& f) { f.over_kept = true; });
   add("W12", "logits rounded to bfloat16 first", [](RouteForm& f) { f.logits_dtype = k::Float::kBF16; });
   return all;
 }
@@ -510,7 +518,23 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   }
   if (form.logits_dtype != k::Float::kF64)
     k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), form.logits_dtype, logits.data());
+  if (form.over_kept && l.dropped.empty()) return false;
   k::RouteArgs<double> a = form.args;
+  if (form.mask_first) {
+    k::RouteArgs<double> groups = a;
+    groups.logits = logits.data();
+    groups.tokens = l.tokens, groups.experts = l.experts, groups.top_k = l.top_k;
+    groups.group_mask_is_zero = false;
+    std::vector<std::int32_t> ignored(static_cast<std::size_t>(l.tokens * l.top_k));
+    std::vector<double> choice(logits.size());
+    if (k::route(groups, k::RouteResult<double>{ignored.data(), nullptr, nullptr, choice.data()}) != k::Status::kOk)
+      return false;
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (std::isinf(choice[i])) logits[i] = -std::numeric_limits<double>::infinity();
+    }
+    a.groups = a.top_groups = 1;
+    a.group_score = k::GroupScore::kNone;
+  }
   a.logits = logits.data();
   a.correction_bias = bias.empty() ? nullptr : bias.data();
   a.tokens = l.tokens;
@@ -533,6 +557,19 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
         double& w = (*weights)[static_cast<std::size_t>(t * l.top_k + j)];
         w = (form.args.renormalise ? w / (sum + form.args.renormalise_eps) : w) * form.args.scaling;
       }
+    }
+  }
+  if (form.over_kept) {
+    for (std::size_t first = 0; first < weights->size(); first += static_cast<std::size_t>(l.top_k)) {
+      double sum = 0;
+      for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j) {
+        // The drops are of the recorded choices, in their order.
+        const auto* at = std::find(l.chosen.data() + first, l.chosen.data() + first + l.top_k, (*chosen)[j]);
+        if (at == l.chosen.data() + first + l.top_k || l.dropped[static_cast<std::size_t>(at - l.chosen.data())]) (*weights)[j] = 0;
+        sum += (*weights)[j];
+      }
+      for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j)
+        (*weights)[j] *= sum > 0 ? form.args.scaling / sum : 0.0;
     }
   }
   for (double& w : *weights) w *= form.times;

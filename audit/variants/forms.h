@@ -21,6 +21,7 @@ struct RoutedLayer {
   std::vector<double> bias;                            // [experts] correction bias; empty: none
   kernels::Score score = kernels::Score::kSoftmax;     // of the router
   kernels::Float dtype = kernels::Float::kF64;         // that the logits were recorded in
+  double logit_error = 0;                              // how far each may be off: recomputed, not recorded
   kernels::Float scores_dtype = kernels::Float::kF64;  // that the framework's softmax of them is rounded to
   /// How often each expert was chosen, and among how many tokens: in the whole step; in this micro-batch on all ranks;
   /// in the step up to this micro-batch. Empty: not known.
@@ -124,6 +125,8 @@ struct RouteForm {
   bool ignore_bias = false;         // the correction bias takes no part
   kernels::Float logits_dtype = kernels::Float::kF64;  // W12: rounded before the choice
   double times = 1;                                    // on the weights: W8
+  bool over_kept = false;                              // W7: renormalised over what was not dropped
+  bool mask_first = false;                             // W11: softmax over the experts of the chosen groups alone
 };
 /// Deviations from `right` that the catalogue knows; the first is `right` itself.
 std::vector<RouteForm> route_forms(const kernels::RouteArgs<double>& right, bool has_bias);

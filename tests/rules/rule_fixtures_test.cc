@@ -96,6 +96,8 @@ Outcome run_files(const Rule& rule, const json& args) {
       list->second->push_back(value());
     else if (arg == "--hidden-states")
       run.hidden_states = value();
+    else if (arg == "--rollout")
+      run.rollout = value();
     else if (arg == "--trace")
       run.trace = value();
     else if (arg == "--world-size")

@@ -13,9 +13,12 @@ import tempfile
 
 root, binary = sys.argv[1], sys.argv[2]
 sys.path.insert(0, os.path.join(root, "fixtures/make"))
+import synthetic_routing  # noqa: E402
 import synthetic_traces  # noqa: E402
 
-ROWS = synthetic_traces.rows()
+MAKERS = (synthetic_traces, synthetic_routing)
+ROWS = [row for maker in MAKERS for row in maker.rows()]
+MAKER = [maker for maker in MAKERS for _ in maker.rows()]
 # Centring the step is a convention (torchtitan), not a fault: it must agree.
 CONVENTION = {"B18"}
 RIGHT = "right"
@@ -24,7 +27,7 @@ RIGHT = "right"
 def replay(job):
     index, shape, seed, narrow = job
     with tempfile.TemporaryDirectory() as folder:
-        synthetic_traces.write(ROWS[index], shape, seed, folder, narrow)
+        MAKER[index].write(ROWS[index], shape, seed, folder, narrow)
         process = subprocess.run([binary, "replay", folder, "--format", "json"], capture_output=True, text=True)
     return job, json.loads(process.stdout)["quantities"] if process.returncode == 0 else None
 
@@ -47,9 +50,9 @@ def main():
             mine = [q for q in quantities if q["quantity"] == quantity]
             differ = [q for q in mine if q["outcome"] == "differs"]
             found = [q["found"]["formula"] for q in differ if "found" in q] or ([] if differ else [q["found"]["formula"] for q in mine if "found" in q])
-            others = {i for q in (differ or mine) for i in re.findall(r"\b[ABGWZ]\d+\b", q.get("found", {}).get("also", ""))}
+            others = {i for q in (differ or mine) for i in re.findall(r"\b[ABCGWXZ]\d+\b", q.get("found", {}).get("also", ""))}
             name = found[0] if found else ("none" if differ else RIGHT if mine and any(q["compared"] for q in mine) else "not compared")
-            if name == "A0":  # another of the known conventions
+            if name == "A0" or (not name and not differ):  # another of the known conventions
                 name = RIGHT
             right = name == RIGHT if not id or id in CONVENTION else name == id or id in others
             if narrow:  # a band of 1e-2: what is right must stay right, a name may be missed

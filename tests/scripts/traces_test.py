@@ -138,5 +138,45 @@ for name in ("bias-tf5.23.0", "bias-wrong-way-tf5.23.0"):
         for m, n in zip(move, load):
             way = sign * ((sum(load) / 8 > n) - (sum(load) / 8 < n))
             check(abs(m - 0.001 * way) < 1e-7, f"{name}: layer {layer}: moved by {m} at load {n} of {load}")
+
+
+def routed(folder, step):
+    """[layers][tokens] of sets."""
+    t = tensors(os.path.join(root, folder, f"step{step}_mb0_rank0.safetensors"))
+    return {n: [set(row) for row in rows(t[n])] for n in sorted(t) if n.endswith("selected_experts")}
+
+
+def array(path):
+    """An int16 array that numpy.save wrote: shape and values."""
+    with open(path, "rb") as f:
+        data = f.read()
+    length = struct.unpack("<H", data[8:10])[0]
+    shape = eval(data[10:10 + length].decode().split("'shape': ")[1].split(")")[0] + ")")  # noqa: S307
+    return shape, struct.unpack(f"<{(len(data) - 10 - length) // 2}h", data[10 + length:])
+
+
+for name, want in expected.items():
+    if "other_sets" in want:
+        (tokens_, layers, k), ids = array(os.path.join(root, name, "rollout.npy"))
+        mine = [list(routed(name, step).values()) for step in (0, 1)]
+        per_step, other = tokens_ // 2, [0, 0, 0]
+        for t in range(tokens_):
+            sets = [mine[t // per_step][l][t % per_step] for l in range(layers)]
+            theirs = [set(ids[(t * layers + l) * k:(t * layers + l + 1) * k]) for l in range(layers)]
+            other[0] += sum(a != b for a, b in zip(sets, theirs))
+            other[1] += sets != theirs
+            other[2] += sum(len(a & b) for a, b in zip(sets, theirs))
+        check(other == want["other_sets"], f"{name}: sets, tokens and choices against the rollout: {other}")
+    if "outside_groups" in want:
+        outside = 0
+        for step in (0, 1):
+            t = tensors(os.path.join(root, name, f"step{step}_mb0_rank0.safetensors"))
+            bias = tensors(os.path.join(root, name, f"step{step}_rank0.safetensors"))["layer.1.correction_bias_before"][1]
+            for z, ids in zip(rows(t["layer.1.router_logits"]), rows(t["layer.1.selected_experts"])):
+                choice = [1 / (1 + math.exp(-v)) + b for v, b in zip(z, bias)]
+                groups = [sum(sorted(choice[g * 2:g * 2 + 2])) for g in range(4)]  # 4 groups of 2, the best 2
+                kept = sorted(range(4), key=lambda g: -groups[g])[:2]
+                outside += any(e // 2 not in kept for e in ids)
+        check(outside == want["outside_groups"], f"{name}: {outside} tokens outside their groups")
 print(f"{len(expected)} recorded runs, {bad} differences")
 sys.exit(1 if bad else 0)

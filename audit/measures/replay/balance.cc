@@ -32,7 +32,7 @@ BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const 
     // One rounding of the recorded dtype up and down, alternating, so that a common shift does not cancel.
     v::RoutedLayer moved = l;
     for (std::size_t i = 0; i < l.logits.size(); ++i)
-      moved.logits[i] += (i % 2 ? 0.5 : -0.5) * k::spacing(l.logits[i], l.dtype);
+      moved.logits[i] += (i % 2 ? 1 : -1) * std::max(0.5 * k::spacing(l.logits[i], l.dtype), l.logit_error);
     s.up.add(moved);
     for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] = 2 * l.logits[i] - moved.logits[i];
     s.down.add(moved);
@@ -41,7 +41,7 @@ BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const 
     s.z = v::z_value(v::z_forms()[0], l);
     const double lse = std::sqrt(std::fabs(s.z));
     s.z_error = k::bounds::log_sum_exp(l.experts, s.range, lse) * 2 * lse +
-                unit(l.dtype) * std::max(std::fabs(high), std::fabs(low)) * 2 * lse;
+                (unit(l.dtype) * std::max(std::fabs(high), std::fabs(low)) + l.logit_error) * 2 * lse;
   }
   return s;
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "audit/measures/replay/logits.h"
 #include "audit/measures/replay/routing.h"
 #include "audit/measures/router_replay.h"
 #include "kernels/host/bounds.h"
@@ -111,8 +112,9 @@ namespace {
 /// Place of a quantity in the report.
 int order_of(std::string_view quantity) {
   static constexpr std::string_view kOrder[] = {
-      "selection",  "weights",     "recomputed_selection", "aux_loss",       "z_loss",   "aux_in_loss",
-      "aux_weight", "loss_weight", "router_grad",          "router_grad_ce", "bias_step"};
+      "logits",      "evaluation_logits", "selection", "group_limit", "weights",  "recomputed_selection", "loads",
+      "capacity",    "drop_order",        "aux_loss",  "z_loss",   "aux_in_loss",          "aux_weight",
+      "loss_weight", "router_grad",       "router_grad_ce", "bias_step"};
   return static_cast<int>(std::find(std::begin(kOrder), std::end(kOrder), quantity) - std::begin(kOrder));
 }
 
@@ -164,15 +166,24 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   l->backend = backend;
   l->sequences = shared.sequences;
   l->valid = shared.valid;
-  if (!t.router_logits || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
+  if ((!t.router_logits && !t.hidden_states) || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
   if (rows > kMostLogits / l->experts)
-    return fault(*t.router_logits, "more than 2^28 logits in one micro-batch are not replayed"), false;
-  l->dtype = float_of(t.router_logits->dtype);
+    return fault(t.router_logits ? *t.router_logits : *t.hidden_states, "more than 2^28 logits in one micro-batch are not replayed"), false;
+  if (!t.router_logits) {
+    Recomputed c;
+    std::string why;
+    if (!trains(m) || !recompute_logits(this, m, t, false, &c, &why)) return false;
+    l->dtype = c.stated;
+    l->logits = std::move(c.logits);
+    l->logit_error = *std::max_element(c.band.begin(), c.band.end());
+  } else {
+    l->dtype = float_of(t.router_logits->dtype);
+    l->logits.resize(static_cast<std::size_t>(rows * l->experts));
+    if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
+      return fault(*t.router_logits, "could not be read"), false;
+  }
   // Under autocast softmax runs in float32 and is not rounded.
   l->scores_dtype = facts.mixed_precision == "bf16" || facts.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
-  l->logits.resize(static_cast<std::size_t>(rows * l->experts));
-  if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
-    return fault(*t.router_logits, "could not be read"), false;
   if (!v::extremes_of(l->logits).finite) return false;
   if (t.selected_experts) {
     l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
@@ -234,6 +245,21 @@ void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const
   }
   const std::scoped_lock lock(mutex_);
   loads[t.layer][{m.micro_batch, m.rank}] = std::move(counted);
+}
+
+const Loads* Context::loads_of(const MicroBatchRecord& m, int layer) {
+  const std::scoped_lock lock(mutex_);
+  const auto of_layer = loads.find(layer);
+  if (of_layer == loads.end()) return nullptr;
+  const auto it = of_layer->second.find({m.micro_batch, m.rank});
+  return it == of_layer->second.end() ? nullptr : &it->second;
+}
+
+const TensorView* Context::router_weight(const MicroBatchRecord& m, int layer, bool after) const {
+  if (m.step != step) return nullptr;
+  const auto& of = after ? weights_after : weights;
+  const auto it = of.find({m.rank, layer});
+  return it == of.end() || it->second.shape.size() != 2 ? nullptr : &it->second;
 }
 
 std::vector<v::Symbol> Context::symbols(bool of_gradient) const {

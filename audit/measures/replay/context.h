@@ -101,9 +101,14 @@ class Context {
   std::int64_t accumulation = 0;            // M: micro-batches of one step on one rank
 
   // Of the step at hand.
+  std::int64_t step = -1;
   std::map<std::pair<std::int64_t, int>, std::vector<double>> biases;  // before it, by rank and layer
   std::map<int, StepLoads> loads;                                      // by layer
   void count_loads(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t);
+  const Loads* loads_of(const MicroBatchRecord& m, int layer);  // nullptr: not counted
+  /// The routers' weights before the step, or after it; nullptr: not recorded.
+  const TensorView* router_weight(const MicroBatchRecord& m, int layer, bool after) const;
+  std::map<std::pair<std::int64_t, int>, TensorView> weights, weights_after;  // by rank and layer
 
  private:
   void fault(const TensorView& view, std::string what);

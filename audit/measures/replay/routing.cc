@@ -118,14 +118,17 @@ bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* 
 std::string family_words(const Context& ctx) { return ctx.facts.model_type + "'s order"; }
 
 Float score_dtype(const Routing& routing, Float logits) {
-  if (routing.scores_cast_back || routing.scores_dtype == DType::kUnknown) return logits;
+  // A softmax is asked for in float32; the other scores come in the dtype of the logits, which autocast may have narrowed.
+  const bool narrow = (logits == Float::kBF16 || logits == Float::kF16) && routing.scoring != Scoring::kSoftmax;
+  if (narrow || routing.scores_cast_back || routing.scores_dtype == DType::kUnknown) return logits;
   const Float f = float_of(routing.scores_dtype);
   return f == Float::kF64 ? Float::kF32 : f;
 }
 
 double score_error(const v::RoutedLayer& l, double range, Float f) {
-  if (l.score == k::Score::kSoftmax) return k::bounds::softmax_relative(l.experts, 0, range, f);
-  return l.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(0, f) : k::bounds::sqrt_softplus_relative(0, f);
+  const double off = l.logit_error;
+  if (l.score == k::Score::kSoftmax) return k::bounds::softmax_relative(l.experts, off, range, f);
+  return l.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(off, f) : k::bounds::sqrt_softplus_relative(off, f);
 }
 
 void name_selection(const k::RouteArgs<double>& args, const v::RoutedLayer& l, Row* r) {
@@ -158,31 +161,103 @@ void name_selection(const k::RouteArgs<double>& args, const v::RoutedLayer& l, R
   }
 }
 
+/// W6: weights that are the family's but for a number added to the sum that they are divided by.
+void name_epsilon(const k::RouteArgs<double>& args, const v::RoutedLayer& l, const std::vector<double>& recorded,
+                  std::size_t n, double relative, v::Name* name) {
+  v::RouteForm plain;
+  plain.args = args;
+  plain.args.renormalise = false;
+  plain.args.scaling = 1;
+  std::vector<std::int32_t> chosen;
+  std::vector<double> scores;
+  if (!v::route_with(plain, l, &chosen, &scores)) return;
+  const auto top_k = static_cast<std::size_t>(l.top_k);
+  double low = -kInf, high = kInf;  // of the number, by every token
+  for (std::size_t first = 0; first + top_k <= n; first += top_k) {
+    double sum = 0, weights = 0;
+    bool same = true;
+    for (std::size_t j = first; j < first + top_k; ++j) {
+      const auto* at = std::find(chosen.data() + first, chosen.data() + first + top_k, l.chosen[j]);
+      same = same && at != chosen.data() + first + top_k && (l.dropped.empty() || !l.dropped[j]);
+      sum += scores[j], weights += recorded[j];
+    }
+    if (!same || !(weights > 0)) continue;
+    const double total = sum * args.scaling / weights, off = 2 * relative * total;
+    low = std::max(low, total - off - sum);
+    high = std::min(high, total + off - sum);
+  }
+  if (!(low > 0) || !(high >= low) || !std::isfinite(high)) return;
+  char text[96];
+  std::snprintf(text, sizeof text, "divided by the sum of the chosen plus %.3g", (low + high) / 2);
+  name->found = true;
+  name->id = "W6";
+  name->name = text;
+}
+
 void name_weights(const Routing& routing, const k::RouteArgs<double>& args, const LayerTensors& t,
                   const v::RoutedLayer& l, const std::vector<double>& recorded, Row* w) {
-  const std::size_t n =
-      std::min(recorded.size(), kNamedWeights) / static_cast<std::size_t>(l.top_k) * static_cast<std::size_t>(l.top_k);
+  const std::size_t top_k = static_cast<std::size_t>(l.top_k);
+  const std::size_t n = std::min(recorded.size(), kNamedWeights) / top_k * top_k;
   const Float stored = float_of(t.routing_weights->dtype), scores = score_dtype(routing, l.dtype);
   const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
   const double relative = 2 * score_error(l, *high - *low, scores) +
                           k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)) + 2 * unit(stored);
+  std::vector<std::size_t> used;  // weights of choices that were not dropped
+  for (std::size_t i = 0; i < n; ++i) {
+    if (l.dropped.empty() || !l.dropped[i]) used.push_back(i);
+  }
   std::vector<v::Formula> formulas;
+  std::vector<double> got, sums;  // sums: of the chosen scores of each token, before they are renormalised
+  for (const std::size_t i : used) got.push_back(recorded[i]);
   for (const v::RouteForm& form : v::route_forms(args, !l.bias.empty())) {
     std::vector<std::int32_t> chosen;
     std::vector<double> weights;
     if (!v::route_with(form, l, &chosen, &weights)) continue;
-    v::Formula f{std::string(form.id), std::string(form.name), std::vector<double>(n, kNan)};
-    for (std::size_t i = 0; i < n; ++i) {
-      const std::size_t first = i / static_cast<std::size_t>(l.top_k) * static_cast<std::size_t>(l.top_k);
-      for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j) {
-        if (chosen[j] == l.chosen[i]) f.values[i] = weights[j];
+    v::Formula f{std::string(form.id), std::string(form.name), std::vector<double>(used.size(), kNan)};
+    for (std::size_t u = 0; u < used.size(); ++u) {
+      const std::size_t i = used[u], first = i / top_k * top_k;
+      for (std::size_t j = first; j < first + top_k; ++j) {
+        if (chosen[j] == l.chosen[i]) f.values[u] = weights[j];
       }
     }
     formulas.push_back(std::move(f));
   }
   const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
-  const std::vector<double> got(recorded.begin(), recorded.begin() + static_cast<std::ptrdiff_t>(n)), band(n, relative);
+  const std::vector<double> band(got.size(), relative);
   w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
+  if (!w->name.found && args.renormalise && !args.softmax_after_top_k) name_epsilon(args, l, recorded, n, relative, &w->name);
+}
+
+/// Tokens that went outside their groups, where the masked ones got 0.0 instead of -inf.
+void replay_groups(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, v::RouteForm limited,
+                   const v::RoutedLayer& l) {
+  limited.args.group_mask_is_zero = false;
+  std::vector<std::int32_t> chosen;
+  std::vector<double> weights;
+  k::RouteArgs<double> a = limited.args;
+  a.logits = l.logits.data();
+  a.correction_bias = l.bias.empty() ? nullptr : l.bias.data();
+  a.tokens = l.tokens;
+  chosen.resize(l.chosen.size());
+  std::vector<double> choice(l.logits.size());
+  if (k::route(a, k::RouteResult<double>{chosen.data(), nullptr, nullptr, choice.data()}) != k::Status::kOk) return;
+  Row& r = ctx->row("group_limit", t.layer);
+  r.held_to = "experts of the chosen groups only";
+  for (std::int64_t token = 0; token < l.tokens; ++token) {
+    bool outside = false;
+    for (std::int64_t j = 0; j < l.top_k; ++j) {
+      const std::int32_t e = l.chosen[static_cast<std::size_t>(token * l.top_k + j)];
+      outside = outside || (e >= 0 && std::isinf(choice[static_cast<std::size_t>(token * l.experts + e)]));
+    }
+    ++r.compared;
+    if (outside && ++r.differing == 1) r.place = ctx->place_of(m);
+  }
+  r.recorded = r.distance = static_cast<double>(r.differing);
+  r.expected = r.band = 0;
+  if (r.differing == 0) return;
+  r.name.found = true;
+  r.name.id = "W10";
+  r.name.name = "other groups masked by 0, above every negative score";
 }
 
 void replay_recomputation(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l) {
@@ -214,6 +289,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
     if (r.missing.empty()) r.missing = why;
     if (w.missing.empty()) w.missing = why;
   };
+  if (ctx->facts.routing_replayed.value_or(false)) return unknown("the experts are a rollout's (training.routing_replayed)");
   if (!ctx->routing) return unknown(ctx->why_not_routed);
   if (ctx->routing->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
   const k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
@@ -232,7 +308,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   const Place place = ctx->place_of(m);
   const Float scores = score_dtype(*ctx->routing, l.dtype);
   std::vector<char> in(static_cast<std::size_t>(l.experts));
-  r.held_to = "the k largest of the recorded logits, by " + family_words(*ctx);
+  r.held_to = std::string("the k largest of the ") + (t.router_logits ? "recorded" : "recomputed") + " logits, by " + family_words(*ctx);
   std::vector<double> recorded_weights;
   if (t.routing_weights) {
     recorded_weights.resize(l.chosen.size());
@@ -262,7 +338,8 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
         const double score = args.softmax_after_top_k
                                  ? 0.0
                                  : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
-        band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value);
+        band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value) +
+                                            (args.softmax_after_top_k ? l.logit_error : 0.0);
       }
       if (!allowed(args, choice.data(), band.data(), in)) {
         ++differing;
@@ -274,6 +351,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
         std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
     for (std::int64_t j = 0; j < l.top_k; ++j) {
       const auto at = static_cast<std::size_t>(token * l.top_k + j);
+      if (!l.dropped.empty() && l.dropped[at]) continue;  // its weight is used by nothing
       const auto* rank = std::find(want, want + l.top_k, got[j]);
       const double expected =
           weights[static_cast<std::size_t>(token * l.top_k) + static_cast<std::size_t>(rank - want)];
@@ -287,6 +365,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   r.expected = 0;
   r.band = 0;
   r.distance = static_cast<double>(r.differing);
+  if (args.groups > 1 && args.group_mask_is_zero) replay_groups(ctx, m, t, right, l);
   if (differing > 0 && !r.name.found) name_selection(args, l, &r);
   if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty())
     name_weights(*ctx->routing, args, t, l, recorded_weights, &w);

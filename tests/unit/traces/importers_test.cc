@@ -160,8 +160,10 @@ TEST(RoutedExperts, BothLayouts) {
   // two layers, three tokens, k = 2; layer 1 has the ids of layer 0 plus 4
   tree.write("a.npy", test::npy_text<std::int16_t>("<i2", "(3, 2, 2)", {0, 1, 4, 5, 1, 2, 5, 6, 2, 3, 6, 7}));
   tree.write("b.npy", test::npy_text<std::int16_t>("<i2", "(2, 3, 2)", {0, 1, 1, 2, 2, 3, 4, 5, 5, 6, 6, 7}));
-  for (const bool layers_first : {false, true}) {
-    const Opened o = open(tree.path(layers_first ? "b.npy" : "a.npy"), {.experts = 0, .layers_first = layers_first});
+  // as one sequence of three tokens
+  tree.write("c.npy", test::npy_text<std::int16_t>("<i2", "(1, 3, 2, 2)", {0, 1, 4, 5, 1, 2, 5, 6, 2, 3, 6, 7}));
+  for (const char* file : {"a.npy", "b.npy", "c.npy"}) {
+    const Opened o = open(tree.path(file), {.experts = 0, .layers_first = file[0] == 'b'});
     ASSERT_TRUE(o.trace);
     EXPECT_EQ(o.trace->facts().experts, 8);
     ASSERT_EQ(o.trace->micro_batches().size(), 1u);
