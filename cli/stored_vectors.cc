@@ -255,6 +255,58 @@ Outputs drop(const Json& j, const Inputs& in, k::Backend& backend) {
   return {{"place", doubles(place)}};
 }
 
+/// cases: tokens, experts, top_k, min_capacity, expert_parallel_size, world_size.
+Outputs capacity(const Json& j, const Inputs& in, k::Backend& backend) {
+  using F = k::CapacityForm;
+  const auto cases = in.get<std::int64_t>("cases");
+  const Values factors = in.get("factors");
+  std::vector<std::int64_t> places(factors.size());
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const std::int64_t* c = cases.data() + 6 * i;
+    k::CapacityArgs a{F::kMegatron, c[0], c[1], c[2], factors[i], c[3], c[4], c[5]};
+    a.form = one_of<F>(j, "form",
+                       {{"megatron", F::kMegatron},
+                        {"deepspeed", F::kDeepSpeed},
+                        {"megablocks", F::kMegaBlocks},
+                        {"olmo_core", F::kOlmoCore},
+                        {"tutel", F::kTutel},
+                        {"fastmoe", F::kFastMoE}});
+    check(k::capacity(a, &places[i]), backend);
+  }
+  return {{"places", doubles(places)}};
+}
+
+Outputs expert_choice(const Json& j, const Inputs& in, k::Backend& backend) {
+  const Values scores = in.get("scores"), upstream = in.get("d_weights");
+  const auto valid = in.get<std::uint8_t>("valid");
+  k::ExpertChoiceArgs<double> a{scores.data(), pointer(valid), in.size("scores", 0), in.size("scores", 1), j.at("capacity")};
+  Ids tokens(upstream.size()), taken(static_cast<std::size_t>(a.tokens));
+  Values weights(upstream.size()), d_scores(scores.size());
+  check(backend.expert_choice(a, {tokens.data(), weights.data(), taken.data()}), backend);
+  check(backend.expert_choice_backward(tokens.data(), upstream.data(), a.tokens, a.experts, a.capacity, d_scores.data()), backend);
+  return {{"tokens", doubles(tokens)}, {"weights", weights}, {"taken", doubles(taken)}, {"d_scores", d_scores}};
+}
+
+Outputs noisy_logits(const Json& j, const Inputs& in, k::Backend& backend) {
+  const Values logits = in.get("logits"), noise = in.get("noise"), raw = in.get("raw"), upstream = in.get("d_noisy");
+  k::NoisyLogitsArgs<double> a{logits.data(), noise.data(), pointer(raw), in.size("logits", 0), in.size("logits", 1),
+                               j.value("eps", 0.0), j.value("scale", 0.0)};
+  Values noisy(logits.size()), d_raw(raw.size());
+  check(backend.noisy_logits(a, noisy.data()), backend);
+  Outputs out = {{"noisy", noisy}};
+  if (raw.empty()) return out;
+  check(backend.noisy_logits_backward(a, upstream.data(), d_raw.data()), backend);
+  out["d_raw"] = d_raw;
+  return out;
+}
+
+Outputs jitter(const Json&, const Inputs& in, k::Backend& backend) {
+  const Values x = in.get("x"), factor = in.get("factor");
+  Values out(x.size());
+  check(backend.jitter(x.data(), factor.data(), static_cast<std::int64_t>(x.size()), k::Float::kBF16, out.data()), backend);
+  return {{"x", out}};
+}
+
 k::CountArgs<std::int32_t> count_args(const Json& j, const Inputs& in, const Ids& chosen) {
   k::CountArgs<std::int32_t> a;
   a.chosen = chosen.data();
@@ -545,7 +597,8 @@ using Operation = Outputs (*)(const Json&, const Inputs&, k::Backend&);
 constexpr std::pair<std::string_view, Operation> kOperations[] = {
     {"gate_logits", gate_logits}, {"route", route}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
     {"balance_loss", balance_loss}, {"z_loss", z_loss}, {"squares", squares}, {"bias_update", bias_update},
-    {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", drop}, {"expert_load", expert_load},
+    {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", drop}, {"capacity", capacity},
+    {"expert_choice", expert_choice}, {"noisy_logits", noisy_logits}, {"jitter", jitter}, {"expert_load", expert_load},
     {"routing_statistics", routing_statistics}, {"dequantise", dequantise}, {"lora_merge", lora_merge},
     {"lora_gradient", lora_gradient}, {"permute", permute}, {"moe_layer", moe_layer},
     {"importance_loss", importance_loss}, {"load_loss", load_loss}, {"entropy_loss", entropy_loss},
@@ -579,7 +632,7 @@ StoredVectors parse_vectors(std::string_view text) {
   return all;
 }
 
-bool host_only(const StoredVector& v) { return v.operation == "normalise" || v.operation == "squares"; }
+bool host_only(const StoredVector& v) { return v.operation == "normalise" || v.operation == "squares" || v.operation == "capacity"; }
 
 std::map<std::string, Values> run_vector(const StoredVector& vector, k::Backend& backend) {
   for (const auto& [name, operation] : kOperations) {

@@ -10,6 +10,7 @@
 #include "kernels/host/balance_loss.h"
 #include "kernels/host/bias_update.h"
 #include "kernels/host/dispatch.h"
+#include "kernels/host/expert_choice.h"
 #include "kernels/host/expert_load.h"
 #include "kernels/host/lora.h"
 #include "kernels/host/moe_layer.h"
@@ -17,6 +18,7 @@
 #include "kernels/host/quantised_weights.h"
 #include "kernels/host/router.h"
 #include "kernels/host/router_backward.h"
+#include "kernels/host/router_noise.h"
 #include "kernels/host/router_regularisers.h"
 #include "kernels/host/routing_metrics.h"
 #include "kernels/host/token_loss.h"
@@ -43,6 +45,20 @@ class Backend {
   }
   virtual Status gate_backward(const GateBackwardArgs<double>& a, double* d_w, double* d_x) {
     return kernels::gate_backward(a, d_w, d_x);
+  }
+  virtual Status expert_choice(const ExpertChoiceArgs<double>& a, const ExpertChoiceResult<double>& r) {
+    return kernels::expert_choice(a, r);
+  }
+  virtual Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_weights, std::int64_t tokens,
+                                        std::int64_t experts, std::int64_t capacity, double* d_scores) {
+    return kernels::expert_choice_backward(tokens_of, d_weights, tokens, experts, capacity, d_scores);
+  }
+  virtual Status noisy_logits(const NoisyLogitsArgs<double>& a, double* out) { return kernels::noisy_logits(a, out); }
+  virtual Status noisy_logits_backward(const NoisyLogitsArgs<double>& a, const double* upstream, double* d_noise_logits) {
+    return kernels::noisy_logits_backward(a, upstream, d_noise_logits);
+  }
+  virtual Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out) {
+    return kernels::jitter(x, factor, count, dtype, out);
   }
   virtual Status balance_loss(const BalanceLossArgs<double>& a, const BalanceLossResult<double>& r) {
     return kernels::balance_loss(a, r);

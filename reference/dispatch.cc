@@ -7,6 +7,21 @@
 
 namespace moeaudit::reference {
 
+at::Tensor capacity(CapacityForm form, const at::Tensor& cases, const at::Tensor& factors) {
+  const auto column = [&](std::int64_t i) { return cases.select(1, i).to(at::kDouble); };
+  const at::Tensor t = column(0), e = column(1), k = column(2), ep = column(4), world = column(5);
+  at::Tensor places;
+  switch (form) {
+    case CapacityForm::kMegatron: places = at::ceil(t * k / e * factors); break;
+    case CapacityForm::kDeepSpeed: places = at::maximum(at::ceil(t / e * (factors * k)), column(3)); break;
+    case CapacityForm::kMegaBlocks: places = at::floor(factors * (k * t * ep / e)); break;
+    case CapacityForm::kOlmoCore: places = ep * at::ceil(at::floor(factors * k * t / e) / 8) * 8; break;
+    case CapacityForm::kTutel: places = k * at::floor(factors * at::ceil(t / e)); break;
+    case CapacityForm::kFastMoE: places = at::div(at::ceil(factors * t) * k, world * at::div(e, world, "floor"), "floor"); break;
+  }
+  return places.to(at::kLong);
+}
+
 at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order,
                 std::int64_t capacity) {
   const std::int64_t tokens = chosen.size(0), k = chosen.size(1);

@@ -8,6 +8,12 @@
 
 namespace moeaudit::reference {
 
+enum class CapacityForm { kMegatron, kDeepSpeed, kMegaBlocks, kOlmoCore, kTutel, kFastMoE };
+
+/// Choices that one expert takes in each case: cases int64 [N, 6] of tokens, experts, top_k, min_capacity,
+/// expert_parallel_size and world_size, factors float64 [N]. Float64 tensors round as Python's floats do. Returns int64 [N].
+at::Tensor capacity(CapacityForm form, const at::Tensor& cases, const at::Tensor& factors);
+
 enum class DropOrder { kTokens, kChoices, kWeights, kKeys, kBatchPrioritised };
 
 /// chosen int64 [T, k] (negative: none), weights and keys float64 [T, k] or undefined. Returns int64 [T, k]: the place

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/balance_loss.h"
 #include "kernels/cuda/dispatch.h"
+#include "kernels/cuda/expert_choice.h"
 #include "kernels/cuda/expert_load.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/lora.h"
@@ -13,6 +14,7 @@
 #include "kernels/cuda/quantised_weights.h"
 #include "kernels/cuda/router.h"
 #include "kernels/cuda/router_backward.h"
+#include "kernels/cuda/router_noise.h"
 #include "kernels/cuda/router_regularisers.h"
 #include "kernels/cuda/routing_metrics.h"
 #include "kernels/cuda/token_loss.h"
@@ -140,6 +142,53 @@ class CudaBackend final : public Backend {
     m.in(a.d_logits, a.tokens * a.experts).in(a.x, a.tokens * a.hidden).in(a.w, a.experts * a.hidden);
     m.out(d_w, a.experts * a.hidden).out(d_x, a.tokens * a.hidden);
     return m.run(&error_, [&] { return cuda::gate_backward(a, d_w, d_x, nullptr); });
+  }
+  Status expert_choice(const ExpertChoiceArgs<double>& args, const ExpertChoiceResult<double>& result) override {
+    if (const Status s = check_expert_choice(args, result); s != Status::kOk || args.tokens == 0) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    auto r = result;
+    m.in(a.scores, a.tokens * a.experts).in(a.valid, a.tokens);
+    m.out(r.tokens, a.experts * a.capacity).out(r.weights, a.experts * a.capacity).out(r.taken, a.tokens);
+    void* workspace = m.workspace(expert_choice_workspace(a.experts, a.capacity));
+    return m.run(&error_, [&] { return cuda::expert_choice(a, r, workspace, nullptr); });
+  }
+  Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_weights, std::int64_t tokens,
+                                std::int64_t experts, std::int64_t capacity, double* d_scores) override {
+    if (tokens < 0 || experts < 1 || capacity < 0) return Status::kBadShape;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    m.in(tokens_of, experts * capacity).in(d_weights, experts * capacity).out(d_scores, tokens * experts);
+    return m.run(&error_, [&] {
+      return cuda::expert_choice_backward(tokens_of, d_weights, tokens, experts, capacity, d_scores, nullptr);
+    });
+  }
+  Status noisy_logits(const NoisyLogitsArgs<double>& args, double* out) override {
+    if (const Status s = check_noisy_logits(args, out); s != Status::kOk) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    const std::int64_t all = a.tokens * a.experts;
+    m.in(a.logits, all).in(a.noise, all).in(a.noise_logits, all).out(out, all);
+    return m.run(&error_, [&] { return cuda::noisy_logits(a, out, nullptr); });
+  }
+  Status noisy_logits_backward(const NoisyLogitsArgs<double>& args, const double* upstream,
+                               double* d_noise_logits) override {
+    if (const Status s = check_noisy_logits_backward(args, upstream, d_noise_logits); s != Status::kOk) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    const std::int64_t all = a.tokens * a.experts;
+    m.in(a.logits, all).in(a.noise, all).in(a.noise_logits, all).in(upstream, all).out(d_noise_logits, all);
+    return m.run(&error_, [&] { return cuda::noisy_logits_backward(a, upstream, d_noise_logits, nullptr); });
+  }
+  Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out) override {
+    if (count < 0) return Status::kBadShape;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    m.in(x, count).in(factor, count).out(out, count);
+    return m.run(&error_, [&] { return cuda::jitter(x, factor, count, dtype, out, nullptr); });
   }
   Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result) override {
     if (const Status s = check_balance_loss(args, result); s != Status::kOk) return s;

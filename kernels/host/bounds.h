@@ -108,6 +108,21 @@ inline double scaled_relative(double weight, Float f) {
   return std::expm1(std::log1p(weight) + gamma(2.0, unit_roundoff(f)));
 }
 
+/// Error of one logit's gradient, of route_backward() and of autograd over the same operations, relative to `size`: the
+/// sum of the magnitudes of its terms,
+///   g_c     = scaling |u_c|, renormalised scaling (|u_c| / D + sum_j |u_j| s_j / D^2), D = sum_j s_j + eps; 0 for what was
+///             not chosen; plus |d loss / d s_c| of a loss of the scores
+///   size[e] = s_e (g_e + sum_f g_f s_f) for a softmax, g_e s_e (1 + s_e) for a sigmoid (1 - s_e as two terms), g_e times the
+///             slope for a square root of softplus, whose sigmoid is no less exact than its value
+/// `score` is the relative error of a score, which goes into a term at most 5 times: once in the sum over j, twice as D, and
+/// twice in the slope. Roundings: k additions for the sum over j and for each D; its product, two quotients, a difference,
+/// scaling and the sum with the other loss (6); E additions, two products and a difference for a softmax, three for a slope;
+/// one more where a gradient of the logits is added last.
+inline double route_backward_relative(double score, std::int64_t experts, std::int64_t top_k) {
+  return std::expm1(5.0 * std::log1p(score) +
+                    gamma(3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + 10.0, unit_roundoff(Float::kF64)));
+}
+
 /// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a piece,
 /// of the tree over the accumulators, and of the pieces.
 inline double scan_additions(Stored type, std::int64_t count) {

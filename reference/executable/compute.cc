@@ -11,12 +11,14 @@
 
 #include "reference/balance_loss.h"
 #include "reference/dispatch.h"
+#include "reference/expert_choice.h"
 #include "reference/expert_load.h"
 #include "reference/lora.h"
 #include "reference/moe_layer.h"
 #include "reference/permute.h"
 #include "reference/quantised_weights.h"
 #include "reference/router.h"
+#include "reference/router_noise.h"
 #include "reference/router_regularisers.h"
 #include "reference/routing_metrics.h"
 #include "reference/token_loss.h"
@@ -214,6 +216,46 @@ Outputs dispatch(const Json& j, const Inputs& in) {
   return {{"place", {drop(get(in, "chosen"), get(in, "weights"), get(in, "keys"), order, j.value("capacity", 4)), 0, 0}}};
 }
 
+Outputs capacities(const Json& j, const Inputs& in) {
+  const auto form = one_of<CapacityForm>(j, "form",
+                                         {{"megatron", CapacityForm::kMegatron},
+                                          {"deepspeed", CapacityForm::kDeepSpeed},
+                                          {"megablocks", CapacityForm::kMegaBlocks},
+                                          {"olmo_core", CapacityForm::kOlmoCore},
+                                          {"tutel", CapacityForm::kTutel},
+                                          {"fastmoe", CapacityForm::kFastMoE}});
+  return {{"places", {capacity(form, get(in, "cases"), get(in, "factors")), 0, 0}}};
+}
+
+Outputs choice_of_experts(const Json& j, const Inputs& in) {
+  const at::Tensor scores = leaf(get(in, "scores")), valid = get(in, "valid");
+  const ExpertChosen c = expert_choice(scores, j.at("capacity"), valid.defined() ? valid.to(at::kBool) : valid);
+  const at::Tensor d = gradient(c.weights, scores, get(in, "d_weights"));
+  return {{"tokens", {c.tokens.contiguous(), 0, 0}},
+          {"weights", {c.weights.detach(), 0, 0}},
+          {"taken", {at::bincount(c.tokens.reshape({-1}), {}, scores.size(0)), 0, 0}},
+          {"d_scores", {d, 0, 0}}};
+}
+
+Outputs noise(const Json& j, const Inputs& in) {
+  const at::Tensor logits = get(in, "logits"), drawn = get(in, "noise"), given = get(in, "raw");
+  const double eps = j.value("eps", 0.0);
+  if (!given.defined()) {
+    const at::Tensor part = drawn * j.value("scale", 0.0);
+    return {{"noisy", {logits + part, twice(2), largest(logits.abs() + part.abs())}}};
+  }
+  const at::Tensor raw = leaf(given), noisy = noisy_logits(logits, drawn, raw, eps);
+  const at::Tensor slope = gradient(noisy, raw, get(in, "d_noisy"));
+  // A softplus takes 8 roundings, eps, the product and the sum one each; a sigmoid 4, its argument none, two products.
+  return {{"noisy", {noisy.detach(), twice(11), largest(logits.abs() + drawn.abs() * (at::softplus(given) + eps))}},
+          {"d_raw", {slope, twice(7), largest(slope)}}};
+}
+
+/// The product of two bfloat16 or of values as short is exact in float32, so the one rounding is that to bfloat16.
+Outputs jittered(const Json&, const Inputs& in) {
+  return {{"x", {(get(in, "x") * get(in, "factor")).to(at::kBFloat16).to(at::kDouble), 0, 0}}};
+}
+
 at::Tensor numbers(const std::map<std::string, double>& m, const std::vector<const char*>& names) {
   std::vector<double> v;
   for (const char* name : names) v.push_back(m.at(name));
@@ -316,17 +358,35 @@ Outputs layer(const Json& j, const Inputs& in) {
     }
     return out;
   };
-  // With magnitudes for values and max(z, 0) for the activation, whose slope SiLU's exceeds by a tenth at most, every
-  // term is added with one sign: the sums of magnitudes. Twice each, for two activations' slopes and the sigmoid.
+  // With magnitudes for values and max(z, 0) for the activation every term is added with one sign: the sums of magnitudes,
+  // which bound the terms, since |SiLU(z)| <= |z| and both sigmoids grow. What they miss (kernels/host/bounds.h, activation()):
+  // SiLU's slope is within 1.13, and an error of its argument, relative to the largest sum of magnitudes z, moves it by 1.13
+  // max(1, |alpha|) z; the slope of the sigmoid in front of a shared expert is at most 1/4, at magnitudes less.
   ExpertForm plain = form;
   plain.activation = Activation::kRelu;
   const auto values = run(form, [](const at::Tensor& t) { return t; });
   const auto sizes = run(plain, [](const at::Tensor& t) { return t.abs(); });
   const at::Tensor x = get(in, "x");
-  const double sums = static_cast<double>(2 * x.size(1) + 2 * last(get(in, "down")) + x.size(0) + chosen.size(1));
+  double z = 0;
+  for (const std::string name : {"gate_up", "shared_gate_up"}) {
+    at::Tensor w = get(in, name.c_str());
+    if (!w.defined()) continue;
+    w = w.abs();
+    const at::Tensor a = get(in, (name + "_lora_a").c_str()), b = get(in, (name + "_lora_b").c_str());
+    if (a.defined()) w = w + std::fabs(j.value("lora_scaling", 1.0)) * at::matmul(b.abs(), a.abs());
+    z = std::max(z, largest(at::matmul(w, x.abs().t())));
+  }
+  const double alpha = std::fabs(form.alpha), slopes = 1.13 * (1 + std::max(1.0, alpha) * z);
+  const at::Tensor gate = get(in, "shared_gate");
+  const double s = gate.defined() ? at::sigmoid(at::mv(x.abs(), gate.abs())).max().item<double>() : 0.5;
+  // The longest path: both linears there and back with their adapters (rank 2), tokens or choices; the activation or its
+  // slope; sigmoid, offset, products and scalings.
+  const double sums = static_cast<double>(3 * x.size(1) + 3 * last(get(in, "down")) + x.size(0) + chosen.size(1)) + 4 * 2;
+  const double roundings = sums + 18 + 7 * alpha * z + 16;
   Outputs out;
   for (const auto& [name, v] : values) {
-    out[name] = {v, twice(sums + 80), 2 * (1 + std::fabs(form.alpha)) * (1 + std::fabs(form.up_offset)) * largest(sizes.at(name))};
+    const double steep = name == "d_x" || name == "d_shared_gate" ? 0.25 / (s * (1 - s)) : 1;
+    out[name] = {v, twice(roundings), slopes * steep * largest(sizes.at(name))};
   }
   return out;
 }
@@ -400,7 +460,8 @@ const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations
   static const std::map<std::string, Outputs (*)(const Json&, const Inputs&)> kOperations = {
       {"gate_logits", gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
       {"balance_loss", balance}, {"z_loss", z}, {"squares", squares}, {"bias_update", bias},
-      {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", dispatch}, {"expert_load", load_of_choices},
+      {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", dispatch}, {"capacity", capacities},
+      {"expert_choice", choice_of_experts}, {"noisy_logits", noise}, {"jitter", jittered}, {"expert_load", load_of_choices},
       {"routing_statistics", routing_load}, {"dequantise", dequantise}, {"lora_merge", lora_merging},
       {"lora_gradient", lora_gradients}, {"permute", permutation}, {"moe_layer", layer},
       {"importance_loss", importance}, {"load_loss", smooth_load}, {"entropy_loss", entropy},

@@ -311,6 +311,46 @@ void dispatch_vectors(Builder& b) {
   b.vector("routing_metrics", "by-domain", "count_by_label", "OLMoE, arXiv 2409.02060: domain specialisation", {{"experts", kE}, {"num_labels", 4}}, {{"chosen", "chosen"}, {"labels", "domains"}});
 }
 
+/// How many choices an expert takes. The digits were computed apart, with Python's integers and floats.
+void capacity_rows(Builder& b) {
+  b.tensor("capacity cases", ints({100, 8, 2, 4, 4, 4, 16, 8, 2, 8, 1, 1, 30, 12, 2, 0, 2, 3, 1000, 64, 6, 4, 8, 8,
+                                   4096, 160, 6, 4, 8, 8, 70, 10, 2, 8, 1, 2, 50, 10, 1, 4, 2, 5}).reshape({7, 6}));
+  b.tensor("capacity factors", doubles({1.25, 1.0, 1.1, 1.1, 1.2, 1.1, 1.4}));
+  const Json in = {{"cases", "capacity cases"}, {"factors", "capacity factors"}};
+  const auto row = [&](const char* id, const char* form, const char* formula, const char* seen, const std::vector<std::string>& published) {
+    b.row("dispatch", id, "capacity", formula, seen, published, {{"form", form}}, in, "places", 0, 7);
+  };
+  row("C0", "megatron", "ceil(T k / E cf)", "megatron/core/transformer/moe/moe_utils.py get_capacity", {"32.0", "4.0", "6.0", "104.0", "185.0", "16.0", "7.0"});
+  row("C1", "deepspeed", "max(ceil(T / E cf k), min_capacity)", "deepspeed/moe/sharded_moe.py _capacity", {"32.0", "8.0", "6.0", "104.0", "185.0", "16.0", "7.0"});
+  row("C2", "megablocks", "int(cf k T ep / E)", "megablocks/layers/moe.py expert_capacity", {"125.0", "4.0", "11.0", "825.0", "1474.0", "15.0", "14.0"});
+  row("C3", "olmo_core", "ep up8(int(cf k T / E))", "olmo_core/nn/moe/mlp.py", {"128.0", "8.0", "16.0", "832.0", "1472.0", "16.0", "16.0"});
+  row("C4", "tutel", "k int(cf ceil(T / E))", "tutel/impls/fast_dispatch.py", {"32.0", "4.0", "6.0", "102.0", "186.0", "14.0", "7.0"});
+  row("C5", "fastmoe", "ceil(cf T) k // E", "fmoe/gates/gshard_gate.py", {"31.0", "4.0", "5.0", "103.0", "184.0", "15.0", "7.0"});
+}
+
+/// Expert choice and noise; digits as above.
+void choice_and_noise_rows(Builder& b) {
+  const char* zhou = "arXiv 2202.09368 section 3.2";
+  b.tensor("d weights of experts", spread({kE, 4}, 5.4));
+  b.tensor("coarse logits", vector_logits(0).round());
+  b.row("expert_choice", "right", "expert_choice", "the 4 best tokens of every expert, by its softmax scores", zhou,
+        {"0.654796659", "0.572792988", "0.469327317", "0.437221154", "0.360675217", "0.318334427", "0.272076787", "0.245863828"},
+        {{"capacity", 4}}, {{"scores", "softmax"}, {"d_weights", "d weights of experts"}}, "weights", 0, 8);
+  b.vector("expert_choice", "ties", "expert_choice", "the lower token first among equals", {{"capacity", 4}}, {{"scores", "coarse logits"}, {"d_weights", "d weights of experts"}});
+  b.vector("expert_choice", "padding", "expert_choice", "nobody takes what is not valid", {{"capacity", 4}}, {{"scores", "padded softmax"}, {"valid", "valid"}, {"d_weights", "d weights of experts"}});
+  const Json drawn = {{"logits", "logits"}, {"noise", "noise"}};
+  Json learnt = drawn;
+  learnt["raw"] = "raw noise", learnt["d_noisy"] = "d logits";
+  b.row("router_noise", "right", "noisy_logits", "z + n (softplus(r) + 0.01)", "arXiv 1701.06538 equation 4; tensor2tensor expert_utils.py noisy_top_k_gating",
+        {"1.858705500", "2.480924058", "1.205882078", "1.118980697", "0.605125023", "-1.573846558", "-2.054982808", "-1.030801453"},
+        {{"eps", 0.01}}, learnt, "noisy", 0, 8);
+  b.row("router_noise", "fixed", "noisy_logits", "z + n / E", "V-MoE, arXiv 2106.05974",
+        {"2.072437579", "1.704417877", "1.233667304", "0.578889346", "-0.289629299", "-1.357339247", "-1.834302409", "-1.445400937"},
+        {{"scale", 0.125}}, drawn, "noisy", 0, 8);
+  b.tensor("factors of jitter", 1 + at::round(16 * spread({kT, 12}, 5.5)) / 4096);
+  b.vector("router_noise", "jitter-bf16", "jitter", "Switch, arXiv 2101.03961 table 4; one rounding to bfloat16", {}, {{"x", "gate x of 16"}, {"factor", "factors of jitter"}});
+}
+
 void weight_vectors(Builder& b) {
   const auto codes = [&](const char* name, std::int64_t n, std::int64_t step) { b.tensor(name, at::arange(n, at::kLong) * step % 256); };
   // Not the codes of NaN: 0x7f and 0xff in e4m3.
@@ -413,8 +453,10 @@ Json make_vectors() {
   bias_rows(b);
   token_rows(b);
   dispatch_vectors(b);
+  capacity_rows(b);
   weight_vectors(b);
   layer_vectors(b);
+  choice_and_noise_rows(b);
   b.file["not_reached"] = Json::array(
       {{{"rows", {"A29", "A33"}}, {"why", "the coefficient: the loss itself is right, and none is logged"}},
        {{"rows", {"A34"}}, {"why", "an epsilon that matters only where all scores of a token are near 0"}},

@@ -57,6 +57,28 @@ BOOST_AUTO_TEST_CASE(forms_of_the_frameworks) {
   BOOST_CHECK(k::capacity(a, &places) == k::Status::kBadShape);
 }
 
+// Sizes and factors whose quotients and products round both ways.
+BOOST_AUTO_TEST_CASE(forms_agree_with_the_reference) {
+  std::vector<std::int64_t> cases;
+  std::vector<double> factors;
+  for (std::int64_t i = 0; i < 600; ++i) {
+    const std::int64_t world = 1 + i % 4;
+    cases.insert(cases.end(), {i * i % 4099, world * (1 + i % 37), 1 + i % 8, i % 5, 1 + i % 3, world});
+    factors.push_back(1 + 0.1 * static_cast<double>(i % 17));
+  }
+  const auto n = static_cast<std::int64_t>(factors.size());
+  const at::Tensor sizes = at::tensor(cases, at::kLong).reshape({n, 6}), by = at::tensor(factors, at::kDouble);
+  for (int form = 0; form < 6; ++form) {
+    const at::Tensor want = ref::capacity(static_cast<ref::CapacityForm>(form), sizes, by).contiguous();
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t* c = cases.data() + 6 * i;
+      std::int64_t places = -1;
+      BOOST_REQUIRE(k::capacity({static_cast<CapacityForm>(form), c[0], c[1], c[2], factors[i], c[3], c[4], c[5]}, &places) == k::Status::kOk);
+      BOOST_CHECK_MESSAGE(places == want.data_ptr<std::int64_t>()[i], "form " << form << ", case " << i << ": " << places);
+    }
+  }
+}
+
 struct Choices {
   std::int64_t tokens, experts, top_k;
   Ids chosen;

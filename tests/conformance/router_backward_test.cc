@@ -92,19 +92,32 @@ k::RouteBackwardArgs<double> args_of(const Case& c, const Setup& s) {
   return a;
 }
 
-/// Roundings on the way from a score to a gradient: scores, two sums over E or k terms of either sign, a few products;
-/// against the largest magnitude of the row, since terms cancel.
-void check_near(const Doubles& got, const at::Tensor& want, const Setup& s, double scale, const std::string& what) {
-  const at::Tensor w = want.contiguous();
-  const double u = k::unit_roundoff(k::Float::kF64);
-  double range = 0;
-  for (double l : s.logits) range = std::max(range, std::fabs(l));
-  const double bound = 4 *
-                       (k::bounds::softmax_relative(s.experts, 0, 2 * range, k::Float::kF64) +
-                        k::bounds::gamma(2.0 * static_cast<double>(s.experts) + 16, u)) *
-                       scale;
+/// The magnitudes that bounds::route_backward_relative() is relative to; of_scores: gradients of the scores, from elsewhere.
+at::Tensor sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = {}) {
+  const at::Tensor z = tensor(s.logits, s.tokens), u = tensor(s.upstream, s.tokens).abs();
+  const at::Tensor chosen = at::tensor(s.chosen, at::kInt).to(at::kLong).reshape({s.tokens, s.top_k});
+  const at::Tensor score = c.after ? at::zeros_like(z).scatter(1, chosen, at::softmax(z.gather(1, chosen), 1))
+                                   : ref::scores(z, c.reference);
+  const at::Tensor w = score.gather(1, chosen), by = w.sum(1, true) + c.eps;
+  const at::Tensor each = c.scaling * (c.renormalise ? u / by + (u * w).sum(1, true) / by / by : u);
+  at::Tensor g = at::zeros_like(z).scatter(1, chosen, each);
+  if (of_scores.defined()) g = g + of_scores.abs();
+  if (c.score == k::Score::kSigmoid) return g * score * (1 + score);
+  if (c.score == k::Score::kSqrtSoftplus) return g * at::sigmoid(z) / (2 * score);
+  return score * (g + (g * score).sum(1, true));
+}
+
+/// Both sides are within the bound of the exact gradient.
+void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const Setup& s, const at::Tensor& sizes,
+                const std::string& what) {
+  const at::Tensor w = want.contiguous(), size = sizes.contiguous(), z = tensor(s.logits, s.tokens);
+  const double range = (z.amax(1) - z.amin(1)).max().item<double>();
+  const double score = c.score == k::Score::kSoftmax   ? k::bounds::softmax_relative(s.experts, 0, range, k::Float::kF64)
+                       : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(0, k::Float::kF64)
+                                                       : k::bounds::sqrt_softplus_relative(0, k::Float::kF64);
+  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k);
   for (std::size_t i = 0; i < got.size(); ++i) {
-    const double off = std::fabs(got[i] - w.data_ptr<double>()[i]);
+    const double off = std::fabs(got[i] - w.data_ptr<double>()[i]), bound = relative * size.data_ptr<double>()[i];
     BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
                                              << ", bound " << bound);
   }
@@ -124,11 +137,7 @@ BOOST_AUTO_TEST_CASE(gradients_agree_with_autograd) {
         (r.weights * tensor(s.upstream, s.tokens)).sum().backward();
         Doubles d(s.logits.size());
         BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
-        // Upstream of at most 5; a renormalised weight has slope 1 / sum of scores.
-        double least = 1;
-        const at::Tensor sums = ref::scores(z.detach(), c.reference).gather(1, r.chosen).sum(1);
-        if (c.renormalise) least = std::min(1.0, sums.min().item<double>());
-        check_near(d, z.grad(), s, 10 * c.scaling / least, what);
+        check_near(d, z.grad(), c, s, sizes_of(c, s), what);
       }
     }
   }
@@ -152,7 +161,7 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   a.logits = of_z.data_ptr<double>();
   Doubles d(s.logits.size());
   BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
-  check_near(d, z.grad(), s, 40, "with losses");
+  check_near(d, z.grad(), c, s, sizes_of(c, s, tensor(other, s.tokens)) + of_z.abs(), "with losses");
   // Only losses: no weights, no choices.
   a.weights = nullptr;
   a.chosen = nullptr;
@@ -161,7 +170,7 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   Setup one = setup(c, 6, 8, 1, 1);
   Doubles none(one.logits.size());
   BOOST_REQUIRE(k::route_backward(args_of(c, one), none.data()) == k::Status::kOk);
-  for (double v : none) BOOST_CHECK_SMALL(v, 1e-15);
+  check_near(none, at::zeros({6, 8}, at::kDouble), c, one, sizes_of(c, one), "one choice");
   // All dropped.
   std::fill(one.chosen.begin(), one.chosen.end(), -1);
   BOOST_REQUIRE(k::route_backward(args_of(kCases[0], one), none.data()) == k::Status::kOk);
