@@ -1,6 +1,7 @@
 // moe-audit health: how tokens spread over the experts, measured.
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -23,6 +24,11 @@ struct HealthArguments {
   Device device = Device::kAuto;
 };
 
+bool is_model(const std::string& path) {
+  std::error_code ec;
+  return path.ends_with(".safetensors") || std::filesystem::exists(std::filesystem::path(path) / "config.json", ec);
+}
+
 int run(HealthArguments& a) {
   static const std::map<std::string, Scoring> kScores = {
       {"softmax", Scoring::kSoftmax}, {"sigmoid", Scoring::kSigmoid}, {"sqrtsoftplus", Scoring::kSqrtSoftplus}};
@@ -40,7 +46,7 @@ int run(HealthArguments& a) {
   std::shared_ptr<ReplayBackend> backend;
   if (a.device == Device::kCuda) open_cuda_or_throw();
   std::unique_ptr<Trace> trace;
-  if (recognise_trace(a.path) == TraceFormat::kNone && !a.hidden_states.empty()) {
+  if (recognise_trace(a.path) == TraceFormat::kNone && (!a.hidden_states.empty() || is_model(a.path))) {
     RunOptions options;
     options.paths = {a.path};
     options.hidden_states = a.hidden_states;
@@ -77,7 +83,7 @@ std::function<int()> define(CLI::App& app) {
   auto a = std::make_shared<HealthArguments>();
   app.add_option("path", a->path,
                  "A trace: a folder with trace.json, Megatron-LM's router_trace_rank*.jsonl or tokens_per_expert/, a "
-                 "routed-experts .npy, or the JSON of expert counts; with --hidden-states a model")
+                 "routed-experts array (.npy, .npz, .safetensors), or the JSON of expert counts; with --hidden-states a model")
       ->required()
       ->type_name("PATH");
   app.add_option("--against", a->against,

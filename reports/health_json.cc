@@ -64,8 +64,10 @@ Json layer_json(const LayerHealth& l) {
   object["metrics"] = std::move(metrics);
   object["load"] = l.load;
   object["utilisation"] = json_of(l.utilisation);
+  for (const auto& [low, high] : l.utilisation_interval) object["utilisation_95"].push_back({json_of(low), json_of(high)});
   if (!l.importance.empty()) object["importance"] = json_of(l.importance);
   if (!l.gate_mass.empty()) object["gate_mass"] = json_of(l.gate_mass);
+  if (!l.dropped.empty()) object["dropped"] = l.dropped;
   if (!l.together.empty()) {
     object["lift_chance"] = json_of(l.lift_chance);
     for (const CoActivation& c : l.together) object["most_together"].push_back(object_of(c));

@@ -219,14 +219,24 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
                  {"MinVio", "min_violation_pooled", number},
                  {"CV (pop.)", "cv_population", number, true, true},
                  {"CV (N-1)", "cv_sample", number},
-                 {"H/ln E", "normalised_entropy", number, false, true},
+                 {"H/ln E", "normalised_entropy", number, true},
                  {"eff. experts", "effective_experts", number},
-                 {"Gini", "gini", number, false, true},
+                 {"Gini", "gini", number},
                  {"busiest 1/8", "share_of_busiest_eighth", number, false, false, true},
                  {"idle", "idle_experts", count},
                  {"dead", "dead_experts", count},
                  {"cold", "cold_experts", count}},
                 r, paint, width, out);
+  const auto [least, most] = std::minmax_element(r.layers.begin(), r.layers.end(),
+                                                 [](const auto& a, const auto& b) { return a.blocks < b.blocks; });
+  if (most->blocks < 10) {
+    fill(out,
+         "No 95 % intervals: they are drawn from 10 blocks of tokens or more (sequences, pieces of micro-batches), and here are " +
+             std::to_string(most->blocks) + ".",
+         2, width);
+  } else if (least->blocks >= 10) {
+    fill(out, "95 %: from resamples of " + std::to_string(least->blocks) + " blocks of tokens, less what resampling adds: a value near its floor may lie above its own.", 2, width);
+  }
   write_section("Load, MaxVio a window",
                 {{"step, mean", "max_violation_step_mean", number, false, true},
                  {"worst", "max_violation_step_worst", number},
@@ -234,12 +244,12 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
                  {"worst", "max_violation_micro_batch_worst", number}},
                 r, paint, width, out);
   write_section(("Router probabilities (" + r.score + ", " + r.score_from + ")").c_str(),
-                {{"token entropy", "token_entropy", number},
+                {{"token entropy", "token_entropy", number, true},
                  {"of the mean", "mean_entropy", number},
-                 {"mutual inf. (nats)", "mutual_information", number},
-                 {"confidence", "confidence", number, false, false, true},
-                 {"CV importance", "importance_cv_population", number},
-                 {"CV gate mass", "gate_mass_cv_population", number}},
+                 {"mutual inf. (nats)", "mutual_information", number, true},
+                 {"confidence", "confidence", number, true, false, true},
+                 {"CV importance", "importance_cv_population", number, false, true},
+                 {"CV gate mass", "gate_mass_cv_population", number, false, true}},
                 r, paint, width, out);
   write_section("Choice and logits",
                 {{"off the top k", "choices_off_the_top_k", percent},
@@ -257,17 +267,17 @@ void write_health_text(const HealthReport& r, const WriterOptions& options, std:
                  {"recompute differs", "recompute_changed", percent, true},
                  {"dropped", "dropped_choices", percent, true},
                  {"lost all", "tokens_with_all_dropped", percent},
-                 {"saturation", "saturation", number, false, false, true},
+                 {"saturation", "saturation", number, true, false, true},
                  {"changed", "routing_changed", percent, true}},
                 r, paint, width, out);
 
   if (!r.across.empty()) {
     out << "\n" << paint.bold("Across layers") << paint.dim(" (that can be judged)") << "\n";
     std::vector<std::vector<std::string>> rows = {
-        {"metric", "layers", "mean", "p50", "p75", "p90", "p95", "worst", "in layer"}};
+        {"metric", "layers", "mean", "p50", "p90", "worst", "in layer"}};
     for (const AcrossLayers& a : r.across) {
-      rows.push_back({a.name, std::to_string(a.layers), number(a.mean), number(a.p50), number(a.p75), number(a.p90),
-                      number(a.p95), number(a.worst), std::to_string(a.worst_layer)});
+      rows.push_back({a.name, std::to_string(a.layers), number(a.mean), number(a.p50), number(a.p90), number(a.worst),
+                      std::to_string(a.worst_layer)});
     }
     write_table(rows, paint, out);
   }

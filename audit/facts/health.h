@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "audit/facts/finding.h"
@@ -51,8 +52,10 @@ struct LayerHealth {
   // one value an expert
   std::vector<std::int64_t> load;       // n_e
   std::vector<double> utilisation;      // u_e = n_e / fair share
+  std::vector<std::pair<double, double>> utilisation_interval;  // 95 %; empty without blocks enough
   std::vector<double> importance;       // router probability of e over all tokens / fair share; empty without logits
   std::vector<double> gate_mass;        // routing weight that e got / fair share; empty without weights
+  std::vector<std::int64_t> dropped;    // choices of e that were dropped; empty where drops are not recorded
   std::vector<CoActivation> together;   // the pairs of the largest lift
   double lift_chance = 0;               // lift of k different experts chosen at random
   std::vector<std::int64_t> co_activation;  // [E, E]; the diagonal is n_e; only where asked for

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "audit/inputs/pickle_machine.h"
-#include "audit/inputs/zip.h"
+#include "audit/tensors/zip.h"
 
 namespace moeaudit {
 namespace {

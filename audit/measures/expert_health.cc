@@ -6,7 +6,9 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "audit/families/family.h"
@@ -36,38 +38,51 @@ constexpr std::size_t kPairsShown = 10;
 // ---- small collectors
 // ------------------------------------------------------------------------------------------------
 
-/// Counts of blocks of tokens. When there are too many, neighbours become one.
+/// Sums over blocks of tokens, a row each. When there are too many, neighbours become one.
+template <class T>
 class Blocks {
  public:
-  void add(const std::vector<std::int64_t>& counts) {
-    if (pending_.empty()) pending_.resize(counts.size());
-    for (std::size_t e = 0; e < counts.size(); ++e) pending_[e] += counts[e];
+  void add(const std::vector<T>& row) {
+    if (pending_.empty()) pending_.resize(row.size());
+    for (std::size_t e = 0; e < row.size(); ++e) pending_[e] += row[e];
     if (++pending_size_ < stride_) return;
-    counts_.insert(counts_.end(), pending_.begin(), pending_.end());
-    std::fill(pending_.begin(), pending_.end(), 0);
+    rows_.insert(rows_.end(), pending_.begin(), pending_.end());
+    std::fill(pending_.begin(), pending_.end(), T{});
     pending_size_ = 0;
-    if (size() == 2 * kMostBlocks) halve(counts.size());
+    if (size() == 2 * kMostBlocks) halve();
   }
   std::int64_t size() const {
-    return pending_.empty() ? 0 : static_cast<std::int64_t>(counts_.size() / pending_.size());
+    return pending_.empty() ? 0 : static_cast<std::int64_t>(rows_.size() / pending_.size());
   }
-  const std::int64_t* data() const { return counts_.data(); }
+  std::size_t width() const { return pending_.size(); }
+  const T* data() const { return rows_.data(); }
+  const T* row(std::int64_t b) const { return rows_.data() + static_cast<std::size_t>(b) * width(); }
 
  private:
-  void halve(std::size_t experts) {
+  void halve() {
     for (std::size_t b = 0; b < static_cast<std::size_t>(kMostBlocks); ++b) {
-      for (std::size_t e = 0; e < experts; ++e)
-        counts_[b * experts + e] = counts_[2 * b * experts + e] + counts_[(2 * b + 1) * experts + e];
+      for (std::size_t e = 0; e < width(); ++e)
+        rows_[b * width() + e] = rows_[2 * b * width() + e] + rows_[(2 * b + 1) * width() + e];
     }
-    counts_.resize(static_cast<std::size_t>(kMostBlocks) * experts);
+    rows_.resize(static_cast<std::size_t>(kMostBlocks) * width());
     stride_ *= 2;
   }
 
-  std::vector<std::int64_t> counts_, pending_;
+  std::vector<T> rows_, pending_;
   std::int64_t pending_size_ = 0, stride_ = 1;
 };
 
-/// Order statistics of non-negative numbers to within 0.6 %: 128 bins a power of two.
+/// What of a block is summed beside its counts: these, then the importance and the gate mass of each expert.
+enum Total {
+  kScored, kEntropy, kConfidence, kSquares, kGateSquares,                          // probabilities
+  kCompared, kOffTopK, kJaccard, kMargins, kNearRecorded, kNearBf16,               // choice and logits
+  kWithLogits, kNotFinite, kChoices, kOutside, kTokens, kTwice,                    //
+  kRecomputed, kRecomputeChanged, kDropChoices, kDropped, kDropTokens, kAllDropped,  //
+  kAgainst, kAgainstChanged, kAgainstThen, kAgainstShared,                         //
+  kTotals
+};
+
+/// Order statistics of non-negative numbers to within 0.8 %: 128 bins a power of two.
 class LogHistogram {
  public:
   void add(double v) {
@@ -116,6 +131,13 @@ class Agreement {
     counts_.chosen_then += c.chosen_then;
   }
   std::int64_t tokens() const { return counts_.tokens; }
+  std::int64_t then() const { return counts_.chosen_then; }
+  std::int64_t shared() const {
+    std::int64_t sum = 0;
+    const std::int64_t columns = table_.empty() ? 1 : k::agreement_columns(args_);
+    for (std::size_t i = 0; i < table_.size(); ++i) sum += static_cast<std::int64_t>(i) / columns * table_[i];
+    return sum;
+  }
   k::Agreement result(std::int64_t experts) const {
     k::Agreement out;
     k::agreement(args_, table_.data(), counts_, experts, &out);
@@ -124,7 +146,7 @@ class Agreement {
   /// Tokens with another set.
   std::int64_t changed() const {
     std::int64_t same = 0;
-    for (std::int64_t s = 0; s < k::agreement_rows(args_); ++s)
+    for (std::int64_t s = 0; !table_.empty() && s < k::agreement_rows(args_); ++s)
       same += table_[static_cast<std::size_t>(s * k::agreement_columns(args_) + s)];
     return counts_.tokens - same;
   }
@@ -137,12 +159,14 @@ class Agreement {
 
 /// MaxVio of many windows.
 struct Windows {
+  Blocks<double> blocks;  // value, 1
   std::int64_t n = 0;
   double sum = 0, worst = -1, floor_sum = 0, least_share = std::numeric_limits<double>::infinity();
 
   void add(const k::LoadStatistics& s) {
     if (s.choices == 0) return;
     ++n;
+    blocks.add({s.max_violation, 1});
     sum += s.max_violation;
     worst = std::max(worst, s.max_violation);
     floor_sum += s.max_violation_floor;
@@ -264,7 +288,39 @@ class LayerSums {
       step_[e] += block_[e];
     }
     blocks_.add(block_);
+    for (const std::int64_t c : block_) choices_ += c;
+    std::vector<double> now = totals(), row = now;
+    for (std::size_t i = 0; i < seen_.size(); ++i) row[i] -= seen_[i];
+    seen_ = std::move(now);
+    sums_.add(row);
   }
+
+  /// Of all tokens until now.
+  std::vector<double> totals() const {
+    std::vector<double> v(kTotals + 2 * static_cast<std::size_t>(experts_));
+    const auto set = [&](Total t, auto value) { v[t] = static_cast<double>(value); };
+    set(kScored, scored_tokens_), set(kEntropy, entropy_sum_), set(kConfidence, confidence_sum_);
+    set(kSquares, squares_), set(kGateSquares, gate_squares_);
+    set(kCompared, top_k_agreement_.tokens()), set(kOffTopK, not_top_k_), set(kMargins, margins_.size());
+    if (top_k_agreement_.tokens() > 0)
+      set(kJaccard, top_k_agreement_.result(experts_).jaccard * static_cast<double>(top_k_agreement_.tokens()));
+    set(kNearRecorded, near_recorded_), set(kNearBf16, near_bf16_);
+    set(kWithLogits, logit_tokens_), set(kNotFinite, not_finite_);
+    set(kChoices, choices_ + outside_), set(kOutside, outside_), set(kTokens, tokens_), set(kTwice, repeated_);
+    set(kRecomputed, recompute_.tokens()), set(kRecomputeChanged, recompute_.changed());
+    set(kDropChoices, drop_choices_), set(kDropped, dropped_), set(kDropTokens, drop_tokens_);
+    set(kAllDropped, all_dropped_);
+    set(kAgainst, against_.tokens()), set(kAgainstChanged, against_.changed());
+    set(kAgainstThen, against_.then()), set(kAgainstShared, against_.shared());
+    std::copy(importance_.begin(), importance_.end(), v.begin() + kTotals);
+    std::copy(gate_.begin(), gate_.end(), v.begin() + kTotals + experts_);
+    return v;
+  }
+
+  HealthMetric share(std::string name, Total hits, Total n) const;
+  std::pair<double, double> share_interval(double hits, double n, const std::function<double(std::int64_t)>& hits_of,
+                                           const std::function<double(std::int64_t)>& n_of) const;
+  void resample(LayerHealth* out) const;
 
   void add_counts(const TensorView& view, std::vector<WeightProblem>* problems) {
     choices_from_ = "tokens_per_expert";
@@ -293,12 +349,15 @@ class LayerSums {
   // counts
   std::vector<std::int64_t> counts_, micro_, step_, block_, chunk_, by_source_;
   std::int64_t tokens_ = 0, micro_tokens_ = 0, step_tokens_ = 0, outside_ = 0;
-  Blocks blocks_;
+  Blocks<std::int64_t> blocks_;
+  Blocks<double> sums_;        // of the same blocks
+  std::vector<double> seen_;   // totals() at the end of the last one
+  std::int64_t choices_ = 0;
   Windows micro_windows_, step_windows_;
   std::vector<std::int64_t> pairs_, pair_chunk_;
   // probabilities
   std::vector<double> importance_, gate_;
-  double entropy_sum_ = 0, confidence_sum_ = 0;
+  double entropy_sum_ = 0, confidence_sum_ = 0, squares_ = 0, gate_squares_ = 0;
   std::int64_t scored_tokens_ = 0, logit_tokens_ = 0, not_finite_ = 0;
   bool gates_ = false;
   // the choice against the logits
@@ -306,6 +365,7 @@ class LayerSums {
   std::int64_t not_top_k_ = 0, near_recorded_ = 0, near_bf16_ = 0;
   Agreement top_k_agreement_, recompute_, against_;
   std::int64_t repeated_ = 0;
+  std::vector<std::int64_t> dropped_of_;
   std::int64_t drop_choices_ = 0, dropped_ = 0, drop_tokens_ = 0, all_dropped_ = 0;
   std::vector<std::int64_t> stamp_;
   std::int64_t now_ = 0;
@@ -374,8 +434,11 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
     for (std::size_t i = 0; i < size; ++i) {
       const std::int32_t id = piece_->ids[i];
       if (piece_->valid[i / static_cast<std::size_t>(top_k_)] && id >= 0 && id < experts_ &&
-          std::isfinite(piece_->weights[i]))
-        gate_[static_cast<std::size_t>(id)] += static_cast<double>(piece_->weights[i]);
+          std::isfinite(piece_->weights[i])) {
+        const double mass = static_cast<double>(piece_->weights[i]);
+        gate_[static_cast<std::size_t>(id)] += mass;
+        gate_squares_ += mass * mass;
+      }
     }
   }
   const auto compare = [&](const TensorView& view, Agreement* with) {
@@ -391,11 +454,17 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
     return false;
   if (t.dropped) {
     piece_->flags.resize(size);
+    dropped_of_.resize(static_cast<std::size_t>(experts_));
     if (!read_flags(*t.dropped, first * top_k_, n * top_k_, piece_->flags.data())) return false;
     for (std::int64_t i = 0; i < n; ++i) {
       if (!piece_->valid[static_cast<std::size_t>(i)]) continue;
       std::int64_t gone = 0;
-      for (std::int64_t j = 0; j < top_k_; ++j) gone += piece_->flags[static_cast<std::size_t>(i * top_k_ + j)];
+      for (std::int64_t j = i * top_k_; j < (i + 1) * top_k_; ++j) {
+        if (!piece_->flags[static_cast<std::size_t>(j)]) continue;
+        ++gone;
+        const std::int32_t id = piece_->ids[static_cast<std::size_t>(j)];
+        if (id >= 0 && id < experts_) ++dropped_of_[static_cast<std::size_t>(id)];
+      }
       drop_choices_ += top_k_;
       dropped_ += gone;
       ++drop_tokens_;
@@ -458,7 +527,11 @@ void LayerSums::compare_with_logits(std::int64_t n, k::Float dtype) {
           std::all_of(chosen, chosen + top_k_, [&](std::int32_t id) { return id >= 0 && id < e; });
     if (!row) continue;
     const float* p = piece_->probabilities.data() + i * e;
-    for (std::int64_t j = 0; j < e; ++j) importance_[static_cast<std::size_t>(j)] += static_cast<double>(p[j]);
+    for (std::int64_t j = 0; j < e; ++j) {
+      const double mass = static_cast<double>(p[j]);
+      importance_[static_cast<std::size_t>(j)] += mass;
+      squares_ += mass * mass;
+    }
   }
   if (top_k_ < e) {
     top_k_agreement_.add(piece_->top.data(), piece_->ids.data(), piece_->usable.data(), n, top_k_);
@@ -520,13 +593,119 @@ std::vector<double> relative_to_fair(const std::vector<double>& mass) {
   return out;
 }
 
-HealthMetric share(std::string name, std::int64_t hits, std::int64_t n) {
+/// Wilson's interval with as many tokens as the blocks' variance says that there are independent ones (Kish's design
+/// effect; 1 where there are fewer than kFewestBlocks, or no hit, or nothing else).
+std::pair<double, double> LayerSums::share_interval(double hits, double n, const std::function<double(std::int64_t)>& hits_of,
+                                                    const std::function<double(std::int64_t)>& n_of) const {
+  double effect = 1;
+  const std::int64_t blocks = sums_.size();
+  if (blocks >= kFewestBlocks && hits > 0 && hits < n) {
+    double h = 0, all = 0, squares = 0;
+    for (std::int64_t b = 0; b < blocks; ++b) h += hits_of(b), all += n_of(b);
+    const double r = h / all, count = static_cast<double>(blocks);
+    for (std::int64_t b = 0; b < blocks; ++b) squares += (hits_of(b) - r * n_of(b)) * (hits_of(b) - r * n_of(b));
+    if (r > 0 && r < 1) effect = std::max(1.0, squares * count / (count - 1) / (all * r * (1 - r)));
+  }
+  return wilson_interval(hits / effect, n / effect);
+}
+
+HealthMetric LayerSums::share(std::string name, Total hits, Total n) const {
   HealthMetric m;
   m.name = std::move(name);
-  if (n == 0) return m;
-  m.value = static_cast<double>(hits) / static_cast<double>(n);
-  std::tie(m.low, m.high) = wilson_interval(hits, n);
+  const std::vector<double> all = totals();
+  if (all[n] == 0) return m;
+  m.value = all[hits] / all[n];
+  std::tie(m.low, m.high) = share_interval(
+      all[hits], all[n], [&](std::int64_t b) { return sums_.row(b)[hits]; }, [&](std::int64_t b) { return sums_.row(b)[n]; });
   return m;
+}
+
+/// Basic bootstrap over the blocks: 2 value - the middle 95 % of the resamples. (A resample is less even than the sample by
+/// about as much as the sample than the text; their percentiles alone would leave out the value of an even router.)
+void LayerSums::resample(LayerHealth* out) const {
+  const std::int64_t blocks = out->blocks;
+  if (blocks < kFewestBlocks) return;
+  const double e = static_cast<double>(experts_), log_e = experts_ > 1 ? k::log_exact_order(e) : 1;
+  const auto set = [&](const char* name, double low, double high, double least, double most) {
+    for (HealthMetric& m : out->metrics) {
+      if (m.name != name || std::isnan(m.value)) continue;
+      m.low = std::clamp(2 * m.value - high, least, most);
+      m.high = std::clamp(2 * m.value - low, least, most);
+    }
+  };
+  constexpr double kMost = std::numeric_limits<double>::infinity();
+  k::LoadIntervals i;
+  if (k::load_intervals(blocks_.data(), blocks, experts_, kDraws, kSeed, &i) == k::Status::kOk) {
+    const double sample = experts_ > 1 ? std::sqrt(e / (e - 1)) : 1;
+    set("max_violation_pooled", i.max_violation.low, i.max_violation.high, 0, e - 1);
+    set("min_violation_pooled", i.min_violation.low, i.min_violation.high, 0, 1);
+    set("cv_population", i.cv_population.low, i.cv_population.high, 0, kMost);
+    set("cv_sample", i.cv_population.low * sample, i.cv_population.high * sample, 0, kMost);
+    set("gini", i.gini.low, i.gini.high, 0, 1);
+    set("normalised_entropy", i.normalised_entropy.low, i.normalised_entropy.high, 0, 1);
+    // The same interval, in other units.
+    const HealthMetric* entropy = out->find("normalised_entropy");
+    const double low = entropy->low, high = entropy->high;
+    for (HealthMetric& m : out->metrics) {
+      if (m.name == "effective_experts") m.low = std::exp(low * log_e), m.high = std::exp(high * log_e);
+      if (m.name == "kl_to_uniform") m.low = (1 - high) * log_e, m.high = (1 - low) * log_e;
+    }
+  }
+
+  struct Statistic {
+    const char* name;
+    double least, most;
+    std::function<double(const std::vector<double>& sums, const std::vector<std::int64_t>& counts)> of;
+    std::vector<double> draws = {};
+  };
+  using Sums = const std::vector<double>&;
+  using Counts = const std::vector<std::int64_t>&;
+  const auto part = [&](Sums s, std::size_t from) {
+    const auto begin = s.begin() + static_cast<std::ptrdiff_t>(from);
+    return std::vector<double>(begin, begin + static_cast<std::ptrdiff_t>(experts_));
+  };
+  const auto mean_entropy = [&](Sums s) {
+    const std::vector<double> mass = part(s, kTotals);
+    return entropy_of(mass, std::accumulate(mass.begin(), mass.end(), 0.0));
+  };
+  std::vector<Statistic> statistics = {
+      {"share_of_busiest_eighth", 0, 1,
+       [&](Sums, Counts c) {
+         double covered = kNan;
+         k::coverage(c.data(), experts_, (experts_ + 7) / 8, &covered);
+         return covered;
+       }},
+      {"importance_cv_population", 0, kMost, [&](Sums s, Counts) { return cv_of(relative_to_fair(part(s, kTotals))); }},
+      {"token_entropy", 0, 1, [&](Sums s, Counts) { return s[kEntropy] / s[kScored]; }},
+      {"mean_entropy", 0, 1, [&](Sums s, Counts) { return mean_entropy(s) / log_e; }},
+      {"mutual_information", 0, kMost, [&](Sums s, Counts) { return mean_entropy(s) - s[kEntropy] / s[kScored] * log_e; }},
+      {"confidence", 0, 1, [&](Sums s, Counts) { return s[kConfidence] / s[kScored]; }},
+      {"gate_mass_cv_population", 0, kMost,
+       [&](Sums s, Counts) { return cv_of(relative_to_fair(part(s, kTotals + static_cast<std::size_t>(experts_)))); }},
+      {"choice_jaccard", 0, 1, [&](Sums s, Counts) { return s[kJaccard] / s[kCompared]; }},
+      {"saturation", 0, 1, [&](Sums s, Counts) { return s[kAgainstShared] / s[kAgainstThen]; }},
+  };
+  std::erase_if(statistics, [&](const Statistic& s) { return out->find(s.name) == nullptr; });
+  std::vector<double> sums(sums_.width());
+  std::vector<std::int64_t> counts(blocks_.width());
+  for (std::int64_t d = 0; d < kDraws; ++d) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    std::fill(counts.begin(), counts.end(), 0);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t drawn = k::drawn_block(kSeed, d * blocks + b, blocks);
+      const double* row = sums_.row(drawn);
+      const std::int64_t* chosen = blocks_.row(drawn);
+      for (std::size_t j = 0; j < sums.size(); ++j) sums[j] += row[j];
+      for (std::size_t j = 0; j < counts.size(); ++j) counts[j] += chosen[j];
+    }
+    for (Statistic& s : statistics) s.draws.push_back(s.of(sums, counts));
+  }
+  for (const Statistic& s : statistics) {
+    const double shares[] = {0.025, 0.975};
+    double ends[2];
+    if (k::order_statistics(s.draws.data(), nullptr, kDraws, shares, 2, ends) == k::Status::kOk)
+      set(s.name, ends[0], ends[1], s.least, s.most);
+  }
 }
 
 LayerHealth LayerSums::report(bool keep_pairs) const {
@@ -574,7 +753,10 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
   double covered = kNan;
   const std::int64_t busiest = (experts_ + 7) / 8;
   k::coverage(counts_.data(), experts_, busiest, &covered);
-  load_metric("share_of_busiest_eighth", covered, static_cast<double>(busiest) / e, kNan);
+  // The part p of the largest of many normal values has a mean of phi(z) / p, z the quantile of 1 - p.
+  constexpr double kDensityAtEighth = 0.20585;  // phi(1.15035)
+  load_metric("share_of_busiest_eighth", covered, static_cast<double>(busiest) / e,
+              busiest == 1 ? (1 + s.max_violation_floor) / e : static_cast<double>(busiest) / e + kDensityAtEighth * s.cv_floor);
   add("idle_experts", static_cast<double>(s.idle)).chance = 0;
   HealthMetric& dead = add("dead_experts", static_cast<double>(s.idle));
   dead.chance = 0;
@@ -600,25 +782,32 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
       m.floor = w.floor_sum / count;
       m.cannot_tell = why;
     }
+    std::vector<double> values, ones;
+    for (std::int64_t b = 0; b < w.blocks.size(); ++b) values.push_back(w.blocks.row(b)[0]), ones.push_back(w.blocks.row(b)[1]);
+    k::Interval i;
+    HealthMetric& m = out.metrics[out.metrics.size() - 2];  // the mean
+    if (w.blocks.size() >= kFewestBlocks &&
+        k::ratio_interval(values.data(), ones.data(), w.blocks.size(), kDraws, kSeed, &i) == k::Status::kOk)
+      m.low = i.low, m.high = i.high;
   };
   windows("max_violation_step_mean", "max_violation_step_worst", step_windows_);
   windows("max_violation_micro_batch_mean", "max_violation_micro_batch_worst", micro_windows_);
 
   out.blocks = blocks_.size();
-  k::LoadIntervals intervals;
-  if (out.blocks >= kFewestBlocks &&
-      k::load_intervals(blocks_.data(), out.blocks, experts_, kDraws, kSeed, &intervals) == k::Status::kOk) {
-    for (HealthMetric& m : out.metrics) {
-      const auto set = [&](const k::Interval& i, double factor) { m.low = i.low * factor, m.high = i.high * factor; };
-      if (m.name == "max_violation_pooled") set(intervals.max_violation, 1);
-      if (m.name == "min_violation_pooled") set(intervals.min_violation, 1);
-      if (m.name == "cv_population") set(intervals.cv_population, 1);
-      if (m.name == "cv_sample" && experts_ > 1) set(intervals.cv_population, std::sqrt(e / (e - 1)));
-      if (m.name == "normalised_entropy") set(intervals.normalised_entropy, 1);
-      if (m.name == "gini") set(intervals.gini, 1);
-    }
-  }
   for (const std::int64_t c : counts_) out.utilisation.push_back(static_cast<double>(c) / s.fair_share);
+  if (out.blocks >= kFewestBlocks && s.choices > 0) {
+    double surely = 0, perhaps = 0;
+    for (std::size_t x = 0; x < counts_.size(); ++x) {
+      const auto [low, high] = share_interval(
+          static_cast<double>(counts_[x]), static_cast<double>(s.choices),
+          [&](std::int64_t b) { return static_cast<double>(blocks_.row(b)[x]); },
+          [&](std::int64_t b) { return sums_.row(b)[kChoices] - sums_.row(b)[kOutside]; });
+      out.utilisation_interval.push_back({low * e, high * e});
+      surely += high * e < 0.1, perhaps += low * e < 0.1;
+    }
+    HealthMetric& m = *std::find_if(out.metrics.begin(), out.metrics.end(), [](const auto& x) { return x.name == "cold_experts"; });
+    m.low = surely, m.high = perhaps;
+  }
 
   if (scored_tokens_ > 0) {
     const double t = static_cast<double>(scored_tokens_);
@@ -626,15 +815,19 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
     double mass = 0;
     for (const double m : importance_) mass += m;
     const double mean_entropy = entropy_of(importance_, mass);
-    add("importance_cv_population", cv_of(out.importance)).chance = 0;
-    add("token_entropy", entropy_sum_ / t).chance = kNan;
-    add("mean_entropy", mean_entropy / log_e).chance = 1;
-    add("mutual_information", mean_entropy - entropy_sum_ / t * log_e).chance = 0;
+    // Probabilities of independent tokens with equal means: their squares say how far the sum of T of them strays.
+    const double floor = std::sqrt(std::max(0.0, e * squares_ / t - 1) / t);
+    load_metric("importance_cv_population", cv_of(out.importance), 0, floor);
+    add("token_entropy", entropy_sum_ / t);
+    load_metric("mean_entropy", mean_entropy / log_e, 1, 1 - floor * floor / 2 / log_e);
+    load_metric("mutual_information", mean_entropy - entropy_sum_ / t * log_e, 0, kNan);
     add("confidence", confidence_sum_ / t).chance = static_cast<double>(top_k_) / e;
   }
   if (gates_ && s.choices > 0) {
     out.gate_mass = relative_to_fair(gate_);
-    add("gate_mass_cv_population", cv_of(out.gate_mass)).chance = 0;
+    const double t = static_cast<double>(tokens_), mean = std::accumulate(gate_.begin(), gate_.end(), 0.0) / t;
+    load_metric("gate_mass_cv_population", cv_of(out.gate_mass), 0,
+                std::sqrt(std::max(0.0, e * gate_squares_ / t / (mean * mean) - 1) / t));
   }
   if (const std::int64_t compared = top_k_agreement_.tokens(); compared > 0) {
     const std::string other = not_top_k_ == 0
@@ -644,38 +837,45 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
                                         "jitter): their margin lies elsewhere";
     const bool mostly = not_top_k_ * 1000 > compared;
     const k::Agreement agreement = top_k_agreement_.result(experts_);
-    out.metrics.push_back(share("choices_off_the_top_k", not_top_k_, compared));
+    out.metrics.push_back(share("choices_off_the_top_k", kOffTopK, kCompared));
     add("choice_jaccard", agreement.jaccard).chance = agreement.jaccard_chance;
-    const auto margin = [&](const char* name, double value) { add(name, value).cannot_tell = mostly ? other : ""; };
-    margin("margin_min", margins_.least());
-    margin("margin_p01", margins_.percentile(0.01));
-    margin("margin_p10", margins_.percentile(0.10));
-    margin("margin_p50", margins_.percentile(0.50));
+    add("margin_min", margins_.least()).cannot_tell = mostly ? other : "";
+    for (const auto& [name, p] : {std::pair{"margin_p01", 0.01}, {"margin_p10", 0.10}, {"margin_p50", 0.50}}) {
+      HealthMetric& m = add(name, margins_.percentile(p));
+      m.cannot_tell = mostly ? other : "";
+      // The rank of a percentile among independent tokens is binomial.
+      const double spread = 1.96 * std::sqrt(p * (1 - p) / static_cast<double>(std::max<std::int64_t>(margins_.size(), 1)));
+      m.low = margins_.percentile(std::max(0.0, p - spread));
+      m.high = margins_.percentile(std::min(1.0, p + spread));
+    }
     for (const auto& [name, hits] :
-         {std::pair{"near_ties_as_recorded", near_recorded_}, {"near_ties_in_bf16", near_bf16_}}) {
-      HealthMetric m = share(name, hits, margins_.size());
+         {std::pair{"near_ties_as_recorded", kNearRecorded}, {"near_ties_in_bf16", kNearBf16}}) {
+      HealthMetric m = share(name, hits, kMargins);
       if (mostly) m.cannot_tell = other;
       out.metrics.push_back(std::move(m));
     }
   }
-  if (logit_tokens_ > 0) out.metrics.push_back(share("tokens_with_non_finite_logits", not_finite_, logit_tokens_));
+  if (logit_tokens_ > 0) out.metrics.push_back(share("tokens_with_non_finite_logits", kNotFinite, kWithLogits));
   if (choices_from_ == "selected_experts") {
-    out.metrics.push_back(share("choices_of_no_expert", outside_, outside_ + s.choices));
-    out.metrics.push_back(share("tokens_with_an_expert_twice", repeated_, tokens_));
+    out.metrics.push_back(share("choices_of_no_expert", kOutside, kChoices));
+    out.metrics.push_back(share("tokens_with_an_expert_twice", kTwice, kTokens));
   }
   if (recompute_.tokens() > 0) {
-    out.metrics.push_back(share("recompute_changed", recompute_.changed(), recompute_.tokens()));
+    out.metrics.push_back(share("recompute_changed", kRecomputeChanged, kRecomputed));
     out.metrics.back().chance = 0;
   }
   if (drop_choices_ > 0) {
-    out.metrics.push_back(share("dropped_choices", dropped_, drop_choices_));
-    out.metrics.push_back(share("tokens_with_all_dropped", all_dropped_, drop_tokens_));
+    out.dropped = dropped_of_;
+    out.metrics.push_back(share("dropped_choices", kDropped, kDropChoices));
+    out.metrics.push_back(share("tokens_with_all_dropped", kAllDropped, kDropTokens));
   }
   if (against_.tokens() > 0) {
     const k::Agreement agreement = against_.result(experts_);
     add("saturation", agreement.saturation).chance = agreement.saturation_chance;
-    out.metrics.push_back(share("routing_changed", against_.changed(), against_.tokens()));
+    out.metrics.push_back(share("routing_changed", kAgainstChanged, kAgainst));
   }
+
+  resample(&out);
 
   std::vector<double> lift(pairs_.size());
   k::CoActivation chance;
@@ -802,6 +1002,12 @@ class Pass {
                                              {"saturation", false}}) {
       AcrossLayers a = across(name, report_.layers, large_is_bad);
       if (a.layers > 1) report_.across.push_back(std::move(a));
+    }
+    const bool compared = std::any_of(report_.layers.begin(), report_.layers.end(),
+                                      [](const LayerHealth& l) { return l.find("saturation") != nullptr; });
+    if (options_.against && !compared) {
+      report_.problems.push_back({report_.compared_with, 0, 0, "has no layer with choices for the same tokens",
+                                  "give a trace of the same micro-batches in the same order, routed by another checkpoint"});
     }
     if (options_.placement.size() > 0) report_.placement = forecast_placement(report_.layers, placement(), &report_.problems);
     return std::move(report_);

@@ -118,7 +118,8 @@ std::unique_ptr<Trace> route_hidden_states(FactSheet* facts, const TensorStore& 
   if (hidden_states.empty()) {
     return refuse(
         "weights alone do not say what experts get",
-        "give the routers' inputs with --hidden-states FILE (safetensors, [tokens, hidden]), or a recorded trace");
+        "give the routers' inputs with --hidden-states FILE (safetensors, [tokens, hidden]), or a recorded trace; dead, collapsed "
+        "and duplicate experts that weights alone show are found by moe-audit check");
   }
   TensorStore none;
   std::vector<MeasureRecord> records;

@@ -63,7 +63,7 @@ Float activation_dtype(const FactSheet& facts) {
 void append_row(PrecisionTable* table, const Router& r, const std::string& mode, std::int64_t tokens, double max_logit,
                 const Tally& tally) {
   const double n = tokens > 0 ? static_cast<double>(tokens) : 1.0;
-  const auto [low, high] = wilson_interval(tally.flipped, tokens);
+  const auto [low, high] = wilson_interval(static_cast<double>(tally.flipped), static_cast<double>(tokens));
   table->layer.push_back(r.layer);
   table->tensor.push_back(r.tensor);
   table->mode.push_back(mode);
@@ -320,12 +320,12 @@ constexpr std::string_view kWants[] = {"weights.routers", "quantisation.router_q
 
 }  // namespace
 
-std::pair<double, double> wilson_interval(std::int64_t hits, std::int64_t n) {
+std::pair<double, double> wilson_interval(double hits, double n) {
   if (n <= 0) return {0.0, 1.0};
   constexpr double z = 1.959963984540054;  // normal quantile of 0.975
-  const double count = static_cast<double>(n), p = static_cast<double>(hits) / count;
-  const double centre = (p + z * z / (2 * count)) / (1 + z * z / count);
-  const double half = z * std::sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count);
+  const double p = hits / n;
+  const double centre = (p + z * z / (2 * n)) / (1 + z * z / n);
+  const double half = z * std::sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n);
   return {hits == 0 ? 0.0 : centre - half, hits == n ? 1.0 : centre + half};
 }
 

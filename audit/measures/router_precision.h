@@ -8,7 +8,7 @@ namespace moeaudit {
 
 /// 95 % Wilson score interval of a share (Wilson, JASA 22, 1927): centre and half width solve
 /// |p - hits/n| = 1.96 sqrt(p (1 - p) / n). {0, 1} for n = 0.
-std::pair<double, double> wilson_interval(std::int64_t hits, std::int64_t n);
+std::pair<double, double> wilson_interval(double hits, double n);
 
 /// Work of the whole measure, for choosing the number of tokens.
 struct RouterWork {

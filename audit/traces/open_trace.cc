@@ -81,7 +81,9 @@ TraceFormat recognise_trace(const std::string& path) {
                                                                               : TraceFormat::kNone;
   }
   if (numbered(file.filename().string(), "router_trace_rank", ".jsonl")) return TraceFormat::kMegatronRouterTrace;
-  if (path.ends_with(".npy")) return TraceFormat::kRoutedExperts;
+  if (path.ends_with(".npy") || path.ends_with(".npz")) return TraceFormat::kRoutedExperts;
+  if (path.ends_with(".safetensors") && first_bytes(path).find("\"routed_experts\"") != std::string::npos)
+    return TraceFormat::kRoutedExperts;
   if (path.ends_with(".json")) {
     const std::string text = first_bytes(path);
     const auto has = [&](const char* key) { return text.find(key) != std::string::npos; };
@@ -108,7 +110,7 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
   problems->push_back(
       {path, 0, 0, "is no trace that moe-audit knows",
        "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
-       "routed-experts array (.npy), and the JSON of expert counts (docs/trace.md); of a model health needs "
+       "routed-experts array (.npy, .npz or .safetensors), and the JSON of expert counts (docs/trace.md); of a model health needs "
        "--hidden-states FILE"});
   return nullptr;
 }

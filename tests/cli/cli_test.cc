@@ -402,6 +402,13 @@ TEST_F(Cli, ReplayIsTheSameForAnyNumberOfThreadsAndNamesItsBackend) {
   }
 }
 
+TEST_F(Cli, HealthForecast) {
+  const Result r = run("health fixtures/expert_counts/mixtral-8x7b_c4.json --device-speeds 1,1,0.5,1 --hidden-size 4096");
+  EXPECT_EQ(r.exit_code, 0) << r.err;
+  EXPECT_TRUE(contains(r.out, "Forecast: 4 expert-parallel ranks, contiguous runs")) << r.out;
+  EXPECT_TRUE(contains(unwrapped(r.out), "d = 4096, 2 bytes a value")) << r.out;
+}
+
 TEST_F(Cli, HealthNamesItsBackend) {
   const Result r = run("health fixtures/traces/megatron-router-trace --format json --device cpu");
   EXPECT_EQ(r.exit_code, 0) << r.err;
@@ -417,6 +424,16 @@ TEST_F(Cli, HealthNamesWhatItCannotRead) {
   r = run("health " + dir_.string() + "/t");
   EXPECT_EQ(r.exit_code, 2);
   EXPECT_TRUE(contains(r.out, "gone.safetensors")) << r.out;
+  r = run("health fixtures/models/mixtral-tf4");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(unwrapped(r.out), "weights alone do not say what experts get")) << r.out;
+  r = run("health fixtures/traces/megatron-router-trace --against fixtures/expert_counts/mixtral-8x7b_c4.json");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(unwrapped(r.out), "has no layer with choices for the same tokens")) << r.out;
+  r = run("health fixtures/expert_counts/mixtral-8x7b_c4.json --expert-parallel 2 --expert-map " + write("map.json", "[0, 1]").string());
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_TRUE(contains(unwrapped(r.out), "puts expert 2 of layer 0 on no rank")) << r.out;
+  EXPECT_FALSE(contains(r.out, "Forecast")) << r.out;
   r = run("health fixtures/expert_counts/README.md");
   EXPECT_EQ(r.exit_code, 2);
   EXPECT_EQ(run("health").exit_code, 2);

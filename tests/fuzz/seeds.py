@@ -65,6 +65,7 @@ trace += [b"\3" + b[:6000] for b in files("traces/megatron-router-trace/*.jsonl"
 trace += [b"\4" + b for b in files("traces/megatron-tokens-per-expert/**/*.jsonl")]
 trace += [b"\5" + numpy_text("(3, 2, 2)", 12), b"\xc5" + numpy_text("(2, 3, 2)", 12)]
 trace += [b"\6" + b for b in files("expert_counts/*.json")]
+trace += [b"\7" + b for b in files("health/*.npz")] + [b"\x08" + b for b in files("health/*.safetensors")]
 write("trace_fuzz", trace)
 words = {
     "json_fuzz": ["null", "true", "false", "NaN", "Infinity", "-Infinity", "1e5", "\\\\u0041", "\\\\ud83d\\\\ude00", "{}", "[]"],

@@ -105,10 +105,11 @@ void read_all(const Trace& trace) {
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {
   if (size < 1 || size > (1 << 16)) return 0;
   const std::string_view text = as_text(data + 1, size - 1);
-  const int kind = data[0] % 7;
-  static const char* const kFolders[] = {"own", "own", "own", "router", "tokens_per_expert", "array", "counts"};
+  const int kind = (data[0] & 63) % 9;
+  static const char* const kFolders[] = {"own", "own", "own", "router", "tokens_per_expert", "array", "counts", "array", "array"};
   static const char* const kFiles[] = {"trace.json",  "records.jsonl", "a.safetensors", "router_trace_rank0.jsonl",
-                                       "rank0.jsonl", "a.npy",         "a.json"};
+                                       "rank0.jsonl", "a.npy",         "a.json",         "a.npz",
+                                       "a.safetensors"};
   const std::string folder = kFolders[kind];
   std::filesystem::create_directories(root() + "/" + folder);
   if (folder == "own") {

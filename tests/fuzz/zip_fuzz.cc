@@ -1,6 +1,6 @@
 // find_zip_entry on any bytes, and the pickle inside where there is one.
 #include "audit/inputs/pickle.h"
-#include "audit/inputs/zip.h"
+#include "audit/tensors/zip.h"
 #include "tests/fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t size) {

@@ -7,7 +7,7 @@
 #include <random>
 
 #include "audit/inputs/pickle.h"
-#include "audit/inputs/zip.h"
+#include "audit/tensors/zip.h"
 #include "audit/tensors/safetensors.h"
 #include "audit/text/text.h"
 

@@ -8,7 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "audit/inputs/zip.h"
+#include "audit/tensors/zip.h"
 
 namespace moeaudit {
 namespace {
@@ -350,8 +350,8 @@ TEST(Zip, RefusesByName) {
   EXPECT_EQ(entry_of(zip_of({{"a/data.pkl", "x"}, {"b/data.pkl", "y"}})),
             "refused: the zip file holds a/data.pkl and b/data.pkl: which is meant is not clear");
   EXPECT_EQ(entry_of(zip_of({{"a/data.pkl", "x", 8}})),
-            "refused: the zip entry a/data.pkl is compressed (method 8); torch.save stores its entries, and only "
-            "stored ones are read");
+            "refused: the zip entry a/data.pkl is compressed (method 8); only stored entries are read, as "
+            "torch.save and numpy.savez write them");
   EXPECT_EQ(entry_of(zip_of({{"a/data.pkl", "x", 0, 1}})), "refused: the zip entry a/data.pkl is encrypted");
   EXPECT_EQ(entry_of(""), "refused: the zip file has no end record: it is cut short or not a zip file");
 }

@@ -207,6 +207,49 @@ TEST(RoutedExperts, HeadersThatAreRefused) {
   EXPECT_NE(open(tree.path("flat.npy")).problems.at(0).what.find("1 dimensions"), std::string::npos);
 }
 
+/// What is not sound in an .npz or .safetensors is refused with a reason: cut short at every byte, one byte changed, and more.
+TEST(RoutedExperts, DamagedArchives) {
+  const TempTree tree;
+  for (const std::string name : {"routed_experts.npz", "routed_experts.safetensors"}) {
+    std::string good, error;
+    ASSERT_TRUE(read_file(test::fixture("health/" + name), &good, &error)) << error;
+    const auto try_it = [&](const std::string& text) {
+      tree.write(name, text);
+      const Opened o = open(tree.path(name));
+      EXPECT_TRUE(o.trace || (!o.problems.empty() && !o.problems[0].what.empty() && !o.problems[0].remedy.empty()));
+      if (!o.trace) return;
+      std::vector<WeightProblem> problems;
+      for (const MicroBatchRecord& r : o.trace->micro_batches()) o.trace->open(r, &problems);
+    };
+    for (std::size_t n = 0; n < good.size(); n += n < 600 || n > good.size() - 600 ? 1 : 37) try_it(good.substr(0, n));
+    for (std::size_t i = 0; i < good.size(); i += i < 600 || i > good.size() - 600 ? 1 : 37) {
+      std::string text = good;
+      text[i] = static_cast<char>(text[i] ^ 0xff);
+      try_it(text);
+    }
+  }
+}
+
+TEST(RoutedExperts, ArraysThatAreRefused) {
+  EXPECT_NE(open(test::fixture("health/compressed.npz")).problems.at(0).what.find("compressed"), std::string::npos);
+  const TempTree tree;
+  const auto problem = [&](const std::string& text) {
+    tree.write("a.safetensors", text);
+    const Opened o = open(tree.path("a.safetensors"));
+    EXPECT_FALSE(o.trace);
+    return o.problems.empty() ? "" : o.problems[0].what;
+  };
+  const std::vector<float> values(8);
+  const std::vector<std::int16_t> ids(8);
+  const std::vector<std::uint8_t> mask(3, 1);
+  EXPECT_EQ(problem(test::SafetensorsText().add("routed_experts", "F32", {2, 2, 2}, values).text()), "routed_experts is of F32, not of integers");
+  EXPECT_EQ(problem(test::SafetensorsText().add("routed_experts", "I16", {4, 2}, ids).text()), "is an array of 2 dimensions, not 3 or 4");
+  EXPECT_EQ(problem(test::SafetensorsText().add("routed_experts", "I16", {2, 2, 2}, ids).add("attention_mask", "U8", {3}, mask).text()),
+            "has an attention_mask of another shape than the tokens of routed_experts");
+  EXPECT_EQ(recognise_trace(tree.write("b.safetensors", test::SafetensorsText().add("x", "I16", {2, 2, 2}, ids).text())), TraceFormat::kNone)
+      << "a model";
+}
+
 // ---- counts -------------------------------------------------------------------------------------------------------------
 
 TEST(ExpertCounts, PublishedCounts) {

@@ -1,6 +1,6 @@
 // PKWARE APPNOTE 6.3.10: end of central directory (4.3.16), its zip64 form (4.3.14, 4.3.15), central (4.3.12) and local
 // (4.3.7) file headers. CRCs are not compared: torch can be told to write none (set_crc32_options).
-#include "audit/inputs/zip.h"
+#include "audit/tensors/zip.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -191,7 +191,7 @@ bool find_zip_entry(std::string_view bytes, std::string_view name, std::string_v
   }
   if (found->method != 0 || found->packed != found->size) {
     *error = "the zip entry " + std::string(found->name) + " is compressed (method " + std::to_string(found->method) +
-             "); torch.save stores its entries, and only stored ones are read";
+             "); only stored entries are read, as torch.save and numpy.savez write them";
     return false;
   }
   *entry = bytes.substr(found_at, found->size);

@@ -1,4 +1,4 @@
-// Finds one stored entry in a zip file, as torch.save writes them. The directory is checked as a whole before anything
+// Finds one stored entry in a zip file, as torch.save and numpy.savez write them. The directory is checked as a whole before anything
 // is believed: sizes, offsets and overlaps. Nothing is decompressed.
 #pragma once
 
