@@ -15,6 +15,30 @@ namespace k = kernels;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+/// Smallest and largest, and whether none is NaN or infinite.
+struct Extremes {
+  double low, high;
+  bool finite;
+};
+Extremes extremes_of(std::span<const double> values) {
+  constexpr std::size_t kLanes = 8;
+  double low[kLanes], high[kLanes], zero[kLanes] = {};
+  std::fill(low, low + kLanes, std::numeric_limits<double>::infinity());
+  std::fill(high, high + kLanes, -std::numeric_limits<double>::infinity());
+  const auto add = [&](double v, std::size_t lane) {
+    low[lane] = v < low[lane] ? v : low[lane];
+    high[lane] = v > high[lane] ? v : high[lane];
+    zero[lane] += v * 0.0;  // NaN from a NaN or an infinity on
+  };
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) add(values[i + lane], lane);
+  }
+  for (; i < values.size(); ++i) add(values[i], i % kLanes);
+  return {*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes),
+          std::accumulate(zero, zero + kLanes, 0.0) == 0.0};
+}
+
 /// The k largest of each token, largest first, the lower index first among equals, and what would come next.
 struct Top {
   std::vector<std::int32_t> chosen, next;
@@ -23,6 +47,10 @@ struct Top {
 /// Scores of all experts, for logits of the layer's shape, and the top k by them.
 std::vector<double> scores_of(const std::vector<double>& logits, const RoutedLayer& l, k::Score score,
                               Top* top = nullptr) {
+  if (&logits == &l.logits && score == k::Score::kSoftmax && !l.softmax.empty()) {
+    if (top) *top = {l.top, l.next};
+    return l.softmax;
+  }
   k::RouteArgs<double> a;
   a.logits = logits.data();
   a.tokens = l.tokens;
@@ -77,17 +105,16 @@ bool round_top(const std::vector<double>& scores, const RoutedLayer& l, Top* top
 /// Tokens whose last choice may be another by the framework's rounding.
 double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLayer& l) {
   const auto e = static_cast<std::size_t>(l.experts), n = static_cast<std::size_t>(l.top_k);
-  const auto apart = [&](std::span<const double> logits) {
-    const Extremes x = extremes_of(logits);
-    return 2 * k::bounds::softmax_relative(l.experts, 0, x.high - x.low, k::Float::kF32);
-  };
-  const double most = apart(l.logits);
+  const auto apart = [&](double range) { return 2 * k::bounds::softmax_relative(l.experts, 0, range, k::Float::kF32); };
+  const double most = apart(l.highest - l.lowest);
   double ties = 0;
   for (std::size_t t = 0; t < static_cast<std::size_t>(l.tokens) && l.top_k < l.experts; ++t) {
     const double last = scores[t * e + static_cast<std::size_t>(top.chosen[(t + 1) * n - 1])];
     const double after = scores[t * e + static_cast<std::size_t>(top.next[t])];
     const bool same = k::round_to(last, l.scores_dtype) == k::round_to(after, l.scores_dtype);
-    if (same || (last - after <= most * last && last - after <= apart({l.logits.data() + t * e, e}) * last)) ties += 1;
+    if (!same && last - after > most * last) continue;
+    const Extremes x = extremes_of({l.logits.data() + t * e, e});
+    ties += same || last - after <= apart(x.high - x.low) * last;
   }
   return ties;
 }
@@ -133,27 +160,19 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
 
 }  // namespace
 
+bool RoutedLayer::prepare() {
+  const Extremes x = extremes_of(logits);
+  lowest = x.low, highest = x.high;
+  softmax.clear();
+  if (!x.finite || score != k::Score::kSoftmax) return x.finite;
+  Top by;
+  softmax = scores_of(logits, *this, k::Score::kSoftmax, &by);
+  top = std::move(by.chosen), next = std::move(by.next);
+  return true;
+}
+
 // ---- balance loss
 // ----------------------------------------------------------------------------------------------------
-
-Extremes extremes_of(std::span<const double> values) {
-  constexpr std::size_t kLanes = 8;
-  double low[kLanes], high[kLanes], zero[kLanes] = {};
-  std::fill(low, low + kLanes, std::numeric_limits<double>::infinity());
-  std::fill(high, high + kLanes, -std::numeric_limits<double>::infinity());
-  const auto add = [&](double v, std::size_t lane) {
-    low[lane] = v < low[lane] ? v : low[lane];
-    high[lane] = v > high[lane] ? v : high[lane];
-    zero[lane] += v * 0.0;  // NaN from a NaN or an infinity on
-  };
-  std::size_t i = 0;
-  for (; i + kLanes <= values.size(); i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) add(values[i + lane], lane);
-  }
-  for (; i < values.size(); ++i) add(values[i], i % kLanes);
-  return {*std::min_element(low, low + kLanes), *std::max_element(high, high + kLanes),
-          std::accumulate(zero, zero + kLanes, 0.0) == 0.0};
-}
 
 BalanceForm held_to(BalanceFamily family) {
   BalanceForm f;
@@ -509,9 +528,32 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
 
 bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::int32_t>* chosen,
                 std::vector<double>* weights) {
-  std::vector<double> logits = l.logits, bias = form.ignore_bias ? std::vector<double>() : l.bias;
+  std::vector<double> logits, bias = form.ignore_bias ? std::vector<double>() : l.bias;
   const auto e = static_cast<std::size_t>(l.experts);
-  if (form.softmax_first) logits = scores_of(logits, l, k::Score::kSoftmax);
+  const auto weigh_by = [&](const std::vector<double>& scores) {
+    for (std::int64_t t = 0; t < l.tokens; ++t) {
+      double sum = 0;
+      for (std::int64_t j = 0; j < l.top_k; ++j) {
+        const auto i = static_cast<std::size_t>(t * l.top_k + j);
+        (*weights)[i] = scores[static_cast<std::size_t>(t) * e + static_cast<std::size_t>((*chosen)[i])];
+        sum += (*weights)[i];
+      }
+      for (std::int64_t j = 0; j < l.top_k; ++j) {
+        double& w = (*weights)[static_cast<std::size_t>(t * l.top_k + j)];
+        w = (form.args.renormalise ? w / (sum + form.args.renormalise_eps) : w) * form.args.scaling;
+      }
+    }
+  };
+  const bool as_it_is = !form.softmax_first && !form.bias_on_logits && form.logits_dtype == k::Float::kF64 &&
+                        !form.mask_first && !form.over_kept && form.times == 1 && bias.empty();
+  if (as_it_is && !l.softmax.empty() && form.args.score == k::Score::kSoftmax && !form.args.softmax_after_top_k &&
+      form.args.group_score == k::GroupScore::kNone) {
+    *chosen = l.top;
+    weights->resize(chosen->size());
+    weigh_by(l.softmax);
+    return true;
+  }
+  logits = form.softmax_first ? scores_of(l.logits, l, k::Score::kSoftmax) : l.logits;
   if (form.bias_on_logits) {
     for (std::size_t i = 0; i < logits.size(); ++i) logits[i] += bias[i % e];
     bias.clear();
@@ -545,20 +587,7 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   std::vector<double> choice(form.bias_weighs ? logits.size() : 0);
   k::RouteResult<double> r{chosen->data(), weights->data(), nullptr, form.bias_weighs ? choice.data() : nullptr};
   if (l.backend->route(a, r) != k::Status::kOk) return false;
-  if (form.bias_weighs) {
-    for (std::int64_t t = 0; t < l.tokens; ++t) {
-      double sum = 0;
-      for (std::int64_t j = 0; j < l.top_k; ++j) {
-        const auto i = static_cast<std::size_t>(t * l.top_k + j);
-        (*weights)[i] = choice[static_cast<std::size_t>(t) * e + static_cast<std::size_t>((*chosen)[i])];
-        sum += (*weights)[i];
-      }
-      for (std::int64_t j = 0; j < l.top_k; ++j) {
-        double& w = (*weights)[static_cast<std::size_t>(t * l.top_k + j)];
-        w = (form.args.renormalise ? w / (sum + form.args.renormalise_eps) : w) * form.args.scaling;
-      }
-    }
-  }
+  if (form.bias_weighs) weigh_by(choice);
   if (form.over_kept) {
     for (std::size_t first = 0; first < weights->size(); first += static_cast<std::size_t>(l.top_k)) {
       double sum = 0;

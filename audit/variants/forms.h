@@ -28,14 +28,13 @@ struct RoutedLayer {
   std::vector<std::int64_t> step_counts, rank_counts, running_counts;
   std::int64_t step_tokens = 0, rank_tokens = 0, running_tokens = 0;
   kernels::Backend* backend = &kernels::on_host();  // runs route, balance_loss and z_loss; the bits are the same
-};
+  double lowest = 0, highest = 0;                      // of the logits
+  /// Of a softmax router, by prepare(): scores of these very logits, the top k, and what would come next. Else empty.
+  std::vector<double> softmax;
+  std::vector<std::int32_t> top, next;
 
-/// Smallest and largest, and whether none is NaN or infinite.
-struct Extremes {
-  double low, high;
-  bool finite;
+  bool prepare();  // after the logits changed; false: one is NaN or infinite
 };
-Extremes extremes_of(std::span<const double> values);
 
 // ---- balance loss
 // ----------------------------------------------------------------------------------------------------

@@ -43,6 +43,30 @@ HWY_INLINE hn::Vec<D> exp_lanes(D d, hn::Vec<D> x) {
   return hn::IfThenElse(hn::Eq(x, x), result, x);
 }
 
+/// log_exact_order() on vectors, for values from the smallest normal number to the largest finite one.
+template <class D>
+HWY_INLINE hn::Vec<D> log_lanes(D d, hn::Vec<D> x) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToSigned<D> di;
+  const auto c = [d](double v) { return hn::Set(d, v); };
+  const auto bits = hn::BitCast(du, x);
+  // frexp: x = 2^e m, m in [0.5, 1).
+  auto m = hn::BitCast(d, hn::Or(hn::And(bits, hn::Set(du, 0x000fffffffffffffu)), hn::Set(du, 0x3fe0000000000000u)));
+  auto e = hn::ConvertTo(d, hn::Sub(hn::BitCast(di, hn::ShiftRight<52>(bits)), hn::Set(di, 1022)));
+  const auto low_half = hn::Lt(m, c(0.70710678118654757));
+  m = hn::IfThenElse(low_half, hn::Mul(m, c(2.0)), m);
+  e = hn::IfThenElse(low_half, hn::Sub(e, c(1.0)), e);
+  const auto f = hn::Sub(m, c(1.0));
+  const auto s = hn::Div(f, hn::Add(m, c(1.0)));
+  const auto z = hn::Mul(s, s);
+  auto p = c(2.0 / 23.0);
+  for (int n = 21; n >= 3; n -= 2) p = hn::Add(hn::Mul(p, z), c(2.0 / n));
+  const auto half = hn::Mul(hn::Mul(c(0.5), f), f);
+  const auto high = hn::Mul(e, c(6.93147180369123816490e-01)), low = hn::Mul(e, c(1.90821492927058770002e-10));
+  const auto rest = hn::Add(hn::Mul(s, hn::Add(half, hn::Mul(z, p))), low);
+  return hn::Sub(high, hn::Sub(hn::Sub(half, rest), f));
+}
+
 }  // namespace moeaudit::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 

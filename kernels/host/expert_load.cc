@@ -1,5 +1,47 @@
+// The terms of an entropy in vectors, compiled once per instruction set; the sum over them is in the written order.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/host/expert_load.cc"
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #include "kernels/host/expert_load.h"
 
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "kernels/host/elementary-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moeaudit::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+/// terms[i] = entropy_term(p[i])
+template <class T>
+void entropy_terms(const T* p, std::int64_t count, double* terms) {
+  const hn::CappedTag<double, 8> d;
+  const hn::Rebind<T, decltype(d)> from;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  const auto smallest = hn::Set(d, 0x1p-1022), largest = hn::Set(d, 0x1.fffffffffffffp1023);
+  std::int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    hn::Vec<decltype(d)> v;
+    if constexpr (sizeof(T) == sizeof(double))
+      v = hn::LoadU(d, p + i);
+    else
+      v = hn::PromoteTo(d, hn::LoadU(from, p + i));
+    if (hn::AllTrue(d, hn::And(hn::Ge(v, smallest), hn::Le(v, largest)))) {
+      hn::StoreU(hn::Mul(hn::Neg(v), log_lanes(d, v)), d, terms + i);
+    } else {
+      for (std::int64_t j = i; j < i + width; ++j) terms[j] = entropy_term(static_cast<double>(p[j]));
+    }
+  }
+  for (; i < count; ++i) terms[i] = entropy_term(static_cast<double>(p[i]));
+}
+void entropy_terms_f32(const float* p, std::int64_t count, double* terms) { entropy_terms(p, count, terms); }
+void entropy_terms_f64(const double* p, std::int64_t count, double* terms) { entropy_terms(p, count, terms); }
+
+}  // namespace moeaudit::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,7 +51,14 @@
 #include "kernels/host/gaussian.h"
 
 namespace moeaudit::kernels {
+
+HWY_EXPORT(entropy_terms_f32);
+HWY_EXPORT(entropy_terms_f64);
+
 namespace {
+
+void entropy_terms(const float* p, std::int64_t n, double* to) { HWY_DYNAMIC_DISPATCH(entropy_terms_f32)(p, n, to); }
+void entropy_terms(const double* p, std::int64_t n, double* to) { HWY_DYNAMIC_DISPATCH(entropy_terms_f64)(p, n, to); }
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -118,6 +167,7 @@ Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* ou
   }
   const auto experts = static_cast<std::size_t>(a.experts);
   std::vector<double> sums(experts + 2), stretch(experts + 2);  // and those of entropy and mass
+  std::vector<double> terms(experts);
   std::int64_t tokens = 0;
   for (std::int64_t t = 0; t < a.tokens;) {
     std::fill(stretch.begin(), stretch.end(), 0.0);
@@ -126,7 +176,10 @@ Status route_statistics(const RoutingStatisticsArgs<T>& a, RoutingStatistics* ou
       ++tokens;
       const T* p = a.probabilities + t * a.experts;
       for (std::size_t e = 0; e < experts; ++e) stretch[e] += static_cast<double>(p[e]);
-      stretch[experts] += token_entropy(a, t);
+      entropy_terms(p, a.experts, terms.data());
+      double entropy = 0;
+      for (const double term : terms) entropy += term;
+      stretch[experts] += entropy;
       stretch[experts + 1] += chosen_mass(a, t);
     }
     for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += stretch[i];
@@ -241,3 +294,4 @@ Status co_activation(const CountArgs<std::int32_t>& a, std::int64_t* together) {
 }
 
 }  // namespace moeaudit::kernels
+#endif  // HWY_ONCE

@@ -23,8 +23,7 @@ BalanceLosses::Sums::Sums(BalanceLosses* of, const MicroBatch& mb)
 BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const {
   LayerSums s{v::BalanceSum(of_.right()), v::BalanceSum(of_.right()), v::BalanceSum(of_.right())};
   if (!all_ || (!m_.aux_loss && !m_.z_loss)) return s;
-  const auto [low, high, finite] = v::extremes_of(l.logits);
-  s.range = high - low;
+  s.range = l.highest - l.lowest;
   s.experts = l.experts;
   s.dtype = l.dtype == Float::kBF16 || l.dtype == Float::kF16 ? l.dtype : Float::kF32;
   if (m_.aux_loss) s.loss.add(l);
@@ -33,15 +32,17 @@ BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const 
     v::RoutedLayer moved = l;
     for (std::size_t i = 0; i < l.logits.size(); ++i)
       moved.logits[i] += (i % 2 ? 1 : -1) * std::max(0.5 * k::spacing(l.logits[i], l.dtype), l.logit_error);
+    moved.prepare();
     s.up.add(moved);
     for (std::size_t i = 0; i < l.logits.size(); ++i) moved.logits[i] = 2 * l.logits[i] - moved.logits[i];
+    moved.prepare();
     s.down.add(moved);
   }
   if (m_.z_loss) {
     s.z = v::z_value(v::z_forms()[0], l);
     const double lse = std::sqrt(std::fabs(s.z));
     s.z_error = k::bounds::log_sum_exp(l.experts, s.range, lse) * 2 * lse +
-                (unit(l.dtype) * std::max(std::fabs(high), std::fabs(low)) + l.logit_error) * 2 * lse;
+                (unit(l.dtype) * std::max(std::fabs(l.highest), std::fabs(l.lowest)) + l.logit_error) * 2 * lse;
   }
   return s;
 }

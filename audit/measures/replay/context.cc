@@ -184,7 +184,8 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   }
   // Under autocast softmax runs in float32 and is not rounded.
   l->scores_dtype = facts.mixed_precision == "bf16" || facts.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
-  if (!v::extremes_of(l->logits).finite) return false;
+  if (routing) l->score = route_args<double>(*routing, 1, 1).score;
+  if (!l->prepare()) return false;
   if (t.selected_experts) {
     l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
     if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data()))
@@ -198,7 +199,6 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
     if (!read_flags(*t.dropped, 0, rows * l->top_k, l->dropped.data()))
       return fault(*t.dropped, "could not be read"), false;
   }
-  if (routing) l->score = route_args<double>(*routing, 1, 1).score;
   const auto bias = biases.find({m.rank, t.layer});
   if (bias != biases.end() && static_cast<std::int64_t>(bias->second.size()) == l->experts) l->bias = bias->second;
   return true;

@@ -6,7 +6,9 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <vector>
 
+#include "kernels/host/expert_load.h"
 #include "kernels/host/low_precision.h"
 
 namespace moeaudit::kernels {
@@ -90,6 +92,33 @@ TEST(Elementary, Log1pKeepsSmallNumbers) {
   }
   EXPECT_EQ(log1p_exact_order(0.0), 0.0);
   EXPECT_EQ(log1p_exact_order(kInf), kInf);
+}
+
+TEST(Elementary, TheEntropyOfATokenHasTheBitsOfScalarLogarithms) {
+  const double odd[] = {0.0, 1.0, 0.5, 0.70710678118654746, 0.70710678118654757, 0x1p-1022, 0x1p-1030, 5e-324, 1 - 0x1p-53, 1e-200};
+  std::vector<double> p;
+  for (int i = 0; i < 4000; ++i) p.push_back(i % 7 == 3 ? odd[i / 7 % 10] : std::exp(-0.013 * i) * (1 + 1e-3 * (i % 31)));
+  std::vector<float> narrow(p.begin(), p.end());
+  const auto entropy = [](const auto* values, std::int64_t experts) {
+    RoutingStatisticsArgs<std::decay_t<decltype(*values)>> a;
+    const std::int32_t chosen = 0;
+    a.probabilities = values, a.chosen = &chosen;
+    a.tokens = a.top_k = 1;
+    a.experts = experts;
+    RoutingStatistics out;
+    EXPECT_EQ(routing_statistics(a, &out), Status::kOk);
+    const double sums[1] = {1};
+    EXPECT_EQ(std::bit_cast<std::uint64_t>(out.token_entropy),
+              std::bit_cast<std::uint64_t>(finish_routing_statistics(sums, 1, token_entropy(a, 0), 0, 1).token_entropy /
+                                           log_exact_order(static_cast<double>(experts))))
+        << experts;
+  };
+  for (std::int64_t first = 0; first + 70 < 4000; first += 37) {
+    for (const std::int64_t experts : {2, 5, 8, 64, 70}) {
+      entropy(p.data() + first, experts);
+      entropy(narrow.data() + first, experts);
+    }
+  }
 }
 
 TEST(Elementary, SigmoidAndSqrtSoftplus) {
