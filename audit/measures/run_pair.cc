@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <optional>
 #include <set>
 
@@ -17,11 +18,11 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 /// Numbers of one step that do not depend on how its batch was split, if the run is right. NaN: not recorded.
 struct Step {
-  double labels = 0, cross_entropy = kNan;      // over all micro-batches and ranks; the mean over labels
-  double loss = kNan, ce_weight = kNan;         // back-propagated: averaged over ranks, summed over micro-batches
-  double aux_weight = kNan, aux_loss = kNan;    // d loss / d aux_loss, likewise; mean of the reported ones
-  double grad_norm = kNan, router_grad = kNan;  // before clipping
-  double bias_step = kNan;                      // largest move of a correction bias
+  double labels = 0, cross_entropy = kNan;    // over all micro-batches and ranks; the mean over labels
+  double loss = kNan, ce_weight = kNan;       // back-propagated: averaged over ranks, summed over micro-batches
+  double aux_weight = kNan, aux_loss = kNan;  // d loss / d aux_loss, likewise; mean of the reported ones
+  double grad_norm = kNan, router_grad = kNan, expert_grad = kNan;  // before clipping
+  double bias_step = kNan;                                          // largest move of a correction bias
   double sequences = 0, micro_batches = 0, ranks = 0;
 };
 
@@ -83,11 +84,22 @@ Step step_of(const Trace& trace, std::vector<WeightProblem>* problems) {
     if (has_aux_grad) s.aux_weight = aux_grad / s.ranks;
     if (has_aux) s.aux_loss = aux / s.micro_batches;
     s.micro_batches /= s.ranks;
+    std::map<int, std::vector<double>> expert_norms;  // by layer; an expert's is on the ranks that hold it
     for (const StepRecord& r : trace.ranks_of(at)) {
+      const StepTensors tensors = trace.open(r, problems);
+      for (const StepLayerTensors& l : tensors.layers) {
+        if (!l.expert_grad_norm) continue;
+        std::vector<double> norms(static_cast<std::size_t>(l.expert_grad_norm->shape[0])),
+            &most = expert_norms[l.layer];
+        if (!read_values(*l.expert_grad_norm, 0, l.expert_grad_norm->shape[0], norms.data())) continue;
+        most.resize(norms.size());
+        for (std::size_t e = 0; e < norms.size(); ++e)
+          most[e] = std::max(most[e], norms[e] / r.clip_coefficient.value_or(1));
+      }
       if (r.rank != 0) continue;
       if (r.grad_norm) s.grad_norm = *r.grad_norm;
       double squares = 0, moved = -1;
-      for (const StepLayerTensors& l : trace.open(r, problems).layers) {
+      for (const StepLayerTensors& l : tensors.layers) {
         if (l.router_grad) squares += norm(*l.router_grad);
         if (!l.correction_bias_before || !l.correction_bias_after) continue;
         const std::int64_t n = l.correction_bias_before->shape[0];
@@ -101,6 +113,11 @@ Step step_of(const Trace& trace, std::vector<WeightProblem>* problems) {
       if (squares > 0) s.router_grad = std::sqrt(squares) / r.clip_coefficient.value_or(1);
       if (moved >= 0) s.bias_step = moved;
     }
+    double squares = 0;
+    for (const auto& [layer, norms] : expert_norms) {
+      for (const double x : norms) squares += x * x;
+    }
+    if (squares > 0) s.expert_grad = std::sqrt(squares);
     return s;
   }
   return s;
@@ -167,6 +184,8 @@ void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
   add("aux_loss", x.aux_loss, y.aux_loss, "TR002");
   add("grad_norm", x.grad_norm, y.grad_norm, "TR006");
   add("router_grad", x.router_grad, y.router_grad, "TR001");
+  // No rule: one trace cannot show it. Off by EP where the gradient norm is not: G11, averaged over the wrong ranks.
+  add("expert_grad", x.expert_grad, y.expert_grad, "");
   add("bias_step", x.bias_step, y.bias_step, "TR011");
 }
 

@@ -6,12 +6,14 @@
 #include "audit/measures/measure.h"
 #include "audit/measures/replay/balance.h"
 #include "audit/measures/replay/bias.h"
+#include "audit/measures/replay/counts.h"
 #include "audit/measures/replay/drops.h"
 #include "audit/measures/replay/gradients.h"
 #include "audit/measures/replay/loads.h"
 #include "audit/measures/replay/logits.h"
 #include "audit/measures/replay/losses.h"
 #include "audit/measures/replay/routing.h"
+#include "audit/measures/replay/weight_sums.h"
 #include "audit/measures/replay_backend.h"
 #include "audit/measures/router_inputs.h"
 
@@ -24,15 +26,13 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
   replay::StepLosses losses(&ctx);
   replay::Logits logits(&ctx);
   replay::Drops drops(&ctx);
+  replay::Biases bias(&ctx);
+  replay::Gradients gradients(&ctx);
   const auto steps = static_cast<double>(trace.steps().size());
   std::size_t done = 0;
   for (const TraceStep& s : trace.steps()) {
     if (options.progress) options.progress("replay", static_cast<double>(done++) / steps);
-    ctx.step = s.step;
-    ctx.biases.clear();
-    ctx.loads.clear();
-    ctx.weights.clear();
-    ctx.weights_after.clear();
+    ctx.begin_step(s.step);
     std::vector<StepTensors> of_ranks, of_next;
     const auto keep = [](const StepTensors& of, auto* into) {
       for (const StepLayerTensors& l : of.layers) {
@@ -52,8 +52,8 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
     for (const StepRecord& r : trace.ranks_of(s)) {
       of_ranks.push_back(trace.open(r, problems));
       keep(of_ranks.back(), &ctx.weights);
-      replay::read_biases(&ctx, of_ranks.back());
-      replay::replay_gradients(&ctx, of_ranks.back());
+      bias.read(of_ranks.back());
+      gradients.read(of_ranks.back());
     }
     for (const MicroBatchRecord& m : batches) {
       const MicroBatch mb = trace.open(m, problems);
@@ -72,19 +72,27 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
         drops.add(mb, shared, t, read ? &l : nullptr);
         if (!read) return;
         replay::replay_selection(&ctx, m, t, l);
+        replay::replay_weight_sums(&ctx, m, t, l);
         of_layers[static_cast<std::size_t>(i)] = sums.of(l);
       });
       std::stable_sort(problems->begin() + static_cast<std::ptrdiff_t>(known), problems->end(),
                        [](const WeightProblem& a, const WeightProblem& b) { return a.offset < b.offset; });
       for (const auto& of_layer : of_layers) sums.add(of_layer);
       sums.finish();
+      gradients.add(mb, shared);
       losses.add(mb);
     }
-    for (const StepTensors& tensors : of_ranks) replay::replay_bias(&ctx, tensors);
+    gradients.step(of_ranks);
+    for (const StepTensors& tensors : of_ranks) {
+      bias.step(tensors);
+      replay::replay_counter(&ctx, tensors);
+    }
     losses.add(s);
   }
   logits.finish();
   drops.finish();
+  bias.finish();
+  gradients.finish();
   balance.name();
   losses.finish();
   return ctx.table();

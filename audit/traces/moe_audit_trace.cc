@@ -140,6 +140,7 @@ class HeadReader {
     f.number("router_aux_loss_coef", &facts->aux_coefficient);
     f.number("router_z_loss_coef", &facts->z_coefficient);
     f.number("bias_update_rate", &facts->bias_update_rate);
+    f.flag("bias_update_centred", &facts->bias_update_centred);
     ok_ &= f.ok();
   }
 
@@ -417,6 +418,7 @@ class TensorTable {
       take(find("correction_bias_before"), Kind::kFloat, {e}, &l.correction_bias_before);
       take(find("correction_bias_after"), Kind::kFloat, {e}, &l.correction_bias_after);
       take(find("expert_grad_norm"), Kind::kFloat, {e}, &l.expert_grad_norm);
+      take(find("expert_counter"), Kind::kInteger, {e}, &l.expert_counter);
       out->layers.push_back(std::move(l));
     });
     out->memory = store_;

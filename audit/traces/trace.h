@@ -57,6 +57,7 @@ struct TraceFacts {
   Node adapters;                         // PEFT's, by name; a null node if the run trains none
   // coefficients
   std::optional<double> aux_coefficient, z_coefficient, bias_update_rate;
+  std::optional<bool> bias_update_centred;  // the mean of the step, or of the bias, is taken from it
   std::optional<bool> output_router_logits;
   std::vector<TraceLayer> layers;  // in order of `layer`, each once
   std::string note;                // what a reader had to suppose: "E = 64: the largest expert id is 63"
@@ -124,6 +125,7 @@ struct StepLayerTensors {
   std::optional<TensorView> router_grad, router_grad_ce, router_grad_aux;  // [E, d] float
   std::optional<TensorView> correction_bias_before, correction_bias_after;  // [E] float
   std::optional<TensorView> expert_grad_norm;                     // [E] float
+  std::optional<TensorView> expert_counter;                       // [E] integer: what the run itself counted
 };
 
 /// One micro-batch with its file open. Owns the memory that its views point into: keep it while you read, drop it before

@@ -66,10 +66,10 @@ std::vector<double> scores_of(const std::vector<double>& logits, const RoutedLay
   return l.backend->route(a, r) == k::Status::kOk ? out : std::vector<double>();
 }
 
-void divide_by_sum(std::vector<double>* p, std::int64_t experts) {
+void divide_by_sum(std::vector<double>* p, std::int64_t experts, double eps) {
   const auto e = static_cast<std::size_t>(experts);
   for (std::size_t row = 0; row < p->size(); row += e) {
-    double sum = 0;
+    double sum = eps;
     for (std::size_t i = 0; i < e; ++i) sum += (*p)[row + i];
     for (std::size_t i = 0; i < e; ++i) (*p)[row + i] /= sum;
   }
@@ -131,7 +131,7 @@ std::vector<double> probabilities_of(const BalanceForm& form, const RoutedLayer&
     case Probabilities::kUnnormalised: return scores_of(l.logits, l, l.score);
     case Probabilities::kRouter: {
       auto p = scores_of(l.logits, l, l.score, l.score == k::Score::kSoftmax ? top : nullptr);
-      if (l.score != k::Score::kSoftmax) divide_by_sum(&p, l.experts);
+      if (l.score != k::Score::kSoftmax) divide_by_sum(&p, l.experts, form.eps);
       return p;
     }
     case Probabilities::kOfChosen:
@@ -226,6 +226,7 @@ std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router
         [&](BalanceForm& f) { unnormalised(f), chosen(f); });
     if (right.probabilities == Probabilities::kRouter) {
       const auto softmax = [](BalanceForm& f) { f.probabilities = Probabilities::kSoftmax; };
+      add("A34", "scores divided by their sum plus 1e-20, which is no smaller", [](BalanceForm& f) { f.eps = 1e-20; });
       add("A12", "softmax for a router that scores otherwise", softmax);
       add("A12", "softmax for a router that scores otherwise, loads from its own choice",
           [&](BalanceForm& f) { softmax(f), chosen(f); });
@@ -242,6 +243,7 @@ std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router
   add("A19", "loads after drops", [](BalanceForm& f) { f.choices = Choices::kKept; });
   add("A20", "loads padded to the capacity: all equal", [](BalanceForm& f) { f.choices = Choices::kEven; });
   add("A23", "loads of the whole step", [](BalanceForm& f) { f.counts = Counts::kStep; });
+  add("A23", "loads of the whole step on one rank", [](BalanceForm& f) { f.counts = Counts::kOwnStep; });
   add("A24", "running loads of the step", [](BalanceForm& f) { f.counts = Counts::kRunning; });
   add("A25", "loads of all ranks", [](BalanceForm& f) { f.counts = Counts::kRanks; });
   return all;
@@ -276,13 +278,11 @@ void BalanceSum::add(const RoutedLayer& l) {
       chosen = l.chosen;
     }
   }
-  const std::vector<std::int64_t>& given = form_.counts == Counts::kStep    ? l.step_counts
-                                           : form_.counts == Counts::kRanks ? l.rank_counts
-                                                                            : l.running_counts;
-  const std::int64_t given_tokens = form_.counts == Counts::kStep    ? l.step_tokens
-                                    : form_.counts == Counts::kRanks ? l.rank_tokens
-                                                                     : l.running_tokens;
-  if (form_.counts != Counts::kOwn && given.empty()) sound = false;
+  const RoutedLayer::Pool& given = form_.counts == Counts::kStep      ? l.step
+                                   : form_.counts == Counts::kRanks   ? l.ranks
+                                   : form_.counts == Counts::kOwnStep ? l.own_step
+                                                                      : l.running;
+  if (form_.counts != Counts::kOwn && given.counts.empty()) sound = false;
   if (!sound) {
     sum_ = kNan;
     return;
@@ -321,8 +321,8 @@ void BalanceSum::add(const RoutedLayer& l) {
     std::fill(counted.begin(), counted.end(), l.experts);
   } else if (form_.counts != Counts::kOwn) {
     counts.clear();
-    for (std::int64_t i = 0; i < n; ++i) counts.insert(counts.end(), given.begin(), given.end());
-    std::fill(counted.begin(), counted.end(), given_tokens);
+    for (std::int64_t i = 0; i < n; ++i) counts.insert(counts.end(), given.counts.begin(), given.counts.end());
+    std::fill(counted.begin(), counted.end(), given.tokens);
   }
   if (form_.choices == Choices::kEven || form_.counts != Counts::kOwn) {
     a.counts = counts.data();
@@ -412,6 +412,9 @@ std::span<const ZForm> z_forms() {
       {"Z11", "padding counted", ZKind::kSquare, Padding::kCounted},
       {"Z12", "padding left out of the sum, not of its divisor", ZKind::kSquare, Padding::kOutOfSums},
       {"Z13", "exponentials not shifted by the largest logit", ZKind::kNoShift},
+      {"Z14", "logits rounded to bfloat16 first", ZKind::kLogitsBf16},
+      {"Z14", "lse rounded to bfloat16", ZKind::kLseBf16},
+      {"Z14", "every step of the lse in bfloat16", ZKind::kStepsBf16},
   };
   return kForms;
 }
@@ -420,6 +423,11 @@ double z_value(const ZForm& form, const RoutedLayer& l) {
   std::vector<double> others;
   std::int64_t experts = l.experts;
   if (form.kind == ZKind::kProbabilities) others = scores_of(l.logits, l, k::Score::kSoftmax);
+  const auto narrow = [](double v) { return k::round_to(v, k::Float::kBF16); };
+  if (form.kind == ZKind::kLogitsBf16 || form.kind == ZKind::kStepsBf16) {
+    others = l.logits;
+    std::transform(others.begin(), others.end(), others.begin(), narrow);
+  }
   if (form.kind == ZKind::kChosen) {
     if (l.chosen.empty()) return kNan;
     experts = l.top_k;
@@ -441,7 +449,9 @@ double z_value(const ZForm& form, const RoutedLayer& l) {
   r.loss = &loss;
   r.log_sum_exp = lse.data();
   if (l.backend->z_loss(a, r) != k::Status::kOk) return kNan;
-  if (form.kind == ZKind::kSquare || form.kind == ZKind::kProbabilities || form.kind == ZKind::kChosen) return loss;
+  if (form.kind == ZKind::kSquare || form.kind == ZKind::kProbabilities || form.kind == ZKind::kChosen ||
+      form.kind == ZKind::kLogitsBf16)
+    return loss;
   double sum = 0, n = 0;
   for (std::int64_t t = 0; t < l.tokens; ++t) {
     if (a.valid && !a.valid[t]) continue;
@@ -454,6 +464,17 @@ double z_value(const ZForm& form, const RoutedLayer& l) {
       const double largest = *std::max_element(row, row + l.experts);
       const double v = largest > 88.72 ? std::numeric_limits<double>::infinity() : lse[static_cast<std::size_t>(t)];
       sum += v * v;
+    } else if (form.kind == ZKind::kLseBf16) {
+      const double v = narrow(lse[static_cast<std::size_t>(t)]);
+      sum += v * v;
+    } else if (form.kind == ZKind::kStepsBf16) {
+      // As torch.logsumexp: the largest taken off, exp, sum in float32, log, the largest added; each a bfloat16 tensor.
+      const double* z = others.data() + t * l.experts;
+      const double largest = *std::max_element(z, z + l.experts);
+      double total = 0;
+      for (std::int64_t e = 0; e < l.experts; ++e) total += narrow(k::exp_exact_order(narrow(z[e] - largest)));
+      const double v = narrow(narrow(k::log_exact_order(narrow(total))) + largest);
+      sum += narrow(v * v);
     } else {
       sum += lse[static_cast<std::size_t>(t)];
     }
@@ -622,7 +643,7 @@ std::span<const NormalisationForm> normalisation_forms() {
 
 std::span<const BiasForm> bias_forms() {
   static constexpr std::array kForms = [] {
-    std::array<BiasForm, 14> f{};
+    std::array<BiasForm, 16> f{};
     std::size_t n = 0;
     const auto add = [&](std::string_view id, std::string_view name) -> BiasForm& {
       f[n].id = id;
@@ -640,6 +661,8 @@ std::span<const BiasForm> bias_forms() {
     add("B6", "step computed in bfloat16").step_dtype = k::Float::kBF16;
     add("B9", "padding counted").padding = true;
     add("B10", "from the counts after drops").kept = true;
+    add("B8", "with the tokens of evaluations").evaluation = true;
+    add("B11", "with the counts of earlier steps").earlier = true;
     add("B14", "by the distance from the mean instead of its sign").step = k::BiasStep::kProportional;
     BiasForm& wrong = add("B1", "the wrong way, once a micro-batch");
     wrong.rate = -1, wrong.per_micro_batch = true;

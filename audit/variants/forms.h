@@ -24,9 +24,12 @@ struct RoutedLayer {
   double logit_error = 0;                              // how far each may be off: recomputed, not recorded
   kernels::Float scores_dtype = kernels::Float::kF64;  // that the framework's softmax of them is rounded to
   /// How often each expert was chosen, and among how many tokens: in the whole step; in this micro-batch on all ranks;
-  /// in the step up to this micro-batch. Empty: not known.
-  std::vector<std::int64_t> step_counts, rank_counts, running_counts;
-  std::int64_t step_tokens = 0, rank_tokens = 0, running_tokens = 0;
+  /// in the step up to this micro-batch; in the whole step on this rank. Empty: not known.
+  struct Pool {
+    std::vector<std::int64_t> counts;
+    std::int64_t tokens = 0;
+  };
+  Pool step, ranks, running, own_step;
   kernels::Backend* backend = &kernels::on_host();  // runs route, balance_loss and z_loss; the bits are the same
   double lowest = 0, highest = 0;                      // of the logits
   /// Of a softmax router, by prepare(): scores of these very logits, the top k, and what would come next. Else empty.
@@ -50,7 +53,7 @@ enum class Probabilities {
 };
 enum class Choices { kRecorded, kScores, kSoftmax, kKept, kEven };
 enum class Padding { kOut, kCounted, kOutOfSums };
-enum class Counts { kOwn, kStep, kRanks, kRunning };
+enum class Counts { kOwn, kStep, kRanks, kRunning, kOwnStep };
 enum class Layers { kMean, kOneSet };
 
 struct BalanceForm {
@@ -63,6 +66,7 @@ struct BalanceForm {
   bool by_sequence = false;
   Layers layers = Layers::kMean;
   bool over_k = true;
+  double eps = 0;  // A34: added to the sum that scores are divided by
 };
 
 /// What a framework means by its balance loss.
@@ -77,8 +81,11 @@ class BalanceSum {
   explicit BalanceSum(const BalanceForm& form) : form_(form) {}
   void add(const RoutedLayer& layer);
   void add(const BalanceSum& layers);  // those that come after
-  double value() const;  // NaN: a layer lacked what the form needs
+  double value() const;                // NaN: a layer lacked what the form needs
   const BalanceForm& form() const { return form_; }
+  /// Of one set of all layers: how often each expert counts, and among how many rows.
+  const std::vector<std::int64_t>& counts() const { return counts_; }
+  std::int64_t rows() const { return counted_; }
   /// How much the value can change where experts tie for the last place: of all layers added so far, relative.
   double tie_slack() const { return ties_; }
 
@@ -102,7 +109,10 @@ enum class ZKind {
   kSquareOfMean,
   kNoSquare,
   kChosen,
-  kNoShift
+  kNoShift,
+  kLogitsBf16,  // of logits rounded to bfloat16
+  kLseBf16,     // the log-sum-exp rounded to bfloat16
+  kStepsBf16    // each operation of it rounded to bfloat16
 };
 struct ZForm {
   std::string_view id, name;
@@ -154,6 +164,8 @@ struct BiasForm {
   bool own_rank = false;         // B3
   bool padding = false;          // B9: padding counts, too
   bool kept = false;             // B10: counts after drops
+  bool evaluation = false;       // B8: tokens of evaluations counted
+  bool earlier = false;          // B11: earlier steps' counts in them
   kernels::Float counts_dtype = kernels::Float::kF64, step_dtype = kernels::Float::kF64,
                  bias_dtype = kernels::Float::kF64;
 };

@@ -44,6 +44,14 @@ constexpr FactorRow kFactorRows[] = {
     {"z_loss", "1 / TP", "Z15", "divided by the tensor-parallel size", "Megatron-LM 0.7"},
     {"z_loss", "1 / TP CP", "Z15", "divided by the tensor- and context-parallel size", "Megatron-LM 0.12 to 0.18"},
     {"z_loss", "CP", "Z15", "not divided by the context-parallel size", ""},
+    {"router_grad_aux", "0", "A30", "zero", "Automodel 1408"},
+    {"router_grad_aux", "M", "A22", "not divided by the accumulation steps", "huggingface/transformers 38780"},
+    {"router_grad_aux", "W", "A32", "multiplied by the number of ranks", "huggingface/transformers 48690"},
+    {"router_grad_aux", "2", "A28", "added twice: by the model and by the trainer", "huggingface/trl 4070"},
+    {"router_grad_aux", "coefficient", "A28", "multiplied by the coefficient twice", "ms-swift 5375"},
+    {"router_grad_aux", "1 / coefficient", "A29", "never multiplied by the coefficient", "Automodel 1408"},
+    {"router_grad_aux", "1 / M", "G9", "divided by the accumulation steps twice", "huggingface/trl 6083"},
+    {"router_grad_aux", "1 / W", "A27", "divided by the ranks twice", "Megatron-LM 3672"},
     {"aux_in_loss", "0", "A37", "absent from the model's loss", "output_router_logits off"},
     {"loss_weight", "M", "G2", "not divided by the accumulation steps", "huggingface/transformers 35663"},
     {"loss_weight", "1 / M", "G9", "divided by the accumulation steps twice", "huggingface/transformers 45305"},
@@ -122,7 +130,8 @@ Name name_formula(std::string_view quantity, const Observations& seen, std::span
   std::vector<Tried> tried;
   for (std::size_t f = 0; f < formulas.size(); ++f) {
     for (std::size_t c = 0; c < factors.size(); ++c) {
-      if (factors[c].value == 0.0 && !formulas[f].id.empty()) continue;  // zero is zero, whatever the formula
+      // Zero is zero, whatever the formula.
+      if (!formulas[f].id.empty() && (factors[c].value == 0.0 || (formulas[f].alone && factors[c].terms > 0))) continue;
       Tried t{f, c, static_cast<int>(!formulas[f].id.empty()) + factors[c].terms, 0};
       for (std::size_t i = 0; i < seen.recorded.size(); ++i) {
         t.distance =
@@ -144,6 +153,8 @@ Name name_formula(std::string_view quantity, const Observations& seen, std::span
   name.found = best.distance <= 1;
   for (const Tried& t : tried) {
     if (t.distance <= 1 && name.found) continue;
+    // The formula found times something else is no other candidate.
+    if (name.found && !formulas[t.formula].id.empty() && formulas[t.formula].id == formulas[best.formula].id) continue;
     name.runner_up = text_of(quantity, formulas[t.formula], factors[t.factor]);
     name.runner_up_fit = t.distance;
     break;
@@ -167,7 +178,7 @@ Name name_formula(std::string_view quantity, const Observations& seen, std::span
     if (t.distance > 1 || t.deviations != best.deviations) break;
     name.also += (name.also.empty() ? "" : "; ") + text_of(quantity, formulas[t.formula], factors[t.factor]);
   }
-  if (!c.equals.empty()) name.also += (name.also.empty() ? "" : "; ") + std::string("times ") + c.equals;
+  if (!c.equals.empty()) name.also += (name.also.empty() ? "" : "; ") + std::string("a factor of ") + c.equals;
   return name;
 }
 

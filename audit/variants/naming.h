@@ -32,6 +32,7 @@ struct Formula {
   std::string id;              // "A8"; "" for what the numbers are held to
   std::string name;            // "softmax of the softmax"
   std::vector<double> values;  // one an observation; NaN: the trace lacks what it needs
+  bool alone = false;          // no factor is tried with it
 };
 
 struct Observations {

@@ -39,6 +39,7 @@ __all__ = ["MoeAuditCallback", "Recorder", "find_routers"]
 _ROUTER_CLASS = re.compile(r"router|gating|topkgate|moegate|moe\w*gate$", re.I)
 _ROUTER_LEAVES = {"gate", "router", "wg", "router_gate"}
 _EXPERTS_KEY = re.compile(r"^(n|num|moe_num|n_total|num_local|n_routed|num_routed)_(\w+_)?experts$|^moe_num_experts$")
+_COUNTERS = {"tokens_per_expert", "local_tokens_per_expert"}  # torchtitan, Megatron-LM
 _CORRECTION_BIASES = {"e_score_correction_bias", "expert_bias", "correction_bias", "balancing_biases"}
 _PARALLEL = {"DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)(?=\.|$)")
@@ -121,12 +122,16 @@ class _Layer:
     def lora(self):
         return any("lora_" in n for n, _ in self.router.named_parameters())
 
-    def correction_bias(self):
+    def one_per_expert(self, names):
+        """The parameter or buffer [E] of one of these names: the correction bias, a counter."""
         for owner in (self.router, self.block):
             for name, tensor in [*owner.named_parameters(), *owner.named_buffers()]:
-                if name.rsplit(".", 1)[-1] in _CORRECTION_BIASES and tensor.numel() == self.num_experts:
+                if name.rsplit(".", 1)[-1] in names and tensor.numel() == self.num_experts:
                     return tensor
         return None
+
+    def correction_bias(self):
+        return self.one_per_expert(_CORRECTION_BIASES)
 
     # What the block computes between the router and the experts, where no module returns it.
     _KEEPS_WEIGHTS = {"to", "type", "type_as", "float", "half", "bfloat16", "softmax", "sigmoid", "div", "true_divide", "mul",
@@ -694,6 +699,8 @@ class Recorder:
                     tensors[prefix + "router_grad"] = _copy(weight.grad)
                 if (norm := self._expert_norms(layer)) is not None:
                     tensors[prefix + "expert_grad_norm"] = norm
+                if (counter := layer.one_per_expert(_COUNTERS)) is not None:
+                    tensors[prefix + "expert_counter"] = _copy(counter.reshape(-1).round().to(torch.int64))
             record["clip_coefficient"] = self._clip_coefficient()
         self.pending = (record, tensors, {})
 

@@ -2,8 +2,11 @@
 """Scaling pairs of fixtures/traces: one ratio a quantity, as upstream and fixtures/oracle have them. Usage: compare_test.py SOURCE_DIR BINARY"""
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 
 root, binary = sys.argv[1], sys.argv[2]
 try:
@@ -23,7 +26,7 @@ def complain(*what):
 
 
 def compare(a, b):
-    process = subprocess.run([binary, "compare", f"fixtures/traces/{a}", f"fixtures/traces/{b}", "--format", "json"], cwd=root, capture_output=True, text=True)
+    process = subprocess.run([binary, "compare", os.path.join("fixtures/traces", a), os.path.join("fixtures/traces", b), "--format", "json"], cwd=root, capture_output=True, text=True)
     report = json.loads(process.stdout)
     for error in validator.iter_errors(report) if validator else ():
         complain(a, b, error.json_path, error.message[:200])
@@ -34,7 +37,7 @@ def compare(a, b):
 SAME = {"cross_entropy": (1, 1e-6, "", None)}
 PAIRS = {
     ("ga1-tf4.48.1", "ga8-tf4.48.1"): {"loss": (1, 1e-5, "", None), "cross_entropy_weight": (1, 1e-5, "", None), "grad_norm": (1, 1e-5, "", None),
-                                       "router_grad": (1, 1e-5, "", None)},
+                                       "router_grad": (1, 1e-5, "", None), "expert_grad": (1, 1e-5, "", None)},
     # 8 times the mean of means, which is 1.0012 times the loss (fixtures/traces/README.md)
     ("ga1-tf4.48.0", "ga8-tf4.48.0"): {"loss": (8 * 1.0012, 1e-3, "M", "TR006"), "cross_entropy_weight": (8 * 1.0012, 1e-3, "M", "TR006"),
                                        "grad_norm": (8, 0.1, "M", "TR006")},
@@ -56,5 +59,28 @@ for a, b, why in (("ga8-tf4.48.1", "ga8-tf4.48.0", "alike"), ("ga1-aux-tf4.57.6"
     report, code = compare(a, b)
     if code != 2 or why not in report.get("not_comparable", ""):
         complain(a, b, "should be no pair:", report.get("not_comparable"), code)
+# The experts' gradients averaged over the ranks that hold an expert instead of all: 4 times as large (G11).
+with tempfile.TemporaryDirectory() as folder:
+    b = os.path.join(folder, "ep4")
+    shutil.copytree(os.path.join(root, "fixtures/traces/ga1-tf4.48.1"), b)
+    with open(os.path.join(b, "trace.json"), encoding="utf-8") as f:
+        head = json.load(f)
+    head["training"]["expert_parallel_size"] = 4
+    with open(os.path.join(b, "trace.json"), "w", encoding="utf-8") as f:
+        json.dump(head, f)
+    with open(os.path.join(b, "step0_rank0.safetensors"), "r+b") as f:
+        data = bytearray(f.read())
+        length = struct.unpack_from("<Q", data)[0]
+        for name, t in json.loads(data[8:8 + length]).items():
+            if name.endswith("expert_grad_norm"):
+                kind = {"F32": "f", "F64": "d"}[t["dtype"]]
+                for at in range(8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1], struct.calcsize(kind)):
+                    struct.pack_into("<" + kind, data, at, 4 * struct.unpack_from("<" + kind, data, at)[0])
+        f.seek(0)
+        f.write(data)
+    report, code = compare("ga1-tf4.48.1", b)
+    rows = {r["quantity"]: r for r in report["quantities"]}
+    if code != 0 or abs(rows["expert_grad"]["ratio"] - 4) > 1e-5 or rows["expert_grad"]["factor"] != "EP" or rows["grad_norm"]["factor"] != "":
+        complain("expert_grad", code, report)
 print(f"{len(PAIRS)} pairs, {bad} differences")
 sys.exit(1 if bad else 0)

@@ -19,9 +19,9 @@ import synthetic_traces  # noqa: E402
 MAKERS = (synthetic_traces, synthetic_routing)
 ROWS = [row for maker in MAKERS for row in maker.rows()]
 MAKER = [maker for maker in MAKERS for _ in maker.rows()]
-# Centring the step is a convention (torchtitan), not a fault: it must agree.
-CONVENTION = {"B18"}
 RIGHT = "right"
+# What a wrong quantity makes differ with it: other weights have another sum, and an epsilon in the scores shows in both.
+ALONG = {"selection": {"weights"}, "weights": {"selection", "weight_sum"}, "aux_loss": {"weight_sum"}}
 
 
 def replay(job):
@@ -54,9 +54,9 @@ def main():
             name = found[0] if found else ("none" if differ else RIGHT if mine and any(q["compared"] for q in mine) else "not compared")
             if name == "A0" or (not name and not differ):  # another of the known conventions
                 name = RIGHT
-            right = name == RIGHT if not id or id in CONVENTION else name == id or id in others
+            right = name == RIGHT if not id else name == id or id in others
             if narrow:  # a band of 1e-2: what is right must stay right, a name may be missed
-                narrow_named[row][RIGHT if right and (not id or id in CONVENTION) else "named" if name == id else "among others" if right else
+                narrow_named[row][RIGHT if right and (not id) else "named" if name == id else "among others" if right else
                                   "within the band" if name == RIGHT else name] += 1
                 if right or id:
                     continue
@@ -66,7 +66,7 @@ def main():
                 bad += 1
                 print(f"{where}: named {name}", "" if not others else f"or {sorted(others)}")
             # What is right everywhere else must be called right: a wrong balance loss is no wrong z-loss.
-            stray = {q["quantity"] for q in quantities if q["outcome"] == "differs"} - {quantity, {"selection": "weights", "weights": "selection"}.get(quantity)}
+            stray = {q["quantity"] for q in quantities if q["outcome"] == "differs"} - {quantity, *ALONG.get(quantity, ())}
             if stray:
                 bad += 1
                 print(f"{where}: also differs in {sorted(stray)}")

@@ -29,6 +29,8 @@ NAMES = {
     "jitter-evaluation-tf4.57.6": (("evaluation_logits", "W13", ""), "TR021", "error"),
     "bf16-gate-tf5.23.0": (("logits", "W12", ""), "TR020", "warning"),
     "group-leak-tf4.57.6": (("group_limit", "W10", ""), "TR027", "error"),
+    "counter-twice-tf5.23.0": (("expert_counter", "B7", "2"), "TR032", "warning"),
+    "top1-aux-tf4.57.6": (("router_grad_ce", "W5", ""), "TR009", "error"),
 }
 # Seen in the config that was recorded, or beside a rollout, not in a number; adapters are no part of a replay.
 SILENT = {"aux-off-tf4.57.6", "lora-missed-tf5.23.0", "rollout-stale-tf5.23.0", "replay-late-tf5.23.0"}

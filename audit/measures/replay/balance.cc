@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "kernels/host/bounds.h"
 
@@ -10,6 +11,17 @@ namespace {
 
 constexpr std::size_t kMoved = 8;   // micro-batches whose logits are moved by a rounding
 constexpr std::size_t kNamed = 16;  // micro-batches that a name must fit
+
+/// Recorded numbers that do not change where the expected ones do.
+bool constant(const Row& r) {
+  double off = 0, changes = 0;
+  for (std::size_t i = 1; i < r.all_recorded.size(); ++i) {
+    off = std::max(off, std::fabs(r.all_recorded[i] - r.all_recorded[0]) / std::fabs(r.all_recorded[0]));
+    const double change = std::fabs(r.all_expected[i] - r.all_expected[0]) / std::fabs(r.all_expected[0]);
+    changes = std::max(changes, change / r.all_band[i]);
+  }
+  return r.all_recorded.size() > 1 && off <= 4 * unit(Float::kF32) && changes > 2;
+}
 
 }  // namespace
 
@@ -121,16 +133,20 @@ void BalanceLosses::load_step(std::int64_t step) {
 void BalanceLosses::add_loads(const MicroBatchRecord& m, int layer, v::RoutedLayer* l) const {
   const auto of_layer = ctx_.loads.find(layer);
   if (of_layer == ctx_.loads.end()) return;
-  const auto add = [&](const Loads& x, std::vector<std::int64_t>* counts, std::int64_t* tokens) {
-    counts->resize(x.valid.size());
-    for (std::size_t e = 0; e < x.valid.size(); ++e) (*counts)[e] += x.valid[e];
-    *tokens += x.tokens;
+  const auto add = [&](const Loads& x, v::RoutedLayer::Pool* pool) {
+    pool->counts.resize(x.valid.size());
+    for (std::size_t e = 0; e < x.valid.size(); ++e) pool->counts[e] += x.valid[e];
+    pool->tokens += x.tokens;
   };
+  std::set<std::int64_t> ranks;
   for (const auto& [at, x] : of_layer->second) {
-    add(x, &l->step_counts, &l->step_tokens);
-    if (at.first == m.micro_batch) add(x, &l->rank_counts, &l->rank_tokens);
-    if (at.first <= m.micro_batch) add(x, &l->running_counts, &l->running_tokens);
+    ranks.insert(at.second);
+    add(x, &l->step);
+    if (at.first == m.micro_batch) add(x, &l->ranks);
+    if (at.first <= m.micro_batch) add(x, &l->running);
+    if (at.second == m.rank) add(x, &l->own_step);
   }
+  if (ranks.size() < 2) l->own_step = {};  // the same as that of all ranks
 }
 
 void BalanceLosses::name_aux(Row* r) {
@@ -159,6 +175,11 @@ void BalanceLosses::name_aux(Row* r) {
   const auto factors = v::factors_of(ctx_.symbols(false));
   r->name = v::name_formula("aux_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)},
                             formulas, factors);
+  if (!r->name.found && constant(*r)) {
+    r->name.found = true;
+    r->name.id = "A36";
+    r->name.name = "the same number in every micro-batch, whatever the logits";
+  }
   if (known) return;
   // Nobody said which convention this framework has: one that frameworks use is no divergence.
   static constexpr std::string_view kConventions[] = {"",    "A0",  "A1",  "A2",  "A3", "A4",
@@ -166,7 +187,7 @@ void BalanceLosses::name_aux(Row* r) {
   if (r->name.found &&
       std::find(std::begin(kConventions), std::end(kConventions), r->name.id) != std::end(kConventions))
     r->differing = 0;
-  r->held_to = "no convention known for this framework";
+  r->held_to += "; no convention is known for this framework";
 }
 
 void BalanceLosses::name_z(Row* r) {
@@ -187,6 +208,27 @@ void BalanceLosses::name_z(Row* r) {
     for (std::size_t f = 0; f < formulas.size(); ++f)
       formulas[f].values.push_back(sums[f] / static_cast<double>(mb.layers.size()));
   }
+  // What one rank has, or the mean of all, in every rank's record.
+  v::Formula one{"Z16", "that of one rank, in the others' records too", {}, true};
+  bool mean_fits = true;
+  for (std::size_t i = 0; i < n; ++i) {
+    double sum = 0, of_first = kNan, ranks = 0;
+    for (std::size_t j = 0; j < z_seen_.size(); ++j) {
+      if (z_seen_[j]->step != z_seen_[i]->step || z_seen_[j]->micro_batch != z_seen_[i]->micro_batch) continue;
+      if (ranks == 0) of_first = r->all_expected[j];
+      ranks += 1;
+      sum += r->all_expected[j];
+    }
+    one.values.push_back(ranks > 1 ? of_first : kNan);
+    mean_fits = mean_fits && ranks > 1 && std::isfinite(r->all_recorded[i]) &&
+                std::fabs(r->all_recorded[i] - sum / ranks) <= r->all_band[i] * r->all_recorded[i];
+  }
+  if (mean_fits) {
+    r->held_to = std::string(v::z_forms()[0].name) + ", and over ranks";
+    r->differing = 0;
+    return;
+  }
+  formulas.push_back(std::move(one));
   r->name = v::name_formula("z_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)}, formulas,
                             v::factors_of(ctx_.symbols(false)));
 }

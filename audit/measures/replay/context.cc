@@ -111,10 +111,27 @@ namespace {
 
 /// Place of a quantity in the report.
 int order_of(std::string_view quantity) {
-  static constexpr std::string_view kOrder[] = {
-      "logits",      "evaluation_logits", "selection", "group_limit", "weights",  "recomputed_selection", "loads",
-      "capacity",    "drop_order",        "aux_loss",  "z_loss",   "aux_in_loss",          "aux_weight",
-      "loss_weight", "router_grad",       "router_grad_ce", "bias_step"};
+  static constexpr std::string_view kOrder[] = {"logits",
+                                                "evaluation_logits",
+                                                "selection",
+                                                "group_limit",
+                                                "weights",
+                                                "weight_sum",
+                                                "recomputed_selection",
+                                                "loads",
+                                                "expert_counter",
+                                                "capacity",
+                                                "drop_order",
+                                                "aux_loss",
+                                                "z_loss",
+                                                "aux_in_loss",
+                                                "aux_weight",
+                                                "loss_weight",
+                                                "router_grad",
+                                                "router_grad_ce",
+                                                "router_grad_aux",
+                                                "bias_step",
+                                                "bias_kept"};
   return static_cast<int>(std::find(std::begin(kOrder), std::end(kOrder), quantity) - std::begin(kOrder));
 }
 
@@ -130,6 +147,38 @@ Row& Context::row(std::string_view quantity, int layer) {
 Row* Context::find(std::string_view quantity) {
   const auto it = rows_.find({order_of(quantity), -1});
   return it == rows_.end() ? nullptr : &it->second;
+}
+
+std::vector<Row*> Context::layers_of(std::string_view quantity) {
+  std::vector<Row*> out;
+  for (auto& [key, row] : rows_) {
+    if (row.quantity == quantity) out.push_back(&row);
+  }
+  return out;
+}
+
+void add(const Loads& more, Loads* sum) {
+  const auto each = [](const std::vector<std::int64_t>& from, std::vector<std::int64_t>* to) {
+    to->resize(std::max(to->size(), from.size()));
+    for (std::size_t e = 0; e < from.size(); ++e) (*to)[e] += from[e];
+  };
+  each(more.valid, &sum->valid);
+  each(more.all, &sum->all);
+  each(more.kept, &sum->kept);
+  sum->tokens += more.tokens;
+}
+
+void Context::begin_step(std::int64_t number) {
+  step = number;
+  for (const auto& [layer, of_layer] : loads) {
+    for (const auto& [at, x] : of_layer) add(x, &earlier[layer][{0, at.second}]);
+  }
+  biases.clear();
+  loads.clear();
+  evaluation_before = std::move(evaluation);
+  evaluation.clear();
+  weights.clear();
+  weights_after.clear();
 }
 
 void Context::fault(const TensorView& view, std::string what) {
@@ -166,9 +215,12 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   l->backend = backend;
   l->sequences = shared.sequences;
   l->valid = shared.valid;
-  if ((!t.router_logits && !t.hidden_states) || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts) return false;
+  if ((!t.router_logits && !t.hidden_states) || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts)
+    return false;
   if (rows > kMostLogits / l->experts)
-    return fault(t.router_logits ? *t.router_logits : *t.hidden_states, "more than 2^28 logits in one micro-batch are not replayed"), false;
+    return fault(t.router_logits ? *t.router_logits : *t.hidden_states,
+                 "more than 2^28 logits in one micro-batch are not replayed"),
+           false;
   if (!t.router_logits) {
     Recomputed c;
     std::string why;
@@ -216,7 +268,7 @@ Shared Context::shared_of(const MicroBatch& mb) const {
 }
 
 void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t) {
-  if (!trains(m) || t.experts < 1) return;
+  if (t.experts < 1) return;
   Loads counted;
   const auto e = static_cast<std::size_t>(t.experts);
   if (t.selected_experts && t.top_k > 0 && !m.sampled_tokens) {
@@ -244,7 +296,7 @@ void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const
     return;
   }
   const std::scoped_lock lock(mutex_);
-  loads[t.layer][{m.micro_batch, m.rank}] = std::move(counted);
+  (trains(m) ? loads : evaluation)[t.layer][{m.micro_batch, m.rank}] = std::move(counted);
 }
 
 const Loads* Context::loads_of(const MicroBatchRecord& m, int layer) {
@@ -286,7 +338,12 @@ std::vector<v::Symbol> Context::symbols(bool of_gradient) const {
     if (labels > 0) s.push_back({"T / labels", static_cast<double>(tokens) / static_cast<double>(labels), true});
     return s;
   }
-  s.push_back({"L", static_cast<double>(facts.layers.size())});
+  const auto layers = static_cast<double>(facts.layers.size());
+  s.push_back({"L", layers});
+  // Layers without experts, too: what a loss is divided by where it should be L (A35).
+  const Node* all = facts.config.is_map() ? facts.config.find("num_hidden_layers") : nullptr;
+  if (all && all->as_int() && static_cast<double>(*all->as_int()) != layers)
+    s.push_back({"layers", static_cast<double>(*all->as_int())});
   if (first) {
     s.push_back({"k", static_cast<double>(first->top_k)});
     s.push_back({"E", static_cast<double>(first->experts)});

@@ -62,6 +62,7 @@ struct Loads {
   std::int64_t tokens = 0;                     // not padding
 };
 using StepLoads = std::map<std::pair<std::int64_t, std::int64_t>, Loads>;  // by micro-batch and rank
+void add(const Loads& more, Loads* sum);
 
 /// What the layers of a micro-batch share.
 struct Shared {
@@ -78,7 +79,8 @@ class Context {
   /// Rows come out in the order of the report: by quantity, then by layer. A reference stays good.
   Row& row(std::string_view quantity, int layer = -1);
   Row* find(std::string_view quantity);  // of the whole model; nullptr: there is none
-  ReplayTable table();                   // of all rows, which are gone then
+  std::vector<Row*> layers_of(std::string_view quantity);
+  ReplayTable table();  // of all rows, which are gone then
 
   static bool trains(const MicroBatchRecord& m) { return m.training.value_or(true); }
   Place place_of(const MicroBatchRecord& m) const;
@@ -101,9 +103,12 @@ class Context {
   std::int64_t accumulation = 0;            // M: micro-batches of one step on one rank
 
   // Of the step at hand.
+  void begin_step(std::int64_t number);
   std::int64_t step = -1;
   std::map<std::pair<std::int64_t, int>, std::vector<double>> biases;  // before it, by rank and layer
   std::map<int, StepLoads> loads;                                      // by layer
+  std::map<int, StepLoads> evaluation, evaluation_before;              // of what does not train; of the step before
+  std::map<int, StepLoads> earlier;  // of the steps before, summed under micro-batch 0
   void count_loads(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t);
   const Loads* loads_of(const MicroBatchRecord& m, int layer);  // nullptr: not counted
   /// The routers' weights before the step, or after it; nullptr: not recorded.

@@ -155,13 +155,21 @@ void StepLosses::loss_weights(Divided d) {
   }
 }
 
+/// Weight of the balance loss in what was back-propagated, over coefficient x the mean over micro-batches and ranks,
+/// relative to the cross-entropy's. Coefficient 0: the weight itself.
 void StepLosses::aux_weights() {
-  if (!ctx_.facts.aux_coefficient || !(*ctx_.facts.aux_coefficient > 0)) return;
+  if (!ctx_.facts.aux_coefficient || !(*ctx_.facts.aux_coefficient >= 0)) return;
+  const double coefficient = *ctx_.facts.aux_coefficient;
+  const auto& all = ctx_.trace.micro_batches();
+  if (coefficient == 0.0 &&
+      std::none_of(all.begin(), all.end(), [](const MicroBatchRecord& m) { return m.aux_loss_grad.has_value(); }))
+    return;
   Row& r = ctx_.row("aux_weight");
-  r.held_to = "coefficient, of the mean over micro-batches and ranks";
+  r.held_to = coefficient > 0 ? "coefficient, of the mean over micro-batches and ranks" : "coefficient 0: none";
   r.missing = "needs aux_loss_grad of every micro-batch";
+  v::Formula last{"G10", "with the scale of the last micro-batch for all", {}, true};
   for (const Step& s : steps_) {
-    double sum = 0;
+    double sum = 0, labels = 0, of_last = 0;
     std::set<std::int64_t> ranks;
     bool sound = true;
     for (const MicroBatchRecord* m : s.micro_batches) {
@@ -170,6 +178,9 @@ void StepLosses::aux_weights() {
         sum += *m->aux_loss_grad;
       else
         sound = sound && m->aux_loss_requires_grad && !*m->aux_loss_requires_grad;
+      const double n = m->label_tokens ? static_cast<double>(*m->label_tokens) : kNan;
+      labels += n;
+      if (m->micro_batch == s.micro_batches.back()->micro_batch) of_last += n;
     }
     if (s.micro_batches.front()->aux_loss_grad && !s.micro_batches.front()->aux_loss) sound = false;
     if (!sound) {
@@ -177,12 +188,18 @@ void StepLosses::aux_weights() {
         r.missing = "no balance loss was computed: output_router_logits is false";
       continue;
     }
-    const double n = sum / *ctx_.facts.aux_coefficient / static_cast<double>(ranks.size()) / loss_factor_;
-    r.observe(n, 1.0, (static_cast<double>(s.micro_batches.size()) + 6) * unit(Float::kF32),
-              ctx_.place_of(*s.micro_batches.front()));
+    const double n = sum / (coefficient > 0 ? coefficient : 1) / static_cast<double>(ranks.size()) / loss_factor_;
+    const double band = (static_cast<double>(s.micro_batches.size()) + 6) * unit(Float::kF32);
+    r.observe(n, coefficient > 0 ? 1.0 : 0.0, band, ctx_.place_of(*s.micro_batches.front()));
+    last.values.push_back(of_last * static_cast<double>(s.micro_batches.size()) / static_cast<double>(ranks.size()) /
+                          labels);
   }
   if (r.differing == 0) return;
-  const std::vector<v::Formula> formulas = {{"", r.held_to, r.all_expected}};
+  if (coefficient == 0.0) {
+    r.name.found = true, r.name.id = "G13", r.name.name = "back-propagated though its coefficient is 0";
+    return;
+  }
+  const std::vector<v::Formula> formulas = {{"", r.held_to, r.all_expected}, last};
   r.name = v::name_formula("aux_weight", {r.all_recorded, r.all_band}, formulas, v::factors_of(ctx_.symbols(true)));
 }
 

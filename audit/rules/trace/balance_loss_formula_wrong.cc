@@ -21,8 +21,9 @@ gate is an eighth of the right one. Loads of the wrong tokens or of biased choic
 Use a release that computes it right; the finding says which, where that is known.
 
 ## Limits
-Only for frameworks whose formula is known (transformers' load_balancing_loss_func). Padding is TR004's. A band is
-relative: 1e-6 of the value from float32 logits, 1e-2 from bfloat16, where more names fit.
+The formula is known of transformers (load_balancing_loss_func); of other frameworks any of the common conventions
+passes. Padding is TR004's. A band is relative: 1e-6 of the value from float32 logits, 1e-2 from bfloat16, where more
+names fit.
 )md";
 
 bool padding(const ReplayTable& t, std::size_t row) { return t.formula[row] == "A16" || t.formula[row] == "A17"; }
@@ -40,9 +41,10 @@ Outcome check(Facts& f) {
   Finding finding;
   const bool known = !t->name[row].empty();
   finding.severity = known ? Severity::kError : Severity::kWarning;
-  finding.message = "aux_loss is " + say::number(t->recorded[row]) + ", and " + say::number(t->expected[row]) + " by " +
-                    t->held_to[row] + " (" + replay::bands(t->distance[row]) + "; " + say::count(t->differing[row]) +
-                    " of " + say::count(t->compared[row]) + " micro-batches). " + replay::named(*t, row);
+  finding.message = "aux_loss is " + say::number(t->recorded[row]) + ", and the logits give " +
+                    say::number(t->expected[row]) + " (" + t->held_to[row] + "; " + replay::bands(t->distance[row]) +
+                    " apart, in " + say::count(t->differing[row]) + " of " + say::count(t->compared[row]) +
+                    " micro-batches). " + replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
   finding.remedy =
       t->formula[row] == "A8" && t->framework == "transformers"

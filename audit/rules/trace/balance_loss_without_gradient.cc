@@ -28,7 +28,11 @@ Outcome check(Facts& f) {
   Outcome otherwise;
   const ReplayTable* t = replay::table(f, &otherwise);
   if (!t) return otherwise;
-  const replay::Rows rows = replay::rows_of(*t, "aux_weight");
+  if (t->aux_coefficient == 0) return Outcome::not_applicable("the coefficient of the balance loss is 0");
+  replay::Rows rows = replay::rows_of(*t, "aux_weight");
+  const replay::Rows of_router = replay::rows_of(*t, "router_grad_aux");
+  if (rows.differ.empty() && rows.agree.empty() && (!of_router.differ.empty() || !of_router.agree.empty()))
+    rows = of_router;
   const bool zero = !rows.differ.empty() && t->recorded[rows.differ[0]] == 0.0 && t->factor[rows.differ[0]] == "0";
   if (!zero) {
     if (!rows.differ.empty()) return Outcome::pass("the balance loss has a gradient");

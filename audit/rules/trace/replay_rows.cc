@@ -60,9 +60,12 @@ std::string named(const ReplayTable& t, std::size_t i) {
     return text + ".";
   }
   text = "It is " + (t.formula[i].empty() ? "" : t.formula[i] + ", ") + t.name[i];
-  if (!t.factor[i].empty()) text += ", times " + t.factor[i] + " = " + say::number(t.factor_value[i]);
+  const std::string value = say::number(t.factor_value[i]);
+  if (!t.factor[i].empty() && t.factor[i] != "0")
+    text += " (a factor of " + t.factor[i] + (t.factor[i] == value ? "" : " = " + value) + ")";
   if (!t.also[i].empty()) text += "; this trace cannot tell it from " + t.also[i];
-  if (!t.runner_up[i].empty())
+  // Neither what the finding starts from nor the same formula otherwise is another candidate.
+  if (!t.runner_up[i].empty() && t.runner_up[i] != t.held_to[i] && !t.runner_up[i].starts_with(t.formula[i] + " "))
     text += "; the next candidate, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
   return text + ".";
 }
@@ -70,9 +73,10 @@ std::string named(const ReplayTable& t, std::size_t i) {
 Evidence evidence(const ReplayTable& t, std::size_t i) {
   const std::string name =
       "trace " + t.quantity[i] + (t.layer[i] >= 0 ? " of layer " + std::to_string(t.layer[i]) : "");
-  return {name,
-          say::number(t.recorded[i]) + ", expected " + say::number(t.expected[i]) + " (" + bands(t.distance[i]) + ")",
-          where(t, i)};
+  std::string value = say::number(t.recorded[i]);
+  if (!std::isnan(t.expected[i]))
+    value += ", expected " + say::number(t.expected[i]) + " (" + bands(t.distance[i]) + ")";
+  return {name, value, where(t, i)};
 }
 
 Location where(const ReplayTable& t, std::size_t i) {

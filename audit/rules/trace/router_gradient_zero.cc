@@ -9,7 +9,8 @@ namespace {
 constexpr std::string_view kDoc = R"md(
 ## What it checks
 From a recorded trace: the router's weight requires a gradient, and the gradient that the optimizer got is exactly 0 in every
-element and every recorded step; or, where its parts were recorded, the part of the cross-entropy is.
+element and every recorded step; or the cross-entropy's part of it is. That part is router_grad_ce, or what the gradient
+of the logits holds beside the balance loss's (aux_loss_grad x d aux / d logits, by transformers' formula).
 
 ## Why it matters
 The router stays what it was while the experts move under it. Usual causes: k = 1 renormalised (weight 1 whatever the logits),
@@ -48,7 +49,8 @@ Outcome check(Facts& f) {
   finding.message = std::string(whole ? "The gradient" : "The cross-entropy's part of the gradient") +
                     " of the router in " + replay::layers_of(*t, found) +
                     " is exactly 0 in every recorded step, although it requires one" +
-                    (whole ? "." : ": it learns from the balance loss alone.");
+                    (whole ? "." : ": it learns from the balance loss alone.") +
+                    (t->name[found[0]].empty() ? "" : " " + replay::named(*t, found[0]));
   for (const std::size_t i : found) finding.evidence.push_back(replay::evidence(*t, i));
   finding.remedy =
       "If the router is meant to stay as it is, say so:\n    [p.requires_grad_(False) for n, p in "

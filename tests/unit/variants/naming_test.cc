@@ -58,7 +58,7 @@ TEST(Naming, TheSimplestComesFirstAndWhatIsAsSimpleStandsBesideIt) {
   EXPECT_EQ(n.id, "A22");  // of a factor M in this quantity
   EXPECT_EQ(n.factor, "M");
   EXPECT_NE(n.also.find("A7 first choice"), std::string::npos) << n.also;
-  EXPECT_NE(n.also.find("times W"), std::string::npos) << n.also;
+  EXPECT_NE(n.also.find("a factor of W"), std::string::npos) << n.also;
   n = name({1.0}, {{"", "right", {1.0}}, {"A7", "first choice", {1.0}}});
   EXPECT_EQ(n.id, "");
   EXPECT_EQ(n.also, "");
