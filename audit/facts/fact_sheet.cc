@@ -126,6 +126,13 @@ std::string to_text(const LogTable& v) {
   if (!v.step.empty()) text += ", steps " + std::to_string(v.step.front()) + " to " + std::to_string(v.step.back());
   return text;
 }
+std::string to_text(const LogColumns& v) {
+  std::string text;
+  for (std::size_t i = 0; i < v.name.size(); ++i)
+    text += (i ? ", " : "") + v.name[i] + " " + to_text(v.first[i]) + " to " + to_text(v.last[i]);
+  return text.empty() ? "none" : text;
+}
+std::string to_text(const LogBalance& v) { return to_text(v.least) + " to " + to_text(v.greatest); }
 std::string to_text(const ReplayTable& v) {
   std::size_t compared = 0, differ = 0;
   for (std::size_t i = 0; i < v.quantity.size(); ++i) {

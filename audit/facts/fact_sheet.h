@@ -93,6 +93,8 @@ std::string to_text(const AdapterLayout& v);
 std::string to_text(const ReplayTable& v);
 std::string to_text(const RolloutAgreement& v);
 std::string to_text(const LogTable& v);
+std::string to_text(const LogColumns& v);
+std::string to_text(const LogBalance& v);  // "0.16 to 0.1603"
 std::string to_text(const std::vector<WeightProblem>& v);
 std::string to_text(const std::vector<IgnoredKey>& v);
 std::string to_text(const std::vector<UnreadKey>& v);

@@ -768,6 +768,7 @@ struct LogTable {
   std::vector<char> has_loss, has_grad_norm, has_eval_loss, has_aux_loss, has_ce, has_z_loss;
   std::vector<int> line;
   std::string file;
+  int aux_digits = 0;                      // significant digits that aux_loss is written with, at most; 0: not known
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -787,6 +788,54 @@ struct LogTable {
     f("has_z_loss", s.has_z_loss);
     f("line", s.line);
     f("file", s.file);
+    f("aux_digits", s.aux_digits);
+  }
+};
+
+/// One row per quantity of the log that has finite values: loss, ce, aux_loss, z_loss, grad_norm, eval_loss.
+struct LogColumns {
+  std::vector<std::string> name;
+  std::vector<std::int64_t> entries;
+  std::vector<int> line;                   // of the first one
+  std::vector<double> first, last, least, greatest;
+  std::vector<double> level;               // median of the second half of the entries
+  std::vector<double> unit;                // one unit of the last digit printed, at `level`
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("name", s.name);
+    f("entries", s.entries);
+    f("line", s.line);
+    f("first", s.first);
+    f("last", s.last);
+    f("least", s.least);
+    f("greatest", s.greatest);
+    f("level", s.level);
+    f("unit", s.unit);
+  }
+};
+
+/// share = (loss - cross-entropy - z-loss) / aux_loss, within what the printed digits of every entry leave open: it is
+/// coefficient x n. The columns hold the simplest n that fit, where the coefficient is known.
+struct LogBalance {
+  std::int64_t entries = 0;
+  int line = 0;                            // of the first entry
+  double least = 0, greatest = 0;          // share
+  bool solved = false;                     // false: no cross-entropy in the log, bounded by 0 <= cross-entropy <= 15
+  std::string z;                           // how the z-loss is in it: "", "once", "n times", "not"
+  std::vector<std::string> factor;         // "1", "M", "M W", "2"; empty: none of the settings explains it
+  std::vector<double> value;
+
+  template <class Self, class F>
+  static void visit(Self& s, F&& f) {
+    f("entries", s.entries);
+    f("line", s.line);
+    f("least", s.least);
+    f("greatest", s.greatest);
+    f("solved", s.solved);
+    f("z", s.z);
+    f("factor", s.factor);
+    f("value", s.value);
   }
 };
 

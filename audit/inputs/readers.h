@@ -40,6 +40,8 @@ void read_trainer_state(const std::string& path, Material* material);
 
 /// JSON lines, CSV, or the text of Megatron-LM, by ending and content; a log by step goes to material->log. Not readable: a
 /// fatal problem.
+/// Significant digits of a number as it is written: 7 in "1.000000E+00", 3 in "0.100".
+int significant_digits(std::string_view number);
 bool is_training_log(const std::string& path);
 void read_training_log(const std::string& path, Material* material);
 

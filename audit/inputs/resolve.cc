@@ -146,6 +146,27 @@ void resolve_versions(Resolver& r) {
   }
 }
 
+/// What a Megatron-LM log says of its run, where nothing else does. Its balance loss is 1 under uniform routing.
+void resolve_log(Resolver& r) {
+  FactSheet& f = r.facts;
+  for (const Setting& s : r.material.settings) {
+    if (!s.name.starts_with("log.")) continue;
+    const auto count = s.value.as_int();
+    const auto number = s.value.as_double();
+    if (count && *count > 0) {
+      if (s.name == "log.num_experts") f.num_experts.set_if_unknown(*count, Origin::kStated, s.source);
+      if (s.name == "log.top_k") f.top_k.set_if_unknown(*count, Origin::kStated, s.source);
+      if (s.name == "log.expert_parallel") f.expert_parallel.set_if_unknown(*count, Origin::kStated, s.source);
+    }
+    if (s.name == "log.recompute") f.gradient_checkpointing.set_if_unknown(s.value.text != "None", Origin::kStated, s.source);
+    if (number && s.name == "log.z_coefficient") f.z_coefficient.set_if_unknown(*number, Origin::kStated, s.source);
+    if (number && s.name == "log.aux_coefficient") {
+      f.aux_coefficient.set_if_unknown(*number, Origin::kStated, s.source);
+      f.aux_uniform_value.set_if_unknown(1.0, Origin::kFrameworkDefault, s.source);
+    }
+  }
+}
+
 void resolve(const Material& material, const RunOptions& options, FactSheet* facts) {
   Resolver r{material, options, *facts};
   resolve_versions(r);
@@ -157,6 +178,7 @@ void resolve(const Material& material, const RunOptions& options, FactSheet* fac
   resolve_balance(r);
   resolve_conflicts(r);
   resolve_base(r);
+  resolve_log(r);
 
   if (!material.log.step.empty()) facts->log.set(material.log, Origin::kMeasured, material.log_source);
   if (material.global_step >= 0) {

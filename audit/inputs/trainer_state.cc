@@ -1,5 +1,6 @@
 // trainer_state.json: what the Trainer logged (transformers/trainer_callback.py TrainerState). Python's json writes NaN
 // and Infinity as they are; a written NaN is kept apart from an absent number.
+#include <algorithm>
 #include <limits>
 
 #include "audit/inputs/readers.h"
@@ -30,6 +31,8 @@ void append_entry(const Node& entry, LogTable* log) {
   append(entry, "learning_rate", &log->learning_rate, nullptr);
   append(entry, "ce_loss", &log->ce, &log->has_ce);
   append(entry, "z_loss", &log->z_loss, &log->has_z_loss);
+  if (const Node* aux = entry.find("aux_loss"); aux && aux->is_number())
+    log->aux_digits = std::max(log->aux_digits, significant_digits(aux->text));
   log->line.push_back(entry.line);
 }
 

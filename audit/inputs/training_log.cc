@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <optional>
 
 #include "audit/inputs/files.h"
@@ -15,9 +16,20 @@ namespace moeaudit {
 namespace {
 
 constexpr std::size_t kMostRows = 2'000'000;
-constexpr int kLinesLookedAt = 200;  // to find out what a file is
+constexpr int kLinesLookedAt = 5000;  // to find out what a file is; Megatron-LM prints a thousand of arguments first
 
-enum class Column { kNone, kStep, kLoss, kCrossEntropy, kAuxLoss, kZLoss, kGradNorm, kEvalLoss, kLearningRate };
+enum class Column {
+  kNone,
+  kStep,
+  kLoss,
+  kCrossEntropy,
+  kAuxLoss,
+  kZLoss,
+  kGradNorm,
+  kEvalLoss,
+  kLearningRate,
+  kOtherAux
+};
 
 struct Name {
   std::string_view name;
@@ -29,6 +41,8 @@ constexpr Name kNames[] = {
     {"_step", Column::kStep},
     {"iteration", Column::kStep},
     {"iter", Column::kStep},
+    {"current_steps", Column::kStep},          // LLaMA-Factory trainer_log.jsonl
+    {"global_step_max_steps", Column::kStep},  // ms-swift logging.jsonl: "1/369"
     {"loss", Column::kLoss},
     {"total_loss", Column::kLoss},
     {"ce_loss", Column::kCrossEntropy},
@@ -39,7 +53,9 @@ constexpr Name kNames[] = {
     {"lm_loss", Column::kCrossEntropy},  // Megatron-LM
     {"aux_loss", Column::kAuxLoss},      // TRL
     {"router_aux_loss", Column::kAuxLoss},
-    {"load_balancing_loss", Column::kAuxLoss},  // Megatron-LM
+    {"load_balancing_loss", Column::kAuxLoss},       // Megatron-LM
+    {"seq_load_balancing_loss", Column::kOtherAux},  // Megatron-LM prints load_balancing_loss, too, and then it is 0
+    {"global_load_balancing_loss", Column::kOtherAux},
     {"moe_aux_loss", Column::kAuxLoss},
     {"lb_loss", Column::kAuxLoss},
     {"balance_loss", Column::kAuxLoss},
@@ -88,10 +104,14 @@ std::optional<double> number(std::string_view text) {
 
 /// One entry of a log: what was found under the names above. A written NaN is a value.
 struct Entry {
-  std::array<std::optional<double>, 9> value;
-  void set(Column column, std::optional<double> v) {
+  std::array<std::optional<double>, 10> value;
+  int aux_digits = 0;
+  void set(Column column, std::optional<double> v, std::string_view text = {}) {
     auto& slot = value[static_cast<std::size_t>(column)];
-    if (column != Column::kNone && v && !slot) slot = v;
+    if (column == Column::kNone || !v || slot) return;
+    slot = v;
+    if (column == Column::kAuxLoss || column == Column::kOtherAux)
+      aux_digits = std::max(aux_digits, significant_digits(text));
   }
   bool says(Column column) const { return value[static_cast<std::size_t>(column)].has_value(); }
   bool something() const {
@@ -100,7 +120,11 @@ struct Entry {
   }
 };
 
-void append(const Entry& e, int line, LogTable* log) {
+void append(Entry e, int line, LogTable* log) {
+  auto& aux = e.value[static_cast<std::size_t>(Column::kAuxLoss)];
+  if (!aux || *aux == 0.0) {
+    if (const auto& other = e.value[static_cast<std::size_t>(Column::kOtherAux)]) aux = other;
+  }
   const auto put = [&](Column column, std::vector<double>* values, std::vector<char>* has) {
     const auto& v = e.value[static_cast<std::size_t>(column)];
     values->push_back(v.value_or(std::numeric_limits<double>::quiet_NaN()));
@@ -116,6 +140,7 @@ void append(const Entry& e, int line, LogTable* log) {
   put(Column::kEvalLoss, &log->eval_loss, &log->has_eval_loss);
   put(Column::kLearningRate, &log->learning_rate, nullptr);
   log->line.push_back(line);
+  log->aux_digits = std::max(log->aux_digits, e.aux_digits);
 }
 
 // ---- the three formats: a line -> an entry
@@ -127,7 +152,14 @@ bool json_entry(std::string_view line, Entry* entry) {
   TextLimits limits;
   limits.max_nodes = 20'000;
   if (!parse_json(line, &root, nullptr, &error, limits) || !root.is_map()) return false;
-  for (std::size_t i = 0; i < root.keys.size(); ++i) entry->set(column_of(root.keys[i]), root.items[i].as_double());
+  for (std::size_t i = 0; i < root.keys.size(); ++i) {
+    const Column column = column_of(root.keys[i]);
+    const Node& item = root.items[i];
+    if (column == Column::kStep && item.is_string())
+      entry->set(column, number(std::string_view(item.text).substr(0, item.text.find('/'))));
+    else
+      entry->set(column, item.as_double(), item.text);
+  }
   return true;
 }
 
@@ -148,12 +180,86 @@ bool megatron_entry(std::string_view line, Entry* entry) {
     if (colon != std::string_view::npos) {
       std::string_view key = piece.substr(0, colon);
       while (!key.empty() && key.front() == ' ') key.remove_prefix(1);
-      entry->set(column_of(key), number(piece.substr(colon + 1)));
+      entry->set(column_of(key), number(piece.substr(colon + 1)), piece.substr(colon + 1));
     }
     begin = end + 1;
   }
   return true;
 }
+
+/// What Megatron-LM prints of its arguments before it trains (megatron/training/arguments.py `_print_args` at d98e8a6):
+/// "  micro_batch_size ................................ 4".
+class MegatronArguments {
+ public:
+  void read(std::string_view line, int at) {
+    if (line.find("- end of arguments -") != std::string_view::npos) inside_ = false;
+    if (inside_) take(line, at);
+    if (line.find("- arguments -") != std::string_view::npos) inside_ = true;
+  }
+  /// Settings under Hugging Face's names where it has them, "log.<name>" otherwise.
+  void state(const std::string& file, Material* material) const {
+    const auto put = [&](const char* name, const char* key) {
+      if (const Argument* a = find(key))
+        material->settings.push_back({name, node(a->text), source(file, key, a->line)});
+    };
+    put("per_device_train_batch_size", "micro_batch_size");
+    put("world_size", "data_parallel_size");
+    put("log.num_experts", "num_experts");
+    put("log.top_k", "moe_router_topk");
+    put("log.expert_parallel", "expert_model_parallel_size");
+    put("log.z_coefficient", "moe_z_loss_coeff");
+    put("log.recompute", "recompute_granularity");
+    const Argument* type = find("moe_router_load_balancing_type");
+    if (type && type->text.find("aux_loss") != std::string::npos) put("log.aux_coefficient", "moe_aux_loss_coeff");
+    const auto batch = value("global_batch_size"), micro = value("micro_batch_size"),
+               ranks = value("data_parallel_size");
+    if (!batch || !micro || !ranks || !(*micro * *ranks >= 1) || !(*batch <= 1e9)) return;
+    if (std::fmod(*batch, *micro * *ranks) != 0) return;
+    material->settings.push_back({"gradient_accumulation_steps",
+                                  node(std::to_string(static_cast<std::int64_t>(*batch / (*micro * *ranks)))),
+                                  source(file, "global_batch_size", find("global_batch_size")->line)});
+  }
+
+ private:
+  struct Argument {
+    std::string text;
+    int line = 0;
+  };
+  void take(std::string_view line, int at) {
+    const std::size_t name = line.find_first_not_of(' '), dots = line.find(" .");
+    if (name == std::string_view::npos || dots == std::string_view::npos || dots <= name) return;
+    const std::size_t text = line.find_first_not_of('.', dots + 1);
+    if (text == std::string_view::npos || text + 1 >= line.size() || of_.size() >= 5000) return;
+    std::string_view value = line.substr(text + 1);
+    if (!value.empty() && value.back() == '\r') value.remove_suffix(1);
+    of_.emplace(std::string(line.substr(name, dots - name)), Argument{std::string(value), at});
+  }
+  const Argument* find(const char* key) const {
+    const auto it = of_.find(key);
+    return it == of_.end() ? nullptr : &it->second;
+  }
+  std::optional<double> value(const char* key) const {
+    const Argument* a = find(key);
+    return a ? number(a->text) : std::nullopt;
+  }
+  static Node node(const std::string& text) {
+    Node n;
+    n.kind = number(text) ? Node::Kind::kNumber : Node::Kind::kString;
+    n.text = text;
+    return n;
+  }
+  static Source source(const std::string& file, const char* key, int line) {
+    Source s;
+    s.role = Role::kTrainerState;
+    s.file = file;
+    s.key = key;
+    s.line = line;
+    return s;
+  }
+
+  std::map<std::string, Argument, std::less<>> of_;
+  bool inside_ = false;
+};
 
 /// Fields of a line of CSV; a quoted field may hold commas, and "" for a quote.
 std::vector<std::string> csv_fields(std::string_view line) {
@@ -206,6 +312,13 @@ LogFormat format_of(const std::string& path) {
 
 }  // namespace
 
+int significant_digits(std::string_view text) {
+  int digits = 0;
+  for (const char c : text.substr(0, text.find_first_of("eE")))
+    digits += (c >= '1' && c <= '9') || (c == '0' && digits > 0);
+  return digits;
+}
+
 bool is_training_log(const std::string& path) {
   const bool named = has_ending(path, ".jsonl") || has_ending(path, ".ndjson") || has_ending(path, ".csv") ||
                      has_ending(path, ".log") || has_ending(path, ".out") || has_ending(path, ".txt");
@@ -228,6 +341,7 @@ void read_training_log(const std::string& path, Material* material) {
   log.file = path;
   std::string_view line;
   std::vector<Column> columns;
+  MegatronArguments arguments;
   int first_bad = 0, bad = 0;
   while (lines.next(&line)) {
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
@@ -242,11 +356,14 @@ void read_training_log(const std::string& path, Material* material) {
           first_bad = bad++ == 0 ? lines.number() : first_bad;
         }
         break;
-      case LogFormat::kMegatron: megatron_entry(line, &entry); break;
+      case LogFormat::kMegatron:
+        arguments.read(line, lines.number());
+        megatron_entry(line, &entry);
+        break;
       default: {
         const std::vector<std::string> fields = csv_fields(line);
         for (std::size_t i = 0; i < std::min(fields.size(), columns.size()); ++i)
-          entry.set(columns[i], number(fields[i]));
+          entry.set(columns[i], number(fields[i]), fields[i]);
       }
     }
     if (!entry.something()) continue;
@@ -257,6 +374,7 @@ void read_training_log(const std::string& path, Material* material) {
   }
   if (!lines.error().empty()) problem(lines.number(), lines.error(), true);
   if (bad > 0) problem(first_bad, std::to_string(bad) + " lines are no JSON objects; this is the first", false);
+  arguments.state(path, material);
   material->log = std::move(log);
   material->log_source = {};
   material->log_source.role = Role::kTrainerState;

@@ -184,7 +184,7 @@ void read_logged(const json& j, const char* name, std::size_t rows, std::vector<
 }
 
 void read(const json& j, LogTable* v) {
-  const std::set<std::string> known = {"step", "loss", "grad_norm", "eval_loss", "aux_loss", "learning_rate", "ce", "z_loss", "line", "file"};
+  const std::set<std::string> known = {"step", "loss", "grad_norm", "eval_loss", "aux_loss", "learning_rate", "ce", "z_loss", "line", "file", "aux_digits"};
   for (const auto& item : j.items()) {
     if (!known.count(item.key())) fail("unknown member '" + item.key() + "'");
   }
@@ -201,6 +201,7 @@ void read(const json& j, LogTable* v) {
   if (v->line.empty()) v->line.assign(rows, 0);
   if (v->line.size() != rows) fail("column 'line' has another length");
   if (j.contains("file")) read(j.at("file"), &v->file);
+  if (j.contains("aux_digits")) read(j.at("aux_digits"), &v->aux_digits);
 }
 
 Origin origin_of(const std::string& text) {

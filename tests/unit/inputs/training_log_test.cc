@@ -70,6 +70,37 @@ TEST(TrainingLog, Megatron) {
   EXPECT_EQ(log.line, (std::vector<int>{2, 4}));
 }
 
+TEST(TrainingLog, MegatronArguments) {
+  const LoadedRun run = load(test::fixture("logs/megatron/z-of-logits.log"));
+  EXPECT_EQ(run.facts.micro_batch.value(), 2);
+  EXPECT_EQ(run.facts.world_size.value(), 4);
+  EXPECT_EQ(run.facts.accumulation.value(), 8) << "64 / (2 x 4)";
+  EXPECT_EQ(run.facts.num_experts.value(), 64);
+  EXPECT_EQ(run.facts.top_k.value(), 8);
+  EXPECT_EQ(run.facts.expert_parallel.value(), 4);
+  EXPECT_EQ(run.facts.aux_coefficient.value(), 0.01);
+  EXPECT_EQ(run.facts.aux_coefficient.source().line, 7);
+  EXPECT_EQ(run.facts.aux_uniform_value.value(), 1);
+  EXPECT_EQ(run.facts.z_coefficient.value(), 0.001);
+  EXPECT_FALSE(run.facts.gradient_checkpointing.value());
+  EXPECT_EQ(run.facts.log.value().aux_digits, 7);
+}
+
+TEST(TrainingLog, MegatronPrintsAZeroBesideTheSequenceLoss) {
+  const LoadedRun run = load(test::fixture("logs/megatron/sequence-loss.log"));
+  for (const double aux : run.facts.log.value().aux_loss) EXPECT_GT(aux, 1.0);
+}
+
+TEST(TrainingLog, StepsOfOtherFrameworks) {
+  const TempTree tree;
+  const std::string swift = tree.write("logging.jsonl", "{\"loss\": 2.5, \"aux_loss\": 1.50, \"global_step/max_steps\": \"7/369\"}\n");
+  const std::string llama = tree.write("trainer_log.jsonl", "{\"current_steps\": 5, \"total_steps\": 30, \"loss\": 4.9}\n");
+  const LoadedRun a = load(swift), b = load(llama);
+  EXPECT_EQ(a.facts.log.value().step, std::vector<std::int64_t>{7});
+  EXPECT_EQ(a.facts.log.value().aux_digits, 3);
+  EXPECT_EQ(b.facts.log.value().step, std::vector<std::int64_t>{5});
+}
+
 TEST(TrainingLog, Csv) {
   const TempTree tree;
   const std::string path = tree.write("wandb.csv", "\"_step\",\"run, 1 - train/loss\",val/loss,note\r\n1,2.5,,\"a, \"\"b\"\"\"\r\n2,nan,3e0,x\r\n3,,,\r\n");
