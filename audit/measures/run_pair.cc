@@ -7,6 +7,8 @@
 #include <optional>
 #include <set>
 
+#include "audit/measures/log_balance.h"
+#include "audit/measures/log_numbers.h"
 #include "audit/variants/naming.h"
 
 namespace moeaudit {
@@ -123,6 +125,28 @@ Step step_of(const Trace& trace, std::vector<WeightProblem>* problems) {
   return s;
 }
 
+void add_row(std::string_view quantity, double first, double second, const char* rule, std::span<const v::Factor> factors,
+             double farthest, PairReport* out) {
+  if (std::isnan(first) || std::isnan(second) || first == 0.0) return;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  PairRow row;
+  row.quantity = quantity;
+  row.a = first, row.b = second, row.ratio = second / first;
+  row.off = kInfinity;
+  for (const v::Factor& c : factors) {
+    const double off = c.value == 0.0  ? (row.ratio == 0.0 ? 0.0 : kInfinity)
+                       : row.ratio > 0 ? std::fabs(std::log(row.ratio / c.value))
+                                       : kInfinity;
+    if (off >= row.off) continue;
+    row.off = off, row.factor_value = c.value;
+    row.factor = c.text + (c.equals.empty() ? "" : " or " + c.equals);
+  }
+  for (std::size_t at; (at = row.factor.find(", ")) != std::string::npos;) row.factor.replace(at, 2, " or ");
+  row.named = row.off <= farthest;
+  if (!row.factor.empty()) row.rule = rule;
+  out->rows.push_back(std::move(row));
+}
+
 }  // namespace
 
 void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
@@ -147,8 +171,8 @@ void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
     char text[64];
     std::snprintf(text, sizeof text, "%s %.6g -> %.6g", s.name, s.a, s.b);
     out->differs.push_back(text);
-    // S is what M took from it: the other way round it would be a second name for one thing.
-    if (std::string_view(s.name) != "S" || x.micro_batches == y.micro_batches) symbols.push_back({s.name, s.b / s.a});
+    // S is what M or W took from it: the other way round it would be a second name for one thing.
+    if (std::string_view(s.name) != "S" || symbols.empty()) symbols.push_back({s.name, s.b / s.a});
   }
   if (x.micro_batches == 0 || y.micro_batches == 0) {
     out->not_comparable = "one of them has no training micro-batch";
@@ -163,19 +187,7 @@ void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
 
   const auto factors = v::factors_of(symbols);
   const auto add = [&](const char* quantity, double first, double second, const char* rule) {
-    if (std::isnan(first) || std::isnan(second) || first == 0.0) return;
-    PairRow row;
-    row.quantity = quantity;
-    row.a = first, row.b = second, row.ratio = second / first;
-    row.off = std::numeric_limits<double>::infinity();
-    for (const v::Factor& c : factors) {
-      const double off = c.value == 0.0  ? (row.ratio == 0.0 ? 0.0 : std::numeric_limits<double>::infinity())
-                         : row.ratio > 0 ? std::fabs(std::log(row.ratio / c.value))
-                                         : std::numeric_limits<double>::infinity();
-      if (off < row.off) row.off = off, row.factor = c.text, row.factor_value = c.value;
-    }
-    if (!row.factor.empty()) row.rule = rule;
-    out->rows.push_back(std::move(row));
+    add_row(quantity, first, second, rule, factors, std::numeric_limits<double>::infinity(), out);
   };
   add("cross_entropy", x.cross_entropy, y.cross_entropy, "");
   add("loss", x.loss, y.loss, "TR006");
@@ -187,6 +199,102 @@ void compare_runs(const Trace& a, const Trace& b, PairReport* out) {
   // No rule: one trace cannot show it. Off by EP where the gradient norm is not: G11, averaged over the wrong ranks.
   add("expert_grad", x.expert_grad, y.expert_grad, "");
   add("bias_step", x.bias_step, y.bias_step, "TR011");
+}
+
+RunSettings settings_of(const FactSheet& f) {
+  RunSettings out;
+  const auto put = [&](const char* name, const Fact<std::int64_t>& fact) {
+    if (fact.known() && fact.value() > 0) out[name] = static_cast<double>(fact.value());
+  };
+  put("M", f.accumulation);
+  put("W", f.world_size);
+  put("S", f.micro_batch);
+  put("EP", f.expert_parallel);
+  put("k", f.top_k);
+  put("E", f.num_experts);
+  if (f.gradient_checkpointing.known()) out["recompute"] = f.gradient_checkpointing.value() ? 2 : 1;
+  if (f.moe_layers.known() && !f.moe_layers.value().empty()) out["L"] = static_cast<double>(f.moe_layers.value().size());
+  return out;
+}
+
+void compare_logs(const FactSheet& a, const FactSheet& b, const RunSettings& of_a, const RunSettings& of_b,
+                  PairReport* out) {
+  if (!a.log.known() || !b.log.known()) {
+    out->not_comparable = "one of them holds no log";
+    return;
+  }
+  std::vector<v::Symbol> symbols, shared;
+  for (const char* name : {"M", "W", "S", "TP", "CP", "EP", "recompute", "L", "k", "E"}) {
+    const auto first = of_a.find(name), second = of_b.find(name);
+    if (first == of_a.end() || second == of_b.end()) continue;
+    if (first->second == second->second) {
+      if (first->second != 1.0) shared.push_back({name, first->second});
+      continue;
+    }
+    char text[64];
+    std::snprintf(text, sizeof text, "%s %.6g -> %.6g", name, first->second, second->second);
+    out->differs.push_back(text);
+    if (std::string_view(name) == "S" && !symbols.empty()) continue;  // what M or W took from it
+    symbols.push_back({name, second->second / first->second});
+  }
+  if (symbols.empty()) {
+    symbols = std::move(shared);
+    out->note = "no setting that is known differs: ratios are looked for among 2";
+    for (const v::Symbol& s : symbols) {
+      char text[64];
+      std::snprintf(text, sizeof text, ", %s = %.6g", s.text.c_str(), s.value);
+      out->note += text;
+    }
+    symbols.push_back({"2", 2, true});
+  }
+  std::vector<v::Symbol> of_loss;  // what can multiply a cross-entropy
+  for (const v::Symbol& s : symbols) {
+    if (s.text == "M" || s.text == "W" || s.text == "TP" || s.text == "CP" || s.text == "EP" || s.text == "2")
+      of_loss.push_back(s);
+  }
+
+  const LogTable &x = a.log.value(), &y = b.log.value();
+  const auto factors = v::factors_of(symbols), factors_of_loss = v::factors_of(of_loss);
+  const std::vector<LogColumn> p = columns_of(x), q = columns_of(y);
+  constexpr double kFarthest = 0.1;  // a split changes the loads of a micro-batch, and with them losses and norms, by less
+  const auto add = [&](std::string_view quantity, double first, double second, const char* rule) {
+    const bool router = quantity.starts_with("aux") || quantity.starts_with("z_");
+    add_row(quantity, first, second, rule, router ? factors : factors_of_loss, kFarthest, out);
+  };
+  constexpr const char* kQuantities[] = {"loss", "cross_entropy", "aux_loss", "z_loss", "grad_norm", "eval_loss"};
+  constexpr const char* kRules[] = {"GA001", "GA001", "LG006", "LG006", "GA001", ""};
+  std::map<std::string_view, std::pair<double, double>> at_first;  // by quantity, and the step
+  std::map<std::string_view, std::int64_t> step_of;
+  for (std::size_t c = 0; c < p.size(); ++c) {
+    std::map<std::int64_t, double> by_step;  // the first of each step
+    double first = 0, second = 0;
+    for (std::size_t j = 0; j < y.step.size(); ++j) {
+      if (q[c].at(j, &second)) by_step.emplace(y.step[j], second);
+    }
+    for (std::size_t i = 0; i < x.step.size(); ++i) {
+      if (x.step[i] < 0 || !p[c].at(i, &first)) continue;
+      const auto found = by_step.find(x.step[i]);
+      if (found == by_step.end()) continue;
+      at_first[kQuantities[c]] = {first, found->second};
+      step_of[kQuantities[c]] = x.step[i];
+      add(kQuantities[c], first, found->second, kRules[c]);
+      break;
+    }
+  }
+  std::string why;
+  const auto share_a = balance_in(a, &why), share_b = balance_in(b, &why);
+  if (share_a && share_b && share_a->solved && share_b->solved) {
+    add("aux_weight", (share_a->least + share_a->greatest) / 2, (share_b->least + share_b->greatest) / 2, "LG004");
+  } else if (at_first.count("aux_loss") && at_first.count("loss") && step_of["aux_loss"] == step_of["loss"] &&
+             a.aux_coefficient.known() && a.aux_coefficient.value() > 0) {
+    // No cross-entropy in the log: it is the same in both runs, and the first adds its balance loss once. Means of means
+    // and printed digits may move a loss by a thousandth: only a balance loss well above that shows in the difference.
+    const double c = a.aux_coefficient.value();
+    const auto [loss_a, loss_b] = at_first["loss"];
+    const auto [aux_a, aux_b] = at_first["aux_loss"];
+    if (aux_b != 0 && c * aux_a >= 0.01 * loss_a) add("aux_weight", c, (loss_b - loss_a + c * aux_a) / aux_b, "LG004");
+  }
+  if (out->rows.empty()) out->not_comparable = "their logs share no step at which both have the same quantity";
 }
 
 }  // namespace moeaudit

@@ -25,8 +25,8 @@ def complain(*what):
     print(*what)
 
 
-def compare(a, b):
-    process = subprocess.run([binary, "compare", os.path.join("fixtures/traces", a), os.path.join("fixtures/traces", b), "--format", "json"], cwd=root, capture_output=True, text=True)
+def compare(a, b, where="fixtures/traces", more=()):
+    process = subprocess.run([binary, "compare", f"{where}/{a}", f"{where}/{b}", "--format", "json", *more], cwd=root, capture_output=True, text=True)
     report = json.loads(process.stdout)
     for error in validator.iter_errors(report) if validator else ():
         complain(a, b, error.json_path, error.message[:200])
@@ -46,12 +46,22 @@ PAIRS = {
     ("ga1-aux-tf4.57.6", "ga8-aux-tf4.57.6"): {"cross_entropy_weight": (1, 1e-5, "", None), "aux_weight": (8, 1e-5, "M", "TR001")},
     ("aux-on-tf4.57.6", "ddp2-aux-tf4.57.6"): {"cross_entropy_weight": (1, 1e-5, "", None), "aux_weight": (2, 1e-5, "W", "TR001")},
 }
-for (a, b), wanted in PAIRS.items():
-    report, code = compare(a, b)
+# Logs. By hand: the loss at step 1 is 39.3499 / 4.9187 = 8.0000; cross-entropy is of the same batch; recomputed-twice prints each loss twice.
+LOGS = {
+    ("plain-ga1-tf4.48.0", "plain-ga8-tf4.48.0"): {"loss": (8, 1e-3, "M", "GA001"), "eval_loss": (1, 1e-2, "", None)},
+    ("plain-ga1-tf4.48.0", "plain-ga8-tf4.48.1"): {"loss": (1, 1e-4, "", None), "grad_norm": (1, 1e-3, "", None)},
+    ("plain-ga8-tf4.48.1", "plain-ga8-tf4.48.0"): {"loss": (8, 1e-3, "M", "GA001")},  # nothing differs but the release
+    ("ga1-tf4.57.6/metrics.jsonl", "ga8-tf4.57.6/metrics.jsonl"): {"cross_entropy": (1, 1e-6, "", None), "aux_weight": (8, 0.02, "M", "LG004")},
+    ("sft-state-trl0.23.1", "sft-state-ga8-trl0.23.1"): {"aux_weight": (8, 0.05, "M", "LG004")},  # no cross-entropy in these
+    ("sft-trl0.23.1/metrics.jsonl", "sft-trl0.23.0/metrics.jsonl"): {"cross_entropy": (1, 1e-6, "", None), "aux_weight": (2, 0.02, "2", "LG004")},
+    ("megatron/recomputed-once.log", "megatron/recomputed-twice.log"): {"cross_entropy": (1, 1e-6, "", None), "aux_loss": (2, 1e-6, "recompute", "LG006")},
+}
+for (a, b), wanted in {**PAIRS, **LOGS}.items():
+    report, code = compare(a, b, "fixtures/logs" if (a, b) in LOGS else "fixtures/traces")
     rows = {r["quantity"]: r for r in report["quantities"]}
     if code != 0 or "not_comparable" in report:
         complain(a, b, "exit code", code, report.get("not_comparable"))
-    for quantity, (ratio, within, factor, rule) in {**SAME, **wanted}.items():
+    for quantity, (ratio, within, factor, rule) in {**({} if (a, b) in LOGS else SAME), **wanted}.items():
         r = rows.get(quantity, {})
         if not r or abs(r["ratio"] - ratio) > within or r["factor"] != factor or r.get("rule") != rule:
             complain(a, b, quantity, r, "not", (ratio, within, factor, rule))
@@ -82,5 +92,8 @@ with tempfile.TemporaryDirectory() as folder:
     rows = {r["quantity"]: r for r in report["quantities"]}
     if code != 0 or abs(rows["expert_grad"]["ratio"] - 4) > 1e-5 or rows["expert_grad"]["factor"] != "EP" or rows["grad_norm"]["factor"] != "":
         complain("expert_grad", code, report)
-print(f"{len(PAIRS)} pairs, {bad} differences")
+report, code = compare("ga1-tf4.57.6/metrics.jsonl", "plain-ga8-tf4.48.0/trainer_state.json", "fixtures/logs", ["--set-a", "M=1,W=1", "--set-b", "M=8,W=4"])
+if report["differs"] != ["M 1 -> 8", "W 1 -> 4", "S 8 -> 1"]:
+    complain("settings of the command line:", report["differs"])
+print(f"{len(PAIRS) + len(LOGS)} pairs, {bad} differences")
 sys.exit(1 if bad else 0)
