@@ -26,7 +26,7 @@ def complain(*what):
 
 
 def compare(a, b, where="fixtures/traces", more=()):
-    process = subprocess.run([binary, "compare", f"{where}/{a}", f"{where}/{b}", "--format", "json", *more], cwd=root, capture_output=True, text=True)
+    process = subprocess.run([binary, "compare", os.path.join(where, a), os.path.join(where, b), "--format", "json", *more], cwd=root, capture_output=True, text=True)
     report = json.loads(process.stdout)
     for error in validator.iter_errors(report) if validator else ():
         complain(a, b, error.json_path, error.message[:200])
