@@ -3,7 +3,7 @@
 Usage: recorder_test.py SOURCE_DIR [BINARY [FAMILY...]]
 
 Needs torch, safetensors and transformers: of this Python, or of the one that MOE_AUDIT_PYTHON names; without them exit 77.
-Where peft or accelerate is missing, what needs them is left out and said."""
+Where peft, accelerate or trl is missing, what needs them is left out and said."""
 import glob
 import importlib.util
 import json
@@ -28,13 +28,14 @@ sys.path[:0] = [os.path.join(root, "integrations/python"), os.path.join(root, "f
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
-from common import FAMILIES, Tokens, build, collate, exists, transformers  # noqa: E402
+from common import FAMILIES, Tokens, build, collate, exists, tokenizer, transformers  # noqa: E402
 from moe_audit_recorder import MoeAuditCallback, Recorder, find_routers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 TRAINER = importlib.util.find_spec("accelerate") is not None
 PEFT = importlib.util.find_spec("peft") is not None
+TRL = importlib.util.find_spec("trl") is not None and importlib.util.find_spec("datasets") is not None
 MASKS = ("switch_transformers", "nllb_moe")  # encoder and decoder, and routers that return masks: less is recorded
 failures, done = [], []
 
@@ -188,7 +189,7 @@ def output_of_the_block(family="mixtral"):
 
 # --- nothing of the run changes ------------------------------------------------------------------------------------------
 
-def trained(family, folder, callback, lora=None, over=(), **args):
+def trained(family, folder, callback, lora=None, over=(), sft=False, **args):
     torch.manual_seed(5)
     random.seed(5)
     model = small(family, **{"attention_dropout": 0.1, "output_router_logits": True, "router_aux_loss_coef": 0.01, **dict(over)})
@@ -199,9 +200,17 @@ def trained(family, folder, callback, lora=None, over=(), **args):
     args = {"output_dir": os.path.join(folder, "out"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3,
             "learning_rate": 0.01, "max_grad_norm": 0.5, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True,
             "remove_unused_columns": False, "disable_tqdm": True, "seed": 7, **args}
-    trainer = transformers.Trainer(model=model, args=transformers.TrainingArguments(**{k: v for k, v in args.items() if k in known}),
-                                   train_dataset=Tokens(16, (10, 16)), eval_dataset=Tokens(4, (10, 16)), data_collator=collate,
-                                   callbacks=[callback] if callback else [])
+    callbacks = [callback] if callback else []
+    if sft:
+        import datasets
+        import trl
+        datasets.disable_progress_bars()
+        rows = datasets.Dataset.from_dict({"input_ids": [r["input_ids"] for r in Tokens(16, (10, 16)).rows]})
+        trainer = trl.SFTTrainer(model=model, args=trl.SFTConfig(**{**args, "remove_unused_columns": True, "dataset_num_proc": None}),
+                                 processing_class=tokenizer(), train_dataset=rows, callbacks=callbacks)
+    else:
+        trainer = transformers.Trainer(model=model, args=transformers.TrainingArguments(**{k: v for k, v in args.items() if k in known}),
+                                       train_dataset=Tokens(16, (10, 16)), eval_dataset=Tokens(4, (10, 16)), data_collator=collate, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     log = [{k: v for k, v in r.items() if "runtime" not in k and "per_second" not in k} for r in trainer.state.log_history]
@@ -269,6 +278,11 @@ def with_trainer():
     if exists("deepseek_v3"):
         _, _, steps = nothing_changes("deepseek_v3", "deepseek_v3", over={"output_router_logits": False})
         check(all("layer.1.correction_bias_before" in t for _, t in steps), "deepseek_v3: correction bias")
+    if TRL:
+        static, _, _ = nothing_changes("trl", "mixtral", sft=True, bf16=False, gradient_checkpointing=False, packing=False)
+        check(static["training"]["arguments_class"] == "SFTConfig" and "trl" in static["packages"], f"trl: trace.json {static['training']}")
+    else:
+        print("left out: trl is missing")
     if not PEFT:
         print("left out: peft is missing")
         return
