@@ -148,7 +148,10 @@ void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::i
 
 int main() {
   cudaDeviceProp p;
-  require(cudaGetDeviceProperties(&p, 0), "no CUDA device");
+  if (const cudaError_t e = cudaGetDeviceProperties(&p, 0); e != cudaSuccess) {
+    std::printf("skipped, no CUDA device: %s\n", cudaGetErrorString(e));
+    return 77;
+  }
   const double bandwidth = copy_bandwidth();
   std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"copy_gb_per_s\": %.0f}\n", p.name, p.multiProcessorCount, bandwidth * 1e-6);
   for (const std::int64_t experts : {8, 64, 128, 256}) route(1 << 20, experts, experts == 8 ? 2 : 8, false);

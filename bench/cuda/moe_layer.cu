@@ -2,7 +2,7 @@
 // by itself, against what this device's mma.sync can do in the same run. Median of 20 runs by CUDA events. Some values
 // of each pass are recomputed on the host and must lie within the bound; exit code 1 if one does not.
 //
-//   nvcc -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -arch=sm_90a -I. bench/cuda/moe_layer_bench.cu
+//   nvcc -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -arch=sm_90a -I. bench/cuda/moe_layer.cu
 //       kernels/cuda/moe_layer.cu kernels/cuda/grouped_gemm.cu kernels/cuda/permute.cu -o moe_layer_bench
 //   ./moe_layer_bench [seconds of budget: skips what would start after them]
 #include <cuda_runtime.h>
@@ -29,12 +29,12 @@ using k::GroupedProduct;
 
 void check(cudaError_t e, const char* what) {
   if (e == cudaSuccess) return;
-  std::fprintf(stderr, "moe_layer_bench: %s: %s\n", what, cudaGetErrorString(e));
+  std::fprintf(stderr, "moe_layer: %s: %s\n", what, cudaGetErrorString(e));
   std::exit(2);
 }
 void check(k::Status s, const char* what) {
   if (s == k::Status::kOk) return;
-  std::fprintf(stderr, "moe_layer_bench: %s: status %d\n", what, static_cast<int>(s));
+  std::fprintf(stderr, "moe_layer: %s: status %d\n", what, static_cast<int>(s));
   std::exit(2);
 }
 
@@ -284,7 +284,10 @@ int main(int argc, char** argv) {
   const double budget = argc > 1 ? std::atof(argv[1]) : 1e9;
   const auto start = std::chrono::steady_clock::now();
   cudaDeviceProp device;
-  check(cudaGetDeviceProperties(&device, 0), "device");
+  if (const cudaError_t e = cudaGetDeviceProperties(&device, 0); e != cudaSuccess) {
+    std::printf("skipped, no CUDA device: %s\n", cudaGetErrorString(e));
+    return 77;
+  }
   Memory memory;
   const double limit = limit_of_device(memory);
   std::printf("%s, sm_%d%d; mma.sync from registers: %.1f TFLOP/s (bfloat16, float32 sums)\n", device.name,
