@@ -36,7 +36,7 @@ __all__ = ["MoeAuditCallback", "Recorder", "find_routers"]
 
 # --- finding the routers ---------------------------------------------------------------------------------------------
 
-_ROUTER_CLASS = re.compile(r"router|gating|topkgate|moegate|moe\w*gate$", re.I)
+_ROUTER_CLASS = re.compile(r"router|gating|topkgate|moe\w*gate$", re.I)  # not Qwen3_5MoeGatedDeltaNet
 _ROUTER_LEAVES = {"gate", "router", "wg", "router_gate"}
 _EXPERTS_KEY = re.compile(r"^(n|num|moe_num|n_total|num_local|n_routed|num_routed)_(\w+_)?experts$|^moe_num_experts$")
 _COUNTERS = {"tokens_per_expert", "local_tokens_per_expert"}  # torchtitan, Megatron-LM
@@ -91,10 +91,10 @@ def _expert_list(block, count):
     return None
 
 
-def _expert_stacks(block, router, count):
+def _expert_stacks(block, router, count, adapters=True):
     """Parameters [count, ...] that hold every expert in one tensor, and what PEFT put on them."""
     routed = {id(p) for p in router.parameters()}
-    return [(n, p) for n, p in block.named_parameters() if id(p) not in routed and "shared" not in n
+    return [(n, p) for n, p in block.named_parameters() if id(p) not in routed and "shared" not in n and (adapters or "lora_" not in n)
             if len(_shape(p)) >= 3 and _shape(p)[0] == count or "expert" in n and len(_shape(p)) == 2 and
             (_shape(p)[0] == count or "lora_A" in n and _shape(p)[0] % count == 0 or "lora_B" in n and _shape(p)[1] % count == 0)]
 
@@ -110,7 +110,7 @@ class _Layer:
         self.clear()
 
     def clear(self):
-        self.inside, self.mode = False, None
+        self.inside, self.alone, self.mode = False, False, None
         self.hidden = self.linear = self.output = self.selected = self.weights = self.scattered = None
 
     def weight(self):
@@ -218,7 +218,7 @@ def find_routers(model):
         for weight_name, weight in _weights(module):
             experts = _shape(weight)[0]
             # A gate of something else has no such number of experts beside it.
-            if by_class and experts in counts or _expert_list(block, experts) or _expert_stacks(block, module, experts):
+            if by_class and experts in counts or _expert_list(block, experts) or _expert_stacks(block, module, experts, False):
                 break
         else:
             continue
@@ -386,13 +386,14 @@ class Recorder:
         guard = self._guarded
         put = self.handles.append
         for layer in self.layers:
+            put(layer.router.register_forward_pre_hook(guard(functools.partial(self._router_begins, layer)), with_kwargs=True))
+            put(layer.router.register_forward_hook(guard(functools.partial(self._router_ends, layer))))
             if not layer.block_hooks:
                 # The end also when the block leaves by an exception: non-reentrant checkpointing stops a recomputation that way.
                 layer.block_hooks = [
                     layer.block.register_forward_pre_hook(guard(functools.partial(self._block_begins, layer))),
-                    layer.block.register_forward_hook(functools.partial(self._block_ends, layer), always_call=True)]
-            put(layer.router.register_forward_pre_hook(guard(functools.partial(self._router_begins, layer)), with_kwargs=True))
-            put(layer.router.register_forward_hook(guard(functools.partial(self._router_ends, layer))))
+                    layer.block.register_forward_hook(functools.partial(self._block_ends, layer), always_call=True),
+                    layer.router.register_forward_hook(functools.partial(self._alone_ends, layer), always_call=True)]
         if not self.sharded:  # what accumulates, before it is clipped: of the routers, or of some that are trained
             self.probes = [w for layer in self.layers if (w := layer.weight()).requires_grad and w.is_leaf] or \
                 [p for p in self.model.parameters() if p.requires_grad and p.is_leaf][-4:]
@@ -467,6 +468,9 @@ class Recorder:
     def _router_begins(self, layer, router, args, kwargs):
         if self.current is None:
             return
+        if layer.mode is None:  # the router runs without its block's forward: JetMoE's attention, Gemma 4's second forward
+            self._block_begins(layer, None, None)
+            layer.alone = True
         layer.inside, layer.linear, layer.output = True, None, None
         hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
         layer.hidden_rows = hidden.numel() // hidden.shape[-1]
@@ -509,6 +513,10 @@ class Recorder:
             mode, layer.mode = layer.mode, None
             mode.__exit__(None, None, None)
         self._guarded(self._block_ended)(layer)
+
+    def _alone_ends(self, layer, router, args, output):
+        if layer.alone:
+            self._block_ends(layer, router, args, output)
 
     def _block_ended(self, layer):
         if self.current is None or layer.output is None:

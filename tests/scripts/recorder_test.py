@@ -187,6 +187,42 @@ def output_of_the_block(family="mixtral"):
             check((router - t[p + "router_logits"]).abs().max() < 1e-5, f"{family}: layer {layer.number}: hidden states are the router's input")
 
 
+def routers_out_of_their_block():
+    """JetMoE's attention calls its router outside the forward of its experts; Gemma 4 repeats a block's forward without the block's hooks."""
+    for family, kw in (("jetmoe", {}), ("gemma4_text", {"gradient_checkpointing": True})):
+        if not exists(family):
+            continue
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = build(family).train()
+            if kw:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            recorder = Recorder(model, folder)
+            model(**collate(Tokens(2, (12, 12)).rows)).loss.backward()
+            recorder.close()
+            t = tensors(folder, records(folder)[0])
+            wanted = ["router_logits", "logits_grad", "selected_experts", "routing_weights"] + ["recomputed_selected_experts"] * len(kw)
+            for layer in recorder.layers:
+                missing = [w for w in wanted if f"layer.{layer.number}.{w}" not in t]
+                check(not missing, f"{family}: {layer.name}: {missing} not recorded")
+                p = f"layer.{layer.number}."
+                if kw and not missing:
+                    check(same(t[p + "recomputed_selected_experts"], t[p + "selected_experts"]), f"{family}: {layer.name}: the second forward's choice")
+            said = [str(w.message) for w in said if "moe_audit_recorder" in str(w.message)]
+            check(len(recorder.layers) == (4 if family == "jetmoe" else 2) and not said, f"{family}: every router is recorded {said}")
+            check(not torch.overrides._get_current_function_mode_stack(), f"{family}: no mode is left behind")
+
+
+def no_router():
+    """Adapters of experts beside a module whose class has "MoeGate" in its name, or another matrix, make no router of it."""
+    if not exists("qwen3_5_moe_text"):
+        return
+    import peft
+    model = peft.get_peft_model(build("qwen3_5_moe_text"), peft.LoraConfig(r=8, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]))
+    names = [layer.name for layer in find_routers(model)]
+    check(len(names) == 3 and all(n.endswith("mlp.gate") for n in names), f"qwen3_5_moe_text with LoRA: routers {names}")
+
+
 # --- nothing of the run changes ------------------------------------------------------------------------------------------
 
 def trained(family, folder, callback, lora=None, over=(), sft=False, **args):
@@ -441,6 +477,9 @@ for family in families:
         what_was_routed(family)
 if not sys.argv[3:]:
     output_of_the_block()
+    routers_out_of_their_block()
+    if PEFT:
+        no_router()
     sampling()
     if exists("deepseek_v3"):
         bias_of_a_loop()

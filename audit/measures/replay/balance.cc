@@ -150,10 +150,8 @@ void BalanceLosses::add_loads(const MicroBatchRecord& m, int layer, v::RoutedLay
 }
 
 void BalanceLosses::name_aux(Row* r) {
-  const bool known = ctx_.balance.has_value();
   if (r->differing == 0) return;
-  const auto forms = v::balance_forms(ctx_.balance.value_or(v::BalanceFamily::kPerLayer),
-                                      !ctx_.routing || ctx_.routing->scoring == Scoring::kSoftmax);
+  const auto forms = v::balance_forms(ctx_.balance, !ctx_.routing || ctx_.routing->scoring == Scoring::kSoftmax);
   std::vector<v::Formula> formulas;
   for (const v::BalanceForm& f : forms) formulas.push_back({std::string(f.id), std::string(f.name), {}});
   const std::size_t n = std::min(kNamed, balance_seen_.size());
@@ -172,22 +170,38 @@ void BalanceLosses::name_aux(Row* r) {
     }
     for (std::size_t f = 0; f < forms.size(); ++f) formulas[f].values.push_back(sums[f].value());
   }
-  const auto factors = v::factors_of(ctx_.symbols(false));
-  r->name = v::name_formula("aux_loss", {std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)},
-                            formulas, factors);
+  const v::Observations seen{std::span(r->all_recorded).first(n), std::span(r->all_band).first(n)};
+  r->name = v::name_formula("aux_loss", seen, formulas, v::factors_of(ctx_.symbols(false)));
   if (!r->name.found && constant(*r)) {
     r->name.found = true;
     r->name.id = "A36";
     r->name.name = "the same number in every micro-batch, whatever the logits";
   }
-  if (known) return;
+  if (ctx_.balance_known) return;
   // Nobody said which convention this framework has: one that frameworks use is no divergence.
   static constexpr std::string_view kConventions[] = {"",    "A0",  "A1",  "A2",  "A3", "A4",
-                                                      "A13", "A14", "A18", "A23", "A24"};
-  if (r->name.found &&
-      std::find(std::begin(kConventions), std::end(kConventions), r->name.id) != std::end(kConventions))
-    r->differing = 0;
-  r->held_to += "; no convention is known for this framework";
+                                                      "A7", "A13", "A14", "A18", "A23", "A24", "A25"};
+  const auto conventional = [&](std::string_view id) {
+    return std::find(std::begin(kConventions), std::end(kConventions), id) != std::end(kConventions);
+  };
+  bool one = r->name.found && conventional(r->name.id);
+  if (!one) {  // one that another name stands before: k = 2 and twice
+    std::erase_if(formulas, [&](const v::Formula& f) { return !conventional(f.id); });
+    std::vector<v::Symbol> sizes = ctx_.symbols(false);
+    std::erase_if(sizes, [](const v::Symbol& s) { return s.text != "L" && s.text != "k" && s.text != "S"; });
+    std::vector<v::Factor> plain = v::factors_of(sizes);
+    std::erase_if(plain, [](const v::Factor& f) { return f.terms > 1 || f.value < 1; });
+    const v::Name name = v::name_formula("aux_loss", seen, formulas, plain);
+    one = name.found;
+    if (one) r->name = name;
+  }
+  const std::string of = ctx_.facts.model_type.empty() ? "this framework" : "model_type " + ctx_.facts.model_type;
+  if (one) r->differing = 0;
+  if (!r->name.found) {
+    r->compared = 0;
+    r->missing = "no formula of the catalogue gives it, and no convention is known for " + of;
+  }
+  r->held_to += "; no convention is known for " + of;
 }
 
 void BalanceLosses::name_z(Row* r) {

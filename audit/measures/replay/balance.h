@@ -42,7 +42,7 @@ class BalanceLosses {
   void name();  // second pass over a few micro-batches, with every form
 
  private:
-  v::BalanceForm right() const { return v::held_to(ctx_.balance.value_or(v::BalanceFamily::kPerLayer)); }
+  v::BalanceForm right() const { return v::held_to(ctx_.balance); }
   void load_step(std::int64_t step);
   void add_loads(const MicroBatchRecord& m, int layer, v::RoutedLayer* l) const;
   void name_aux(Row* r);

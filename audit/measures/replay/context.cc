@@ -85,7 +85,10 @@ Context::Context(const Trace& trace, std::vector<WeightProblem>* problems)
   const Family* family = facts.model_type.empty() ? nullptr : find_family_by_model_type(facts.model_type);
   const bool transformers = std::any_of(facts.packages.begin(), facts.packages.end(),
                                         [](const auto& p) { return p.first == "transformers"; });
-  if (transformers && family && family->balance == Balance::kAuxLoss) balance = v::BalanceFamily::kTransformers;
+  may_be_zero = family && !family->not_replayed.empty();
+  // Its classes share load_balancing_loss_func; what they hand to it is known of the families of the table.
+  if (transformers && (!family || family->balance == Balance::kAuxLoss)) balance = v::BalanceFamily::kTransformers;
+  balance_known = transformers && family && family->balance == Balance::kAuxLoss;
   ranks_.insert(0);
   for (const MicroBatchRecord& m : trace.micro_batches()) ranks_.insert(m.rank);
   for (const TraceStep& s : trace.steps()) {

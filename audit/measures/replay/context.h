@@ -99,7 +99,9 @@ class Context {
   std::vector<WeightProblem>* const problems;
   std::optional<Routing> routing;  // as the family routes; nullopt: why_not_routed
   std::string why_not_routed;
-  std::optional<v::BalanceFamily> balance;  // what this framework means by its balance loss
+  bool may_be_zero = false;  // the router's gradient, of a family whose order is not replayed
+  v::BalanceFamily balance = v::BalanceFamily::kPerLayer;  // what this framework means by its balance loss
+  bool balance_known = false;                              // else: what it is first compared with
   std::int64_t accumulation = 0;            // M: micro-batches of one step on one rank
 
   // Of the step at hand.

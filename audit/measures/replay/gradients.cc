@@ -48,6 +48,10 @@ void Gradients::read(const StepTensors& tensors) {
       const double most = largest(g);
       if (std::isnan(most)) return;
       Row& r = ctx_.row(quantity, t.layer);
+      if (most == 0.0 && ctx_.may_be_zero) {
+        r.missing = "a gradient of 0 says nothing: " + ctx_.why_not_routed;
+        return;
+      }
       ++r.compared;
       r.held_to = "a gradient that is not zero";
       r.differing += most == 0.0;
@@ -64,12 +68,12 @@ void Gradients::read(const StepTensors& tensors) {
 void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   const MicroBatchRecord& m = *mb.record;
   if (!Context::trains(m) || m.sampled_tokens || !m.aux_loss || mb.layers.size() != ctx_.facts.layers.size() ||
-      ctx_.balance != v::BalanceFamily::kTransformers)
+      !ctx_.balance_known)
     return;
   const bool splits = m.aux_loss_grad && *m.aux_loss_grad != 0.0 && split_ < kSplit &&
                       std::any_of(mb.layers.begin(), mb.layers.end(), [](const auto& t) { return t.logits_grad; });
   if (!splits && wanted_.empty()) return;
-  v::BalanceSum loss(v::held_to(*ctx_.balance));
+  v::BalanceSum loss(v::held_to(ctx_.balance));
   for (const LayerTensors& t : mb.layers) {
     v::RoutedLayer l;
     if (!ctx_.read_layer(m, shared, t, &l)) return;
@@ -108,6 +112,10 @@ void Gradients::split(const MicroBatchRecord& m, const LayerTensors& t, const st
   double rest = 0;
   for (std::size_t i = 0; i < all.size(); ++i) rest = std::max(rest, std::fabs(all[i] - weight * of_balance[i]));
   Row& r = ctx_.row("router_grad_ce", t.layer);
+  if (rest <= band && ctx_.may_be_zero) {
+    r.missing = "a gradient of 0 says nothing: " + ctx_.why_not_routed;
+    return;
+  }
   ++r.compared;
   r.held_to = "a gradient beside the balance loss's";
   r.differing += rest <= band;

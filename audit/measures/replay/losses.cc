@@ -166,7 +166,9 @@ void StepLosses::aux_weights() {
     return;
   Row& r = ctx_.row("aux_weight");
   r.held_to = coefficient > 0 ? "coefficient, of the mean over micro-batches and ranks" : "coefficient 0: none";
-  r.missing = "needs aux_loss_grad of every micro-batch";
+  r.missing = std::any_of(all.begin(), all.end(), [](const MicroBatchRecord& m) { return m.aux_loss.has_value(); })
+                  ? "needs aux_loss_grad of every micro-batch"
+                  : "no micro-batch has an aux_loss: the model computed no balance loss, or did not return it";
   v::Formula last{"G10", "with the scale of the last micro-batch for all", {}, true};
   for (const Step& s : steps_) {
     double sum = 0, labels = 0, of_last = 0;

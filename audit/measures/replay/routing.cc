@@ -115,8 +115,6 @@ bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* 
   return true;
 }
 
-std::string family_words(const Context& ctx) { return ctx.facts.model_type + "'s order"; }
-
 Float score_dtype(const Routing& routing, Float logits) {
   // A softmax is asked for in float32; the other scores come in the dtype of the logits, which autocast may have narrowed.
   const bool narrow = (logits == Float::kBF16 || logits == Float::kF16) && routing.scoring != Scoring::kSoftmax;
@@ -130,6 +128,49 @@ double score_error(const v::RoutedLayer& l, double range, Float f) {
   if (l.score == k::Score::kSoftmax) return k::bounds::softmax_relative(l.experts, off, range, f);
   return l.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(off, f) : k::bounds::sqrt_softplus_relative(off, f);
 }
+
+/// Choice values without the groups, and how far each may be off: what allowed() looks at, of one token.
+struct OneToken {
+  OneToken(const k::RouteArgs<double>& args, const v::RoutedLayer& l, Float scores)
+      : plain(args), l(l), scores(scores), choice(static_cast<std::size_t>(l.experts)), band(choice.size()),
+        chosen(static_cast<std::size_t>(l.top_k)), in(choice.size()) {
+    plain.correction_bias = l.bias.empty() ? nullptr : l.bias.data();
+    plain.tokens = 1;
+    plain.groups = plain.top_groups = 1;
+    plain.group_score = k::GroupScore::kNone;
+  }
+  const double* logits(std::int64_t token) const { return l.logits.data() + token * l.experts; }
+  double error(std::int64_t token) const {  // relative, of its scores
+    const auto [low, high] = std::minmax_element(logits(token), logits(token) + l.experts);
+    return score_error(l, *high - *low, scores);
+  }
+  bool allows(const k::RouteArgs<double>& args, std::int64_t token) {
+    plain.logits = logits(token);
+    k::route(plain, k::RouteResult<double>{chosen.data(), nullptr, nullptr, choice.data()});
+    const double relative = error(token);
+    for (std::size_t e = 0; e < choice.size(); ++e) {
+      const double value = choice[e];
+      const double score = args.softmax_after_top_k ? 0.0 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[e]));
+      band[e] = relative * score + 2 * unit(Float::kF32) * std::fabs(value) +
+                (args.softmax_after_top_k ? l.logit_error : 0.0);
+    }
+    std::fill(in.begin(), in.end(), 0);
+    for (std::int64_t j = 0; j < l.top_k; ++j) {
+      const std::int32_t e = l.chosen[static_cast<std::size_t>(token * l.top_k + j)];
+      if (e >= 0) in[static_cast<std::size_t>(e)] = 1;
+    }
+    return allowed(args, choice.data(), band.data(), in);
+  }
+
+  k::RouteArgs<double> plain;
+  const v::RoutedLayer& l;
+  Float scores;
+  std::vector<double> choice, band;
+  std::vector<std::int32_t> chosen;
+  std::vector<char> in;
+};
+
+std::string family_words(const Context& ctx) { return ctx.facts.model_type + "'s order"; }
 
 void name_selection(const k::RouteArgs<double>& args, const v::RoutedLayer& l, Row* r) {
   double nearest = kInf;
@@ -230,7 +271,7 @@ void name_weights(const Routing& routing, const k::RouteArgs<double>& args, cons
 
 /// Tokens that went outside their groups, where the masked ones got 0.0 instead of -inf.
 void replay_groups(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, v::RouteForm limited,
-                   const v::RoutedLayer& l) {
+                   const v::RoutedLayer& l, OneToken* one) {
   limited.args.group_mask_is_zero = false;
   std::vector<std::int32_t> chosen;
   std::vector<double> weights;
@@ -249,6 +290,7 @@ void replay_groups(Context* ctx, const MicroBatchRecord& m, const LayerTensors& 
       const std::int32_t e = l.chosen[static_cast<std::size_t>(token * l.top_k + j)];
       outside = outside || (e >= 0 && std::isinf(choice[static_cast<std::size_t>(token * l.experts + e)]));
     }
+    outside = outside && !one->allows(limited.args, token);  // groups may tie
     ++r.compared;
     if (outside && ++r.differing == 1) r.place = ctx->place_of(m);
   }
@@ -296,18 +338,12 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
     return unknown("the groups do not divide the experts");
   const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
-  std::vector<std::int32_t> chosen(l.chosen.size()), plain_chosen(static_cast<std::size_t>(l.top_k));
-  std::vector<double> choice(static_cast<std::size_t>(l.experts)), weights, band(choice.size());
+  std::vector<std::int32_t> chosen(l.chosen.size());
+  std::vector<double> weights;
   if (!v::route_with(right, l, &chosen, &weights)) return unknown("this order of routing is not replayed");
-  // Choice values without the groups, which allowed() looks at with their bands: of one token.
-  k::RouteArgs<double> plain = args;
-  plain.correction_bias = l.bias.empty() ? nullptr : l.bias.data();
-  plain.tokens = 1;
-  plain.groups = plain.top_groups = 1;
-  plain.group_score = k::GroupScore::kNone;
   const Place place = ctx->place_of(m);
   const Float scores = score_dtype(*ctx->routing, l.dtype);
-  std::vector<char> in(static_cast<std::size_t>(l.experts));
+  OneToken one(args, l, scores);
   r.held_to = std::string("the k largest of the ") + (t.router_logits ? "recorded" : "recomputed") + " logits, by " + family_words(*ctx);
   std::vector<double> recorded_weights;
   if (t.routing_weights) {
@@ -319,36 +355,19 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   for (std::int64_t token = 0; token < l.tokens; ++token) {
     const std::int32_t* got = l.chosen.data() + token * l.top_k;
     const std::int32_t* want = chosen.data() + token * l.top_k;
-    std::fill(in.begin(), in.end(), 0);
-    for (std::int64_t j = 0; j < l.top_k; ++j) {
-      if (got[j] >= 0) in[static_cast<std::size_t>(got[j])] = 1;
-    }
     bool same = true;
-    for (std::int64_t j = 0; j < l.top_k; ++j) same = same && in[static_cast<std::size_t>(want[j])];
+    for (std::int64_t j = 0; j < l.top_k; ++j) same = same && std::find(got, got + l.top_k, want[j]) != got + l.top_k;
     ++r.compared;
     if (same && recorded_weights.empty()) continue;
-    const double* logits = l.logits.data() + token * l.experts;
-    const auto [low, high] = std::minmax_element(logits, logits + l.experts);
-    const double relative = score_error(l, *high - *low, scores);
     if (!same) {
-      plain.logits = logits;
-      k::route(plain, k::RouteResult<double>{plain_chosen.data(), nullptr, nullptr, choice.data()});
-      for (std::int64_t e = 0; e < l.experts; ++e) {
-        const double value = choice[static_cast<std::size_t>(e)];
-        const double score = args.softmax_after_top_k
-                                 ? 0.0
-                                 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[static_cast<std::size_t>(e)]));
-        band[static_cast<std::size_t>(e)] = relative * score + 2 * unit(Float::kF32) * std::fabs(value) +
-                                            (args.softmax_after_top_k ? l.logit_error : 0.0);
-      }
-      if (!allowed(args, choice.data(), band.data(), in)) {
+      if (!one.allows(args, token)) {
         ++differing;
         if (r.differing + differing == 1) r.place = place;
       }
       continue;  // weights of another set say nothing
     }
     const double by_weight =
-        std::expm1(2 * std::log1p(relative) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
+        std::expm1(2 * std::log1p(one.error(token)) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
     for (std::int64_t j = 0; j < l.top_k; ++j) {
       const auto at = static_cast<std::size_t>(token * l.top_k + j);
       if (!l.dropped.empty() && l.dropped[at]) continue;  // its weight is used by nothing
@@ -365,7 +384,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   r.expected = 0;
   r.band = 0;
   r.distance = static_cast<double>(r.differing);
-  if (args.groups > 1 && args.group_mask_is_zero) replay_groups(ctx, m, t, right, l);
+  if (args.groups > 1 && args.group_mask_is_zero) replay_groups(ctx, m, t, right, l, &one);
   if (differing > 0 && !r.name.found) name_selection(args, l, &r);
   if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty())
     name_weights(*ctx->routing, args, t, l, recorded_weights, &w);

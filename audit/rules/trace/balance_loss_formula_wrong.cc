@@ -21,8 +21,8 @@ gate is an eighth of the right one. Loads of the wrong tokens or of biased choic
 Use a release that computes it right; the finding says which, where that is known.
 
 ## Limits
-The formula is known of transformers (load_balancing_loss_func); of other frameworks any of the common conventions
-passes. Padding is TR004's. A band is relative: 1e-6 of the value from float32 logits, 1e-2 from bfloat16, where more
+The formula is known of transformers (load_balancing_loss_func) and the families of the table; of other frameworks and
+families any of the common conventions passes, and a number that no formula of the catalogue gives cannot be judged. Padding is TR004's. A band is relative: 1e-6 of the value from float32 logits, 1e-2 from bfloat16, where more
 names fit.
 )md";
 

@@ -8,12 +8,13 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-From a recorded trace: the coefficient of the balance loss is over 0, output_router_logits is false, and none of the recorded
-training micro-batches has an aux_loss.
+From a recorded trace: the coefficient of the balance loss is over 0, and none of the recorded training micro-batches has an
+aux_loss, because output_router_logits is false, or although it is true.
 
 ## Why it matters
 In transformers the coefficient alone does nothing: the forward adds the balance loss only if output_router_logits is true,
-and it is false by default (huggingface/transformers issue 44242). What the loss is worth is in BL001.
+and it is false by default (huggingface/transformers issue 44242). Some classes do not read that flag from the config (JetMoE of
+4.57.6 reads it from the call alone; Llama 4 nowhere: BL005). What the loss is worth is in BL001.
 
 ## How to fix
 Switch it on with `output_router_logits: true`, or write coefficient 0 and say so.
@@ -32,18 +33,23 @@ Outcome check(Facts& f) {
   const replay::Rows rows = replay::rows_of(*t, "aux_weight");
   if (!rows.differ.empty() || !rows.agree.empty() || replay::rows_of(*t, "aux_loss").any())
     return Outcome::pass("a balance loss was computed");
-  if (t->output_router_logits != "false")
+  const replay::Rows loss = replay::rows_of(*t, "loss_weight");  // the model's output was seen
+  const bool ignored = t->output_router_logits == "true" && !(loss.agree.empty() && loss.differ.empty());
+  if (t->output_router_logits != "false" && !ignored)
     return replay::nothing_differs(f, rows, "the trace does not say whether a balance loss was to be computed", "");
   Finding finding;
   finding.severity = Severity::kWarning;
   finding.message = "router_aux_loss_coef is " + say::number(t->aux_coefficient) + ", and in " +
                     say::plural(t->micro_batches, "recorded micro-batch", "recorded micro-batches") +
-                    " no balance loss was computed: output_router_logits is false.";
+                    " no balance loss was computed: " +
+                    (ignored ? "output_router_logits is true, and " + t->model_class + " returned no aux_loss."
+                             : "output_router_logits is false.");
   finding.evidence = {{"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)},
-                      {"trace output_router_logits", "false", replay::head(*t)}};
-  finding.remedy =
-      "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is off:\n    "
-      "router_aux_loss_coef: 0";
+                      {"trace output_router_logits", t->output_router_logits, replay::head(*t)}};
+  finding.remedy = ignored ? "Ask for it in the call, and look whether aux_loss comes back:\n    "
+                             "model(**batch, output_router_logits=True)\nor say that it is off:\n    router_aux_loss_coef: 0"
+                           : "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is "
+                             "off:\n    router_aux_loss_coef: 0";
   finding.does_not_show = "That the load is uneven, or that the loss would help.";
   finding.locations = {replay::head(*t)};
   finding.sources = {"huggingface/transformers issue 44242"};
