@@ -102,13 +102,15 @@ bool round_top(const std::vector<double>& scores, const RoutedLayer& l, Top* top
   return l.backend->route(a, {top->chosen.data(), nullptr, top->next.data(), nullptr}) == k::Status::kOk;
 }
 
-/// Tokens whose last choice may be another by the framework's rounding.
-double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLayer& l) {
+/// Tokens that count and whose last choice may be another by the framework's rounding. Linear attention leaves zeros where
+/// padding is: all of its experts tie.
+double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLayer& l, Padding padding) {
   const auto e = static_cast<std::size_t>(l.experts), n = static_cast<std::size_t>(l.top_k);
   const auto apart = [&](double range) { return 2 * k::bounds::softmax_relative(l.experts, 0, range, k::Float::kF32); };
   const double most = apart(l.highest - l.lowest);
   double ties = 0;
   for (std::size_t t = 0; t < static_cast<std::size_t>(l.tokens) && l.top_k < l.experts; ++t) {
+    if (padding != Padding::kCounted && !l.valid.empty() && !l.valid[t]) continue;
     const double last = scores[t * e + static_cast<std::size_t>(top.chosen[(t + 1) * n - 1])];
     const double after = scores[t * e + static_cast<std::size_t>(top.next[t])];
     const bool same = k::round_to(last, l.scores_dtype) == k::round_to(after, l.scores_dtype);
@@ -264,7 +266,7 @@ void BalanceSum::add(const RoutedLayer& l) {
     if (!by_p) others = scores_of(l.logits, l, score, &top);
     const std::vector<double>& by = by_p ? p : others;
     sound = sound && !by.empty() && round_top(by, l, &top);
-    if (sound) slack = ties_of(by, top, l);
+    if (sound) slack = ties_of(by, top, l, form_.padding);
     chosen = std::move(top.chosen);
   } else {
     sound = sound && !l.chosen.empty();

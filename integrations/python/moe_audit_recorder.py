@@ -705,6 +705,8 @@ class Recorder:
                     tensors[prefix + "router_weight"] = _copy(effective)
                 if weight.grad is not None:
                     tensors[prefix + "router_grad"] = _copy(weight.grad)
+                elif norms and weight.requires_grad and layer.logits_dtype is not None:  # it ran, and nothing came back
+                    tensors[prefix + "router_grad"] = torch.zeros(weight.shape, dtype=weight.dtype)
                 if (norm := self._expert_norms(layer)) is not None:
                     tensors[prefix + "expert_grad_norm"] = norm
                 if (counter := layer.one_per_expert(_COUNTERS)) is not None:

@@ -213,6 +213,24 @@ def routers_out_of_their_block():
             check(not torch.overrides._get_current_function_mode_stack(), f"{family}: no mode is left behind")
 
 
+def router_without_gradient(family="mixtral"):
+    """A router whose every output is detached gets no gradient at all: recorded as 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = small(family)
+        layers = find_routers(model)
+        for layer in layers:
+            layer.router.register_forward_hook(lambda m, a, o: tuple(t.detach() for t in o) if isinstance(o, tuple) else o.detach())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        recorder = Recorder(model, folder, optimizer=optimizer, steps=[0])
+        model(**collate(Tokens(2, (12, 12)).rows)).loss.backward()
+        optimizer.step()
+        recorder.close()
+        t = tensors(folder, records(folder, "step")[0])
+        for layer in layers:
+            grad = t.get(f"layer.{layer.number}.router_grad")
+            check(grad is not None and grad.shape == layer.weight().shape and not grad.any(), f"{layer.name}: no gradient is a gradient of 0")
+
+
 def no_router():
     """Adapters of experts beside a module whose class has "MoeGate" in its name, or another matrix, make no router of it."""
     if not exists("qwen3_5_moe_text"):
@@ -478,6 +496,7 @@ for family in families:
 if not sys.argv[3:]:
     output_of_the_block()
     routers_out_of_their_block()
+    router_without_gradient()
     if PEFT:
         no_router()
     sampling()

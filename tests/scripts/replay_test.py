@@ -74,6 +74,10 @@ for name, facts in runs.items():
         if "found" in r and r["found"]["fit"] > 1:
             complain(name, r["quantity"], "is named at", r["found"]["fit"], "bands")
     value = {r["quantity"]: r for r in rows}
+    with open(os.path.join(root, path, "trace.json"), encoding="utf-8") as f:
+        narrow = any(layer.get("logits_dtype") != "float32" for layer in json.load(f)["layers"])
+    if not narrow and "band" in value.get("aux_loss", {}) and not value["aux_loss"]["band"] < 1e-4 * value["aux_loss"]["expected"]:
+        complain(name, "the band of a balance loss from float32 logits is", value["aux_loss"]["band"])
     if facts.get("aux_factor") is not None and abs(value["aux_weight"]["recorded"] - facts["aux_factor"]) > 1e-5:
         complain(name, "aux_weight", value["aux_weight"]["recorded"], "not", facts["aux_factor"])
     if "wrong" in facts and name not in NAMES and name not in SILENT:

@@ -68,7 +68,7 @@ void Gradients::read(const StepTensors& tensors) {
 void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   const MicroBatchRecord& m = *mb.record;
   if (!Context::trains(m) || m.sampled_tokens || !m.aux_loss || mb.layers.size() != ctx_.facts.layers.size() ||
-      !ctx_.balance_known)
+      ctx_.balance != v::BalanceFamily::kTransformers)
     return;
   const bool splits = m.aux_loss_grad && *m.aux_loss_grad != 0.0 && split_ < kSplit &&
                       std::any_of(mb.layers.begin(), mb.layers.end(), [](const auto& t) { return t.logits_grad; });
@@ -80,7 +80,8 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
     loss.add(l);
   }
   // Of another formula than the framework's nothing is known.
-  if (loss.rows() < 1 || !(std::fabs(loss.value() - *m.aux_loss) <= 1e-2 * std::fabs(*m.aux_loss))) return;
+  const double off = ctx_.balance_known ? 1e-2 : 1e-4;
+  if (loss.rows() < 1 || !(std::fabs(loss.value() - *m.aux_loss) <= off * std::fabs(*m.aux_loss))) return;
   std::vector<double> slopes;
   const auto rows = static_cast<double>(loss.rows()), experts = static_cast<double>(loss.counts().size());
   for (const std::int64_t c : loss.counts()) slopes.push_back(experts * static_cast<double>(c) / rows / rows);
