@@ -1,5 +1,6 @@
-// One token routed by one warp, its scores in registers: lane l holds experts l, l + 32, ... What route() and the fused
-// gate share. The order of every sum is kernels/host/router.h's.
+// Tokens routed by a warp with their scores in registers, 32 / P tokens at a time: P lanes share a token, and lane p of them
+// holds experts p, p + P, ..., V in all. Few experts then fill a warp as well as many do. What route() and the fused gate
+// share. The order of every sum is kernels/host/router.h's, whatever P.
 #pragma once
 
 #include "kernels/cuda/warp.cuh"
@@ -29,6 +30,55 @@ inline bool fits_registers(const RouteArgs<float>& a) {
   return a.experts <= 12 * kLanes && a.top_k <= kLanes && (!grouped || (a.experts / a.groups == kLanes));
 }
 
+// Of the P lanes that share a token; every one of them gets the result.
+template <int P>
+__device__ __forceinline__ int most_of(int v) {
+  if constexpr (P == kLanes) {
+    return __reduce_max_sync(kAll, v);
+  } else {
+#pragma unroll
+    for (int step = P / 2; step > 0; step /= 2) v = max(v, __shfl_xor_sync(kAll, v, step));
+    return v;
+  }
+}
+template <int P>
+__device__ __forceinline__ unsigned least_of(unsigned v) {
+  if constexpr (P == kLanes) {
+    return __reduce_min_sync(kAll, v);
+  } else {
+#pragma unroll
+    for (int step = P / 2; step > 0; step /= 2) v = min(v, __shfl_xor_sync(kAll, v, step));
+    return v;
+  }
+}
+template <int P>
+__device__ __forceinline__ bool any_of(bool v) {
+  if constexpr (P == 1) return v;
+  constexpr unsigned kMine = P == kLanes ? kAll : (1u << P % kLanes) - 1;
+  return (__ballot_sync(kAll, v) >> threadIdx.x % kLanes / P * P & kMine) != 0;
+}
+template <int P, class T>
+__device__ __forceinline__ T from_lane(T v, unsigned lane) {
+  if constexpr (P == 1) return v;
+  return __shfl_sync(kAll, v, static_cast<int>(lane), P);
+}
+/// add_lanes() of the host: lane p has the values of its lanes p, p + P, ...
+template <int P, int V>
+__device__ __forceinline__ float add_registers(const float (&v)[V]) {
+  constexpr int kHostLanes = kLanes / P, kUsed = V < kHostLanes ? V : kHostLanes;
+  float sum[kUsed] = {};
+#pragma unroll
+  for (int i = 0; i < V; ++i) sum[i % kHostLanes] += v[i];
+#pragma unroll
+  for (int step = kHostLanes / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int j = 0; j < step && j + step < kUsed; ++j) sum[j] += sum[j + step];
+  }
+#pragma unroll
+  for (int step = P / 2; step > 0; step /= 2) sum[0] += __shfl_xor_sync(kAll, sum[0], step);
+  return sum[0];
+}
+
 /// exp_of_non_positive(x) for x >= kNear, where the result is far from the smallest numbers: 2^k goes into the exponent at
 /// once. The same bits.
 inline constexpr float kNear = -60.0f;
@@ -39,7 +89,7 @@ __device__ __forceinline__ float exp_near(float x) {
 }
 
 /// Softmax over the values that are `here`, or NaN.
-template <int V, class Here>
+template <int P, int V, class Here>
 __device__ __forceinline__ void softmax_registers(float (&v)[V], Here here, Float dtype) {
   float m = -INFINITY;
   bool nan = false;
@@ -49,52 +99,45 @@ __device__ __forceinline__ void softmax_registers(float (&v)[V], Here here, Floa
     m = fmaxf(m, v[i]);  // the larger of the two that are numbers
     nan = nan || v[i] != v[i];
   }
-  m = route_value(__reduce_max_sync(kAll, route_key(m)));
-  if (__any_sync(kAll, nan) || m - m != 0.0f) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = route_value(kLargestKey);
-    return;
-  }
+  m = route_value(most_of<P>(route_key(m)));
+  const bool bad = any_of<P>(nan) || m - m != 0.0f;
   float lowest = 0;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     v[i] -= m;
     if (here(i)) lowest = fminf(lowest, v[i]);
   }
-  float sum = 0;
-  if (__all_sync(kAll, lowest >= kNear)) {
-    // With the correctly rounded reciprocal y, v y is within a place of the quotient v / sum, and one exact remainder
-    // sets it right (Markstein, IA-64 and Elementary Functions, theorem 8.3), unless the remainder underflows, which
-    // kNear rules out, or the significand of the sum is all ones. A third of what `/` costs.
+  const bool near = __all_sync(kAll, bad || lowest >= kNear);  // of all tokens of the warp: one way for all
+  if (near) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = here(i) ? exp_near(v[i]) : 0.0f;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = exp_of_non_positive(v[i]);  // of -inf: 0
+  }
+  const float sum = add_registers<P>(v);
+  // With the correctly rounded reciprocal y, v y is within a place of the quotient v / sum, and one exact remainder sets
+  // it right (Markstein, IA-64 and Elementary Functions, theorem 8.3), unless the remainder underflows, which kNear rules
+  // out, or the significand of the sum is all ones. A third of what `/` costs.
+  if (near && (__float_as_uint(sum) & 0x7fffffu) != 0x7fffffu) {
+    const float y = 1.0f / sum;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      v[i] = here(i) ? exp_near(v[i]) : 0.0f;
-      sum += v[i];
-    }
-    sum = warp_add_lanes(sum);
-    if ((__float_as_uint(sum) & 0x7fffffu) != 0x7fffffu) {
-      const float y = 1.0f / sum;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const float q = v[i] * y;
-        v[i] = fused(fused(-q, sum, v[i]), y, q);
-      }
-      return round_registers(v, dtype);
+      const float q = v[i] * y;
+      v[i] = fused(fused(-q, sum, v[i]), y, q);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[i] = exp_of_non_positive(v[i]);  // of -inf: 0
-      sum += v[i];
-    }
-    sum = warp_add_lanes(sum);
+    for (int i = 0; i < V; ++i) v[i] = v[i] / sum;
   }
+  if (bad) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) v[i] = v[i] / sum;
+    for (int i = 0; i < V; ++i) v[i] = route_value(kLargestKey);
+  }
   round_registers(v, dtype);
 }
 
-/// Lane g's keys are group g's in register g; the groups that are not among the best get choice -inf (or 0).
+/// Register g holds group g, of 32 experts; the groups that are not among the best get choice -inf (or 0).
 template <int V>
 __device__ __forceinline__ void mask_groups_registers(const RouteArgs<float>& a, float (&choice)[V]) {
   const int lane = threadIdx.x % kLanes;
@@ -127,17 +170,18 @@ __device__ __forceinline__ void mask_groups_registers(const RouteArgs<float>& a,
   for (int g = 0; g < V; ++g) choice[g] = kept >> g & 1u ? choice[g] : fill;
 }
 
-/// Token t: `v` holds its logits. All lanes of the warp take part. kFull: the experts fill the registers.
-template <int V, bool kFull>
+/// Token t: `v` holds its logits. All lanes of the warp take part; tokens that are not `live` are computed, but leave
+/// nothing behind. kFull: the experts fill the registers. Groups need P = 32.
+template <int P, int V, bool kFull>
 __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const RouteResult<float>& r, std::int64_t t,
-                                                float (&v)[V]) {
-  const unsigned lane = threadIdx.x % kLanes;
+                                                bool live, float (&v)[V]) {
+  const unsigned lane = threadIdx.x % P;
   const int k = static_cast<int>(a.top_k);
-  const int experts = kFull ? V * kLanes : static_cast<int>(a.experts);
-  const auto here = [&](int i) { return kFull || static_cast<int>(lane) + kLanes * i < experts; };
+  const int experts = kFull ? V * P : static_cast<int>(a.experts);
+  const auto here = [&](int i) { return kFull || static_cast<int>(lane) + P * i < experts; };
   if (!a.softmax_after_top_k) {
     if (a.score == Score::kSoftmax) {
-      softmax_registers(v, here, a.tensor_dtype);
+      softmax_registers<P>(v, here, a.tensor_dtype);
     } else {
       if (a.score == Score::kSigmoid) {
 #pragma unroll
@@ -155,22 +199,24 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
   if (plain) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (r.choice != nullptr && here(i)) r.choice[t * experts + lane + kLanes * i] = v[i];
+      if (r.choice != nullptr && live && here(i)) r.choice[t * experts + lane + P * i] = v[i];
       key[i] = here(i) ? __float_as_int(v[i]) & kLargestKey : kStruckOut;
     }
   } else {
     float choice[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int e = lane + kLanes * i;
+      const int e = lane + P * i;
       choice[i] = v[i];
       if (a.correction_bias == nullptr || !here(i)) continue;
       choice[i] = a.bias_multiplies ? v[i] * a.correction_bias[e] : v[i] + a.correction_bias[e];
     }
-    if (a.group_score != GroupScore::kNone) mask_groups_registers(a, choice);
+    if constexpr (P == kLanes) {
+      if (a.group_score != GroupScore::kNone) mask_groups_registers(a, choice);
+    }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (r.choice != nullptr && here(i)) r.choice[t * experts + lane + kLanes * i] = choice[i];
+      if (r.choice != nullptr && live && here(i)) r.choice[t * experts + lane + P * i] = choice[i];
       key[i] = here(i) ? route_key(choice[i]) : kStruckOut;
     }
   }
@@ -181,55 +227,66 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     at = lane;
 #pragma unroll
     for (int i = 1; i < V; ++i) {
-      at = key[i] > best ? lane + kLanes * i : at;
+      at = key[i] > best ? lane + P * i : at;
       best = max(best, key[i]);
     }
   };
+  const auto winner_of = [&](int most) { return least_of<P>(best == most ? at : unsigned{kLargestKey}); };
   find();
-  unsigned chosen = 0;
-  int its_key = 0;
-  for (int j = 0; j < k; ++j) {
-    const int most = __reduce_max_sync(kAll, best);
-    const unsigned winner = __reduce_min_sync(kAll, best == most ? at : unsigned{kLargestKey});
-    if (lane == j) chosen = winner, its_key = most;
-    if (at == winner) {
+  // The choice of rank j is kept by lane j mod P in register j / P.
+  constexpr int kKept = (P * V < kLanes ? P * V : kLanes) / P;
+  unsigned chosen[kKept];
+  float weight[kKept] = {}, sum = 0;
 #pragma unroll
-      for (int i = 0; i < V; ++i) key[i] = winner == lane + kLanes * i ? kStruckOut : key[i];
-      find();
+  for (int c = 0; c < kKept; ++c) {
+#pragma unroll 1
+    for (int l = 0; l < P && c * P + l < k; ++l) {
+      const int most = most_of<P>(best);
+      const unsigned winner = winner_of(most);
+      float own = 0;
+      if (at == winner) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          const bool it = winner == lane + P * i;
+          own = it ? v[i] : own;
+          key[i] = it ? kStruckOut : key[i];
+        }
+        find();
+      }
+      const float w = plain ? __int_as_float(most) : from_lane<P>(own, winner % P);  // a choice need not be the score
+      sum += w;
+      if (lane == l) chosen[c] = winner, weight[c] = w;
     }
   }
   if (r.runner_up != nullptr) {
-    const int most = __reduce_max_sync(kAll, best);
-    const unsigned next = __reduce_min_sync(kAll, best == most ? at : unsigned{kLargestKey});
-    if (lane == 0) r.runner_up[t] = k < experts ? static_cast<int>(next) : -1;
+    const unsigned next = winner_of(most_of<P>(best));
+    if (live && lane == 0) r.runner_up[t] = k < experts ? static_cast<int>(next) : -1;
   }
-  float weight = __int_as_float(its_key);
-  if (!plain) {  // the choice is not the score
-    for (int j = 0; j < k; ++j) {
-      const unsigned e = __shfl_sync(kAll, chosen, j);
-      float own = 0;
 #pragma unroll
-      for (int i = 0; i < V; ++i) own = lane + kLanes * i == e ? v[i] : own;
-      own = __shfl_sync(kAll, own, e % kLanes);
-      if (lane == j) weight = own;
-    }
+  for (int c = 0; c < kKept; ++c) {
+    if (live && lane + P * c < k) r.chosen[t * k + lane + P * c] = static_cast<int>(chosen[c]);
   }
-  if (lane < k) r.chosen[t * k + lane] = static_cast<int>(chosen);
   if (r.weights == nullptr) return;
   if (a.softmax_after_top_k) {
-    float one[1] = {weight};
-    softmax_registers(one, [&](int) { return lane < k; }, a.tensor_dtype);
-    weight = one[0];
+    softmax_registers<P>(weight, [&](int c) { return lane + P * c < k; }, a.tensor_dtype);
+    sum = 0;
+#pragma unroll
+    for (int c = 0; c < kKept; ++c) {
+      for (int l = 0; l < P && c * P + l < k; ++l) sum += from_lane<P>(weight[c], l);
+    }
   }
-  if (a.renormalise) {
-    float sum = 0;
-    for (int j = 0; j < k; ++j) sum += __shfl_sync(kAll, weight, j);
-    sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
-    weight = rounded(weight / sum, a.tensor_dtype);
+  sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
+#pragma unroll
+  for (int c = 0; c < kKept; ++c) {
+    if (c * P >= k) break;
+    if (a.renormalise) weight[c] = rounded(weight[c] / sum, a.tensor_dtype);
+    if (a.scaling != 1.0f) weight[c] = rounded(weight[c] * a.scaling, a.tensor_dtype);
+    weight[c] = rounded(weight[c], a.weights_dtype);
+    if (live && lane + P * c < k) r.weights[t * k + lane + P * c] = weight[c];
   }
-  if (a.scaling != 1.0f) weight = rounded(weight * a.scaling, a.tensor_dtype);
-  weight = rounded(weight, a.weights_dtype);
-  if (lane < k) r.weights[t * k + lane] = weight;
 }
+
+/// The lanes that share a token where `most` experts are the most: as many as leave 8 to a lane.
+constexpr int lanes_for(int most) { return most <= 8 ? 1 : most <= 16 ? 2 : most <= 32 ? 4 : most <= 64 ? 8 : most <= 128 ? 16 : kLanes; }
 
 }  // namespace moeaudit::kernels::cuda

@@ -1,5 +1,5 @@
-// From logits to chosen experts: one warp per token. float32 with up to 384 experts in registers (route_warp.cuh), the
-// rest with the token's scores and choices in shared memory.
+// From logits to chosen experts: float32 with up to 384 experts in registers, several tokens a warp (route_warp.cuh); the
+// rest one warp a token, with its scores and choices in shared memory.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"
@@ -173,43 +173,52 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
   }
 }
 
-template <int V, bool kFull>
+template <int P, int V, bool kFull>
 __global__ void __launch_bounds__(128) route_in_registers(RouteArgs<float> a, RouteResult<float> r) {
-  const int lane = threadIdx.x % kWarp, experts = kFull ? V * kWarp : static_cast<int>(a.experts);
+  constexpr int kTokens = kWarp / P;  // of a warp at a time
+  const int lane = threadIdx.x % P, experts = kFull ? V * P : static_cast<int>(a.experts);
   const std::int64_t warp = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * blockDim.x / kWarp;
-  for (std::int64_t t = warp; t < a.tokens; t += warps) {
+  for (std::int64_t first = warp * kTokens; first < a.tokens; first += warps * kTokens) {
+    const std::int64_t t = first + threadIdx.x % kWarp / P;
+    const bool live = t < a.tokens;
+    const float* logits = a.logits + (live ? t : first) * experts;
     float v[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int e = lane + kWarp * i;
-      v[i] = kFull || e < experts ? a.logits[t * experts + e] : 0.0f;
+      const int e = lane + P * i;
+      v[i] = kFull || e < experts ? logits[e] : 0.0f;
     }
-    route_registers<V, kFull>(a, r, t, v);
+    route_registers<P, V, kFull>(a, r, t, live, v);
   }
 }
 
-template <int V>
+template <int P, int V>
 void launch_registers(const RouteArgs<float>& a, const RouteResult<float>& r, CUstream_st* stream) {
-  const std::int64_t blocks = parts(a.tokens, 4);
+  const std::int64_t blocks = parts(a.tokens, 4 * kWarp / P);
   const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
-  if (a.experts == V * kWarp)
-    route_in_registers<V, true><<<grid, 128, 0, stream>>>(a, r);
+  if (a.experts == V * P)
+    route_in_registers<P, V, true><<<grid, 128, 0, stream>>>(a, r);
   else
-    route_in_registers<V, false><<<grid, 128, 0, stream>>>(a, r);
+    route_in_registers<P, V, false><<<grid, 128, 0, stream>>>(a, r);
 }
 
 /// Whether it took the work.
 bool try_registers(const RouteArgs<double>&, const RouteResult<double>&, CUstream_st*) { return false; }
 bool try_registers(const RouteArgs<float>& a, const RouteResult<float>& r, CUstream_st* stream) {
   if (!fits_registers(a)) return false;
-  const std::int64_t v = parts(a.experts, kWarp);
-  const auto call = v == 1   ? launch_registers<1>
-                    : v == 2 ? launch_registers<2>
-                    : v <= 4 ? launch_registers<4>
-                    : v == 5 ? launch_registers<5>
-                    : v <= 8 ? launch_registers<8>
-                             : launch_registers<12>;
+  const std::int64_t e = a.experts;
+  const bool grouped = a.group_score != GroupScore::kNone;  // in groups of 32
+  const auto call = e <= 64 && grouped    ? launch_registers<32, 2>
+                    : e <= 128 && grouped ? launch_registers<32, 4>
+                    : e <= 8              ? launch_registers<lanes_for(8), 8>
+                    : e <= 16             ? launch_registers<lanes_for(16), 8>
+                    : e <= 32             ? launch_registers<lanes_for(32), 8>
+                    : e <= 64             ? launch_registers<lanes_for(64), 8>
+                    : e <= 128            ? launch_registers<lanes_for(128), 8>
+                    : e <= 160            ? launch_registers<32, 5>
+                    : e <= 256            ? launch_registers<32, 8>
+                                          : launch_registers<32, 12>;
   call(a, r, stream);
   return true;
 }

@@ -2,6 +2,8 @@
 // the gradients of the latter.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/route_warp.cuh"
 #include "kernels/cuda/router.h"
@@ -104,25 +106,35 @@ __global__ void __launch_bounds__(GateTile<kExperts>::kThreads, kExperts < 64 ? 
   T tile;
   tile.run(x, w, token, expert, 0, a.hidden, shared);
   const float* c = tile.share(shared);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  constexpr int kValues = (kExperts + kLanes - 1) / kLanes;
-  for (int row = warp; row < 128 && token + row < a.tokens; row += T::kThreads / kLanes) {
-    float v[kValues];
+  const auto finish = [&](auto lanes) {  // by so many lanes a token
+    constexpr int P = decltype(lanes)::value, kTokens = kLanes / P, kValues = (kExperts + P - 1) / P;
+    const int lane = threadIdx.x % P, warp = threadIdx.x / kLanes, its = threadIdx.x % kLanes / P;
+    for (int pass = warp; pass < 128 / kTokens; pass += T::kThreads / kLanes) {
+      // Rows two apart where two rows are read at once: they begin 16 banks apart (kCStride).
+      const int row = kTokens == 2 ? pass / 2 * 4 + pass % 2 + 2 * its : pass * kTokens + its;
+      const bool live = token + row < a.tokens;
+      float v[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const int column = lane + kLanes * i;
-      const bool inside = column < kExperts && expert + column < a.experts;
-      v[i] = inside ? c[row * T::kCStride + column] : 0.0f;
-      if (inside && a.bias != nullptr) v[i] += a.bias[expert + column];
-      if (inside && logits != nullptr) logits[(token + row) * a.experts + expert + column] = v[i];
+      for (int i = 0; i < kValues; ++i) {
+        const int column = lane + P * i;
+        const bool inside = column < kExperts && expert + column < a.experts;
+        v[i] = inside ? c[row * T::kCStride + column] : 0.0f;
+        if (inside && a.bias != nullptr) v[i] += a.bias[expert + column];
+        if (inside && live && logits != nullptr) logits[(token + row) * a.experts + expert + column] = v[i];
+      }
+      if constexpr (kRoutes) {
+        if (kExperts % P == 0 && a.experts == kExperts)
+          route_registers<P, kValues, true>(route, routed, token + row, live, v);
+        else
+          route_registers<P, kValues, false>(route, routed, token + row, live, v);
+      }
     }
-    if constexpr (kRoutes) {
-      if (kExperts % kLanes == 0 && a.experts == kExperts)
-        route_registers<kValues, true>(route, routed, token + row, v);
-      else
-        route_registers<kValues, false>(route, routed, token + row, v);
-    }
-  }
+  };
+  constexpr int kShared = lanes_for(kExperts);
+  if (!kRoutes || kShared == kLanes || (kExperts >= 64 && route.group_score != GroupScore::kNone))
+    finish(std::integral_constant<int, kLanes>());  // groups are 32 wide; whole rows of logits leave best
+  else
+    finish(std::integral_constant<int, kShared>());
 }
 
 template <int kExperts, bool kRoutes>

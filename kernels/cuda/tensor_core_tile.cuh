@@ -29,7 +29,7 @@ struct Tile {
   static constexpr int kBRows = kBKNext ? kN : kK, kBColumns = kBKNext ? kK : kN;
   static constexpr int kAStride = kAColumns + kPad, kBStride = kBColumns + kPad;
   static constexpr int kAElements = kARows * kAStride, kBElements = kBRows * kBStride;
-  static constexpr int kCStride = kN + 4;
+  static constexpr int kCStride = kN + 8;  // rows of share() begin 8 banks apart
   static constexpr int kStagesBytes = kStages * (kAElements + kBElements) * 2, kCBytes = kM * kCStride * 4;
   static constexpr int kSharedBytes = kStagesBytes;                                            // of run() alone
   static constexpr int kSharedBytesWithC = kStagesBytes > kCBytes ? kStagesBytes : kCBytes;  // of run() and share()
