@@ -103,13 +103,14 @@ void route(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, bool g
   cudaFree(logits), cudaFree(bias), cudaFree(weights), cudaFree(chosen);
 }
 
-void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::int64_t top_k, double bandwidth) {
+void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::int64_t top_k, k::cuda::TensorCores cores,
+          double bandwidth) {
   auto *x = filled<std::uint16_t>(tokens * hidden, 1.0f, 2), *w = filled<std::uint16_t>(experts * hidden, 0.05f, 3);
   float *logits = device<float>(tokens * experts), *weights = device<float>(tokens * top_k), *d_w = device<float>(experts * hidden);
   auto* chosen = device<std::int32_t>(tokens * top_k);
   auto* d_x = device<std::uint16_t>(tokens * hidden);
   double *upstream = filled<double>(tokens * top_k, 1.0f, 4), *d_logits = device<double>(tokens * experts);
-  const k::cuda::TensorCoreGateArgs g{x, w, nullptr, tokens, hidden, experts};
+  const k::cuda::TensorCoreGateArgs g{x, w, nullptr, tokens, hidden, experts, cores};
   k::RouteArgs<float> r;
   r.top_k = top_k, r.renormalise = true;
   const double gate_alone = median_ms([&] { require(k::cuda::gate_logits(g, logits, nullptr), "gate"); });
@@ -118,7 +119,7 @@ void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::i
   k::RouteBackwardArgs<float> b;
   b.forward = r, b.forward.logits = logits, b.forward.tokens = tokens, b.forward.experts = experts;
   b.chosen = chosen, b.weights = upstream;
-  const k::cuda::TensorCoreGateBackwardArgs gb{d_logits, x, w, tokens, hidden, experts};
+  const k::cuda::TensorCoreGateBackwardArgs gb{d_logits, x, w, tokens, hidden, experts, cores};
   const auto route_back = [&] { require(k::cuda::route_backward(b, d_logits, nullptr, nullptr), "route backward"); };
   const double route_back_ms = median_ms(route_back);
   const double d_x_ms = median_ms([&] { require(k::cuda::gate_backward(gb, nullptr, d_x, workspace, nullptr), "d_x"); });
@@ -132,11 +133,11 @@ void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::i
   const double forward_bound = x_bytes / (bandwidth / 1.0), both_bound = 3 * x_bytes / bandwidth;
   const double flops = 2.0 * static_cast<double>(tokens * hidden * experts);
   std::printf(
-      "{\"what\": \"gate and route\", \"tokens\": %lld, \"hidden\": %lld, \"experts\": %lld, \"top_k\": %lld, \"gate_ms\": %.4f, "
+      "{\"what\": \"gate and route\", \"cores\": \"%s\", \"tokens\": %lld, \"hidden\": %lld, \"experts\": %lld, \"top_k\": %lld, \"gate_ms\": %.4f, "
       "\"gate_tflops\": %.1f, \"fused_ms\": %.4f, \"fused_over_bytes\": %.3f, \"route_backward_ms\": %.4f, \"d_x_ms\": %.4f, "
       "\"d_w_ms\": %.4f, \"forward_backward_ms\": %.4f, \"forward_backward_over_bytes\": %.3f}\n",
-      static_cast<long long>(tokens), static_cast<long long>(hidden), static_cast<long long>(experts),
-      static_cast<long long>(top_k), gate_alone, flops / gate_alone * 1e-9, fused, fused / forward_bound, route_back_ms, d_x_ms,
+      cores == k::cuda::TensorCores::kWarp ? "mma" : "wgmma", static_cast<long long>(tokens), static_cast<long long>(hidden),
+      static_cast<long long>(experts), static_cast<long long>(top_k), gate_alone, flops / gate_alone * 1e-9, fused, fused / forward_bound, route_back_ms, d_x_ms,
       d_w_ms, both, both / both_bound);
   for (void* p : {static_cast<void*>(x), static_cast<void*>(w), static_cast<void*>(logits), static_cast<void*>(weights),
                   static_cast<void*>(d_w), static_cast<void*>(chosen), static_cast<void*>(d_x), static_cast<void*>(upstream),
@@ -158,5 +159,8 @@ int main() {
   route(1 << 20, 384, 8, false);
   route(1 << 20, 256, 8, true);
   route(256, 128, 8, false);
-  for (const std::int64_t experts : {8, 64, 128, 256}) gate(1 << 19, 4096, experts, experts == 8 ? 2 : 8, bandwidth);
+  for (const k::cuda::TensorCores cores : {k::cuda::TensorCores::kWarp, k::cuda::TensorCores::kWarpgroup}) {
+    if (cores == k::cuda::TensorCores::kWarpgroup && !k::cuda::warpgroups_present()) continue;
+    for (const std::int64_t experts : {8, 64, 128, 256}) gate(1 << 19, 4096, experts, experts == 8 ? 2 : 8, cores, bandwidth);
+  }
 }

@@ -16,6 +16,11 @@ Status gate_logits(const GateArgs<float, float>& args, CUstream_st* stream);
 Status gate_logits(const GateArgs<double, double>& args, CUstream_st* stream);
 Status gate_logits(const GateArgs<float, double>& args, CUstream_st* stream);
 
+/// Which instructions multiply on tensor cores. kWarp: mma, on every device. kWarpgroup: wgmma, up to twice as fast, on
+/// compute capability 9.0 alone and only in builds for sm_90a; elsewhere kBadOption.
+enum class TensorCores { kWarp, kWarpgroup };
+bool warpgroups_present();
+
 /// The gate in bfloat16 on tensor cores: exact products, float32 sums. Products are added 16 at a time in ascending order
 /// of `hidden`; the order within 16 is the hardware's, so results are the same in every run of one device model, but are
 /// not the host's bits: bounds::tensor_core_dot() bounds the difference. `hidden` must be a multiple of 8, x and w
@@ -25,6 +30,7 @@ struct TensorCoreGateArgs {
   const std::uint16_t* w = nullptr;  // bfloat16 [experts, hidden], not packed
   const float* bias = nullptr;       // [experts], or null
   std::int64_t tokens = 0, hidden = 0, experts = 0;
+  TensorCores cores = TensorCores::kWarp;
 };
 Status gate_logits(const TensorCoreGateArgs& args, float* logits, CUstream_st* stream);
 

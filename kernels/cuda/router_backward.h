@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/router.h"
 #include "kernels/host/router_backward.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it; callers need no CUDA header
@@ -29,6 +30,7 @@ struct TensorCoreGateBackwardArgs {
   const std::uint16_t* x = nullptr;  // bfloat16 [tokens, hidden]; for d_w
   const std::uint16_t* w = nullptr;  // bfloat16 [experts, hidden]; for d_x
   std::int64_t tokens = 0, hidden = 0, experts = 0;
+  TensorCores cores = TensorCores::kWarp;
 };
 std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, std::int64_t experts);
 Status gate_backward(const TensorCoreGateBackwardArgs& args, float* d_w, std::uint16_t* d_x, void* workspace,

@@ -22,51 +22,61 @@ struct Matrix {
   std::int64_t rows, columns;
 };
 
+/// Brings stretches of 64 along k of an operand into shared memory, one after the other: kRows by kColumns elements of it, at
+/// Place::at(row, column) bytes from the start of a stage. A thread always fetches the same column of chunks (16 bytes each)
+/// of rows a fixed step apart, so nothing but a pointer moves.
+template <int kThreads, int kRows, int kColumns, bool kKNext, class Place>
+struct Fetcher {
+  static constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks, kTimes = (kRows + kStep - 1) / kStep;
+  static_assert(kThreads % kChunks == 0 && kStep % Place::kEqualRows == 0);
+  const __nv_bfloat16* from;
+  std::int64_t row_step;
+  unsigned to;      // where this thread's first chunk goes, from the start of a stage
+  int row, column;  // of that chunk within the stretch
+  int other_left;   // rows (or columns) of the matrix from the start of the tile on, across k
+
+  __device__ Fetcher(const Matrix& m, std::int64_t across, std::int64_t k) {
+    row = static_cast<int>(threadIdx.x) / kChunks, column = static_cast<int>(threadIdx.x) % kChunks * 8;
+    row_step = kStep * m.stride;
+    from = m.data + ((kKNext ? across : k) + row) * m.stride + (kKNext ? k : across) + column;
+    to = static_cast<unsigned>(Place::at(row, column));
+    const std::int64_t left = (kKNext ? m.rows : m.columns) - across;
+    other_left = static_cast<int>(left < 4096 ? left : 4096);
+  }
+  /// The stretch that begins here, of which k_left elements along k are inside; moves on to the next.
+  __device__ void fetch(unsigned stage, int k_left, std::int64_t stride) {
+#pragma unroll
+    for (int i = 0; i < kTimes; ++i) {
+      const int r = row + i * kStep;
+      if (kRows % kStep != 0 && r >= kRows) break;
+      const bool inside = kKNext ? r < other_left && column < k_left : r < k_left && column < other_left;
+      copy_16(stage + to + i * kStep * Place::kRowBytes, inside ? from + i * row_step : from, inside);
+    }
+    from += kKNext ? 64 : 64 * stride;
+  }
+};
+
+/// Rows one after the other, each with 16 bytes to spare: eight rows of a matrix then lie in different banks.
+template <int kColumns>
+struct PaddedRows {
+  static constexpr int kStride = kColumns + 8, kRowBytes = 2 * kStride, kEqualRows = 1;
+  static __device__ int at(int row, int column) { return row * kRowBytes + 2 * column; }
+};
+
 template <int kM, int kN, int kWarpsM, int kWarpsN, bool kAKNext, bool kBKNext, int kStages = 3>
 struct Tile {
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kK = 64, kPad = 8;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN, kK = 64;
   static constexpr int kARows = kAKNext ? kM : kK, kAColumns = kAKNext ? kK : kM;
   static constexpr int kBRows = kBKNext ? kN : kK, kBColumns = kBKNext ? kK : kN;
-  static constexpr int kAStride = kAColumns + kPad, kBStride = kBColumns + kPad;
+  using APlace = PaddedRows<kAColumns>;
+  using BPlace = PaddedRows<kBColumns>;
+  static constexpr int kAStride = APlace::kStride, kBStride = BPlace::kStride;
   static constexpr int kAElements = kARows * kAStride, kBElements = kBRows * kBStride;
   static constexpr int kCStride = kN + 8;  // rows of share() begin 8 banks apart
   static constexpr int kStagesBytes = kStages * (kAElements + kBElements) * 2, kCBytes = kM * kCStride * 4;
   static constexpr int kSharedBytes = kStagesBytes;                                            // of run() alone
   static constexpr int kSharedBytesWithC = kStagesBytes > kCBytes ? kStagesBytes : kCBytes;  // of run() and share()
   static constexpr int kWarpM = kM / kWarpsM / 16, kWarpN = kN / kWarpsN / 16;  // in squares of 16
-
-  /// Brings stretches of an operand into shared memory, one after the other along k. A thread always fetches the same
-  /// column of chunks (16 bytes each) of rows a fixed step apart, so nothing but a pointer moves.
-  template <int kRows, int kColumns, int kStride, bool kKNext>
-  struct Fetcher {
-    static constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks, kTimes = (kRows + kStep - 1) / kStep;
-    static_assert(kThreads % kChunks == 0);
-    const __nv_bfloat16* from;
-    std::int64_t row_step;
-    unsigned to;       // where this thread's first chunk goes, from the start of a stage
-    int row, column;   // of that chunk within the stretch
-    int other_left;    // rows (or columns) of the matrix from the start of the tile on, across k
-
-    __device__ Fetcher(const Matrix& m, std::int64_t across, std::int64_t k) {
-      row = static_cast<int>(threadIdx.x) / kChunks, column = static_cast<int>(threadIdx.x) % kChunks * 8;
-      row_step = kStep * m.stride;
-      from = m.data + ((kKNext ? across : k) + row) * m.stride + (kKNext ? k : across) + column;
-      to = static_cast<unsigned>(row * kStride + column) * 2;
-      const std::int64_t left = (kKNext ? m.rows : m.columns) - across;
-      other_left = static_cast<int>(left < 4096 ? left : 4096);
-    }
-    /// The stretch that begins here, of which k_left elements along k are inside; moves on to the next.
-    __device__ void fetch(unsigned stage, int k_left, std::int64_t stride) {
-#pragma unroll
-      for (int i = 0; i < kTimes; ++i) {
-        const int r = row + i * kStep;
-        if (kRows % kStep != 0 && r >= kRows) break;
-        const bool inside = kKNext ? r < other_left && column < k_left : r < k_left && column < other_left;
-        copy_16(stage + to + i * kStep * kStride * 2, inside ? from + i * row_step : from, inside);
-      }
-      from += kKNext ? kK : kK * stride;
-    }
-  };
 
   /// This thread's part of C: pairs of columns.
   float sum[kWarpM][2 * kWarpN][4] = {};
@@ -82,8 +92,8 @@ struct Tile {
     const int a_at = kAKNext ? (wm + middle + low) * kAStride + high : (high + low) * kAStride + wm + middle;
     const int b_at = kBKNext ? (wn + high + low) * kBStride + middle : (middle + low) * kBStride + wn + high;
     const std::uint32_t base = shared_address(shared);
-    Fetcher<kARows, kAColumns, kAStride, kAKNext> fetch_a(a, m, first);
-    Fetcher<kBRows, kBColumns, kBStride, kBKNext> fetch_b(b, n, first);
+    Fetcher<kThreads, kARows, kAColumns, kAKNext, APlace> fetch_a(a, m, first);
+    Fetcher<kThreads, kBRows, kBColumns, kBKNext, BPlace> fetch_b(b, n, first);
     const auto steps = static_cast<int>((last - first + kK - 1) / kK);
     int k_left = last - first < (1 << 30) ? static_cast<int>(last - first) : 1 << 30;
     int filling = 0, fetched = 0;  // the stage that is filled next; stretches asked for
@@ -146,16 +156,17 @@ struct Tile {
       }
     }
   }
-
-  /// C as float [kM][kCStride] in shared memory, for all threads of the block.
-  __device__ float* share(char* shared) const {
-    auto* c = reinterpret_cast<float*>(shared);
-    for_each_pair([&](int row, int column, float left, float right) {
-      *reinterpret_cast<float2*>(c + row * kCStride + column) = make_float2(left, right);
-    });
-    __syncthreads();
-    return c;
-  }
 };
+
+/// C of a tile as float [kM][kCStride] in shared memory, for all threads of the block.
+template <class T>
+__device__ float* share(const T& tile, char* shared) {
+  auto* c = reinterpret_cast<float*>(shared);
+  tile.for_each_pair([&](int row, int column, float left, float right) {
+    *reinterpret_cast<float2*>(c + row * T::kCStride + column) = make_float2(left, right);
+  });
+  __syncthreads();
+  return c;
+}
 
 }  // namespace moeaudit::kernels::cuda

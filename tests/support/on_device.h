@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/router.h"
+
 namespace moeaudit::test {
 
 /// Skips where there is no device, and says so.
@@ -52,6 +54,13 @@ void expect_same(const std::vector<T>& host, const std::vector<T>& device, const
     ASSERT_EQ(std::memcmp(&host[i], &device[i], sizeof(T)), 0)
         << what << " at " << i << ": " << host[i] << " and " << device[i];
   }
+}
+
+/// The ways of multiplying on tensor cores that the device has.
+inline std::vector<kernels::cuda::TensorCores> tensor_cores() {
+  std::vector cores{kernels::cuda::TensorCores::kWarp};
+  if (kernels::cuda::warpgroups_present()) cores.push_back(kernels::cuda::TensorCores::kWarpgroup);
+  return cores;
 }
 
 }  // namespace moeaudit::test

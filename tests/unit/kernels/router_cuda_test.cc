@@ -7,6 +7,7 @@ TEST(RouterCuda, SameBitsAsTheHost) { GTEST_SKIP() << "built without CUDA (no nv
 
 #else
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -69,7 +70,8 @@ void check_all() {
         RouteArgs<T> a;
         a.experts = experts, a.top_k = top_k, a.groups = groups, a.top_groups = top_groups, a.score = score,
         a.tensor_dtype = dtype;
-        a.group_score = groups > 1 ? (score == Score::kSigmoid ? GroupScore::kTopShareSum : GroupScore::kTop2Sum) : GroupScore::kNone;
+        a.group_score = groups > 1 ? (score == Score::kSigmoid ? GroupScore::kTopShareSum : GroupScore::kTop2Sum)
+                                   : GroupScore::kNone;
         a.renormalise = true, a.renormalise_eps = T(1e-20), a.scaling = T(2.5);
         const std::string what = std::to_string(experts) + " experts, score " + std::to_string(static_cast<int>(score));
         check(a, 37, score != Score::kSoftmax, what);
@@ -91,8 +93,9 @@ TEST_F(RouterCuda, SameBitsAsTheHost) {
 
 /// float32 alone reaches the register kernels: every width of theirs, and what falls back from them.
 TEST_F(RouterCuda, EveryRegisterWidth) {
-  for (const std::int64_t experts : {1, 31, 32, 33, 64, 96, 128, 144, 160, 192, 256, 320, 384, 385}) {
-    for (const std::int64_t top_k : {std::int64_t{1}, std::int64_t{6}, std::int64_t{32}, std::int64_t{33}}) {
+  for (const std::int64_t experts : {1, 7, 8, 9, 16, 31, 32, 33, 60, 64, 96, 128, 144, 160, 192, 256, 320, 384, 385}) {
+    for (const std::int64_t top_k :
+         {std::int64_t{1}, std::int64_t{2}, std::int64_t{6}, std::min<std::int64_t>(experts, 32), std::int64_t{33}}) {
       if (top_k > experts) continue;
       RouteArgs<float> a;
       a.experts = experts, a.top_k = top_k, a.renormalise = true;
@@ -126,15 +129,17 @@ void check_gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts) 
   std::vector<Sum> packed(static_cast<std::size_t>(packed_gate_size<Sum>(experts, hidden))),
       bias(w.begin(), w.begin() + experts), logits(static_cast<std::size_t>(tokens * experts));
   pack_gate(w.data(), experts, hidden, packed.data());
-  ASSERT_EQ(gate_logits(GateArgs<In, Sum>{xs.data(), packed.data(), bias.data(), tokens, hidden, experts, logits.data()}),
-            Status::kOk);
+  ASSERT_EQ(
+      gate_logits(GateArgs<In, Sum>{xs.data(), packed.data(), bias.data(), tokens, hidden, experts, logits.data()}),
+      Status::kOk);
   const OnDevice<In> d_x(xs);
   const OnDevice<Sum> d_packed(packed), d_bias(bias), d_logits(std::vector<Sum>(logits.size(), Sum(-7)));
-  ASSERT_EQ(cuda::gate_logits(GateArgs<In, Sum>{d_x.data(), d_packed.data(), d_bias.data(), tokens, hidden, experts,
-                                                d_logits.data()},
-                              nullptr),
+  ASSERT_EQ(cuda::gate_logits(
+                GateArgs<In, Sum>{d_x.data(), d_packed.data(), d_bias.data(), tokens, hidden, experts, d_logits.data()},
+                nullptr),
             Status::kOk);
-  expect_same(logits, d_logits.fetch(), std::to_string(tokens) + " x " + std::to_string(hidden) + " x " + std::to_string(experts));
+  expect_same(logits, d_logits.fetch(),
+              std::to_string(tokens) + " x " + std::to_string(hidden) + " x " + std::to_string(experts));
 }
 
 TEST_F(RouterCuda, GateHasTheBitsOfTheHost) {
@@ -147,7 +152,8 @@ TEST_F(RouterCuda, GateHasTheBitsOfTheHost) {
 }
 
 std::uint16_t bfloat16(float v) {
-  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(round_to(static_cast<double>(v), Float::kBF16))) >> 16);
+  return static_cast<std::uint16_t>(
+      std::bit_cast<std::uint32_t>(static_cast<float>(round_to(static_cast<double>(v), Float::kBF16))) >> 16);
 }
 
 /// Inputs of a bfloat16 gate, as bits and as floats.
@@ -164,53 +170,66 @@ struct LowPrecision {
 };
 
 TEST_F(RouterCuda, TensorCoreGateAndItsRouting) {
-  for (const auto& [tokens, hidden, experts, top_k] : std::vector<std::array<std::int64_t, 4> >{{1, 8, 1, 1},
-                                                                                               {5, 64, 8, 2},
-                                                                                               {200, 72, 16, 4},
-                                                                                               {129, 256, 32, 8},
-                                                                                               {128, 1024, 60, 4},
-                                                                                               {300, 520, 128, 8},
-                                                                                               {130, 2048, 144, 6},
-                                                                                               {257, 512, 256, 8},
-                                                                                               {40, 512, 384, 8}}) {
-    const std::string what = std::to_string(tokens) + " x " + std::to_string(hidden) + " x " + std::to_string(experts);
-    const LowPrecision x(tokens * hidden, 1, 1.0f), w(experts * hidden, 2, 0.05f);
-    std::vector<float> bias(static_cast<std::size_t>(experts));
-    unit_gaussians(8, 3, 0, experts, bias.data());
-    const OnDevice<std::uint16_t> d_x(x.bits), d_w(w.bits);
-    const OnDevice<float> d_bias(bias), d_logits(std::vector<float>(static_cast<std::size_t>(tokens * experts), -7.0f));
-    const cuda::TensorCoreGateArgs a{d_x.data(), d_w.data(), d_bias.data(), tokens, hidden, experts};
-    ASSERT_EQ(cuda::gate_logits(a, d_logits.data(), nullptr), Status::kOk) << what;
-    const std::vector<float> logits = d_logits.fetch();
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      for (std::int64_t e = 0; e < experts; ++e) {
-        double sum = bias[static_cast<std::size_t>(e)], absolute = std::fabs(sum);
-        for (std::int64_t i = 0; i < hidden; ++i) {
-          const double product = static_cast<double>(x.values[static_cast<std::size_t>(t * hidden + i)]) *
-                                 w.values[static_cast<std::size_t>(e * hidden + i)];
-          sum += product, absolute += std::fabs(product);
+  for (const auto& [tokens, hidden, experts, top_k, grouped] :
+       std::vector<std::array<std::int64_t, 5> >{{1, 8, 1, 1, 0},
+                                                 {5, 64, 8, 2, 0},
+                                                 {200, 72, 16, 4, 0},
+                                                 {129, 256, 32, 8, 0},
+                                                 {128, 1024, 60, 4, 0},
+                                                 {70, 64, 64, 8, 0},
+                                                 {70, 64, 64, 8, 1},
+                                                 {300, 520, 128, 8, 0},
+                                                 {3, 200, 128, 32, 1},
+                                                 {130, 2048, 144, 6, 0},
+                                                 {257, 512, 256, 8, 0},
+                                                 {129, 64, 256, 8, 1},
+                                                 {40, 512, 384, 8, 0}}) {
+    for (const cuda::TensorCores cores : test::tensor_cores()) {
+      const std::string what = std::to_string(tokens) + " x " + std::to_string(hidden) + " x " +
+                               std::to_string(experts) + (cores == cuda::TensorCores::kWarp ? "" : ", warpgroups");
+      const LowPrecision x(tokens * hidden, 1, 1.0f), w(experts * hidden, 2, 0.05f);
+      std::vector<float> bias(static_cast<std::size_t>(experts));
+      unit_gaussians(8, 3, 0, experts, bias.data());
+      const OnDevice<std::uint16_t> d_x(x.bits), d_w(w.bits);
+      const OnDevice<float> d_bias(bias),
+          d_logits(std::vector<float>(static_cast<std::size_t>(tokens * experts), -7.0f));
+      const cuda::TensorCoreGateArgs a{d_x.data(), d_w.data(), d_bias.data(), tokens, hidden, experts, cores};
+      ASSERT_EQ(cuda::gate_logits(a, d_logits.data(), nullptr), Status::kOk) << what;
+      const std::vector<float> logits = d_logits.fetch();
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t e = 0; e < experts; ++e) {
+          double sum = bias[static_cast<std::size_t>(e)], absolute = std::fabs(sum);
+          for (std::int64_t i = 0; i < hidden; ++i) {
+            const double product = static_cast<double>(x.values[static_cast<std::size_t>(t * hidden + i)]) *
+                                   w.values[static_cast<std::size_t>(e * hidden + i)];
+            sum += product, absolute += std::fabs(product);
+          }
+          ASSERT_NEAR(logits[static_cast<std::size_t>(t * experts + e)], sum,
+                      bounds::tensor_core_dot(hidden, absolute) + 0x1p-24 * absolute)
+              << what << " at " << t << ", " << e;
         }
-        ASSERT_NEAR(logits[static_cast<std::size_t>(t * experts + e)], sum,
-                    bounds::tensor_core_dot(hidden, absolute) + 0x1p-24 * absolute)
-            << what << " at " << t << ", " << e;
       }
+      if (experts > cuda::kMostFusedExperts) continue;
+      RouteArgs<float> r;
+      r.top_k = top_k, r.renormalise = true;
+      if (grouped)
+        r.score = Score::kSigmoid, r.group_score = GroupScore::kTop2Sum, r.groups = experts / 32, r.top_groups = 2;
+      const auto slots = static_cast<std::size_t>(tokens * top_k);
+      std::vector<std::int32_t> chosen(slots);
+      std::vector<float> weights(slots);
+      const OnDevice<std::int32_t> d_chosen(std::vector<std::int32_t>(slots, -7));
+      const OnDevice<float> d_weights(std::vector<float>(slots, -7.0f)),
+          again(std::vector<float>(logits.size(), -7.0f));
+      ASSERT_EQ(
+          cuda::gate_and_route(a, r, {d_chosen.data(), d_weights.data(), nullptr, nullptr}, again.data(), nullptr),
+          Status::kOk)
+          << what;
+      expect_same(logits, again.fetch(), what + " logits, again");
+      r.logits = logits.data(), r.tokens = tokens, r.experts = experts;
+      ASSERT_EQ(route(r, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk);
+      expect_same(chosen, d_chosen.fetch(), what + " chosen");
+      expect_same(weights, d_weights.fetch(), what + " weights");
     }
-    if (experts > cuda::kMostFusedExperts) continue;
-    RouteArgs<float> r;
-    r.top_k = top_k, r.renormalise = true;
-    const auto slots = static_cast<std::size_t>(tokens * top_k);
-    std::vector<std::int32_t> chosen(slots);
-    std::vector<float> weights(slots);
-    const OnDevice<std::int32_t> d_chosen(std::vector<std::int32_t>(slots, -7));
-    const OnDevice<float> d_weights(std::vector<float>(slots, -7.0f)), again(std::vector<float>(logits.size(), -7.0f));
-    ASSERT_EQ(cuda::gate_and_route(a, r, {d_chosen.data(), d_weights.data(), nullptr, nullptr}, again.data(), nullptr),
-              Status::kOk)
-        << what;
-    expect_same(logits, again.fetch(), what + " logits, again");
-    r.logits = logits.data(), r.tokens = tokens, r.experts = experts;
-    ASSERT_EQ(route(r, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk);
-    expect_same(chosen, d_chosen.fetch(), what + " chosen");
-    expect_same(weights, d_weights.fetch(), what + " weights");
   }
 }
 
