@@ -158,12 +158,12 @@ Status launch(const BalanceLossArgs<T>& a, const BalanceLossResult<T>& r, void* 
   const auto counted = static_cast<std::size_t>(reinterpret_cast<char*>(s.mean) - static_cast<char*>(workspace));
   if (cudaMemsetAsync(workspace, 0, counted, stream) != cudaSuccess) return Status::kLaunchFailed;
   const dim3 grid(static_cast<unsigned>(s.stretches), static_cast<unsigned>(a.num_sets));
-  if (s.stretches > 0) add_stretches<T><<<grid, kThreads, 0, stream>>>(a, s);
-  finish_sets<T><<<static_cast<unsigned>(a.num_sets), kThreads, 0, stream>>>(a, r, s);
+  if (s.stretches > 0) queue(add_stretches<T>, grid, kThreads, 0, stream, a, s);
+  queue(finish_sets<T>, static_cast<unsigned>(a.num_sets), kThreads, 0, stream, a, r, s);
   const double share = a.convention.over_sets == OverSets::kMean ? 1.0 / static_cast<double>(a.num_sets) : 1.0;
-  add_sets<T><<<1, 1, 0, stream>>>(a.num_sets, share, s.loss, r.loss);
+  queue(add_sets<T>, 1, 1, 0, stream, a.num_sets, share, s.loss, r.loss);
   if (r.gradient != nullptr && s.stretches > 0)
-    write_gradient<T><<<grid, kThreads, 0, stream>>>(a, share, s, r.gradient);
+    queue(write_gradient<T>, grid, kThreads, 0, stream, a, share, s, r.gradient);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -232,11 +232,10 @@ Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, C
   double *sum = largest + a.tokens, *lse = sum + a.tokens, *stretch = lse + a.tokens;
   if (cudaMemsetAsync(valid, 0, sizeof *valid, stream) != cudaSuccess) return Status::kLaunchFailed;
   if (blocks > 0)
-    log_sum_exps<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, largest, sum, lse, r.log_sum_exp, valid);
-  add_squares<T><<<1, 1024, 0, stream>>>(a, lse, stretch, valid, r.loss);
+    queue(log_sum_exps<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, largest, sum, lse, r.log_sum_exp, valid);
+  queue(add_squares<T>, 1, 1024, 0, stream, a, lse, stretch, valid, r.loss);
   if (r.gradient != nullptr && elements > 0)
-    write_z_gradient<T>
-        <<<static_cast<unsigned>(elements), kThreads, 0, stream>>>(a, largest, sum, lse, valid, r.gradient);
+    queue(write_z_gradient<T>, static_cast<unsigned>(elements), kThreads, 0, stream, a, largest, sum, lse, valid, r.gradient);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -274,7 +273,7 @@ Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result, 
 Status bias_update(const BiasUpdateArgs& args, double* bias, CUstream_st* stream) {
   const Status status = check_bias_update(args, bias);
   if (status != Status::kOk || args.layers == 0) return status;
-  update_layers<<<static_cast<unsigned>(parts(args.layers, kThreads)), kThreads, 0, stream>>>(args, bias);
+  queue(update_layers, static_cast<unsigned>(parts(args.layers, kThreads)), kThreads, 0, stream, args, bias);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

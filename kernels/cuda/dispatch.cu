@@ -94,14 +94,14 @@ Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* wo
     return Status::kLaunchFailed;
   const auto slots = static_cast<unsigned>(parts(a.tokens * a.top_k, kThreads)),
              tokens = static_cast<unsigned>(parts(a.tokens, kThreads));
-  if (slots > 0) count<T><<<slots, kThreads, 0, stream>>>(a, s);
-  begin<T><<<1, 1, 0, stream>>>(a, r, s);
+  if (slots > 0) queue(count<T>, slots, kThreads, 0, stream, a, s);
+  queue(begin<T>, 1, 1, 0, stream, a, r, s);
   if (slots > 0) {
-    fill<T><<<slots, kThreads, 0, stream>>>(a, s);
-    rank<T><<<slots, kThreads, 0, stream>>>(a, r, s);
-    finish<T><<<tokens, kThreads, 0, stream>>>(a, r, s, smallest);
+    queue(fill<T>, slots, kThreads, 0, stream, a, s);
+    queue(rank<T>, slots, kThreads, 0, stream, a, r, s);
+    queue(finish<T>, tokens, kThreads, 0, stream, a, r, s, smallest);
   }
-  if (r.tokens_lost != nullptr) copy_lost<<<1, 1, 0, stream>>>(s.lost, r.tokens_lost);
+  if (r.tokens_lost != nullptr) queue(copy_lost, 1, 1, 0, stream, s.lost, r.tokens_lost);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

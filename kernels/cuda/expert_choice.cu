@@ -98,12 +98,8 @@ __global__ void __launch_bounds__(kThreads) choose(ExpertChoiceArgs<T> a, Expert
   }
 }
 
-__global__ void clear(std::int32_t* taken, std::int64_t tokens) {
-  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (t < tokens) taken[t] = 0;
-}
-
-__global__ void clear(double* values, std::int64_t count) {
+template <class T>
+__global__ void clear(T* values, std::int64_t count) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) values[i] = 0;
 }
@@ -122,8 +118,8 @@ Status launch(const ExpertChoiceArgs<T>& a, const ExpertChoiceResult<T>& r, void
   if (const Status status = check_expert_choice(a, r); status != Status::kOk || a.tokens == 0) return status;
   if (workspace == nullptr) return Status::kNullPointer;
   if (r.taken != nullptr)
-    clear<<<static_cast<unsigned>(parts(a.tokens, kThreads)), kThreads, 0, stream>>>(r.taken, a.tokens);
-  choose<T><<<static_cast<unsigned>(a.experts), kThreads, 0, stream>>>(a, r, static_cast<std::int32_t*>(workspace));
+    queue(clear<std::int32_t>, static_cast<unsigned>(parts(a.tokens, kThreads)), kThreads, 0, stream, r.taken, a.tokens);
+  queue(choose<T>, static_cast<unsigned>(a.experts), kThreads, 0, stream, a, r, static_cast<std::int32_t*>(workspace));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -147,9 +143,9 @@ Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_wei
   if (d_scores == nullptr || (capacity > 0 && (tokens_of == nullptr || d_weights == nullptr))) return Status::kNullPointer;
   const std::int64_t all = parts(tokens * experts, kThreads), slots = parts(experts * capacity, kThreads);
   if (all > 2147483647 || slots > 2147483647) return Status::kBadShape;
-  clear<<<static_cast<unsigned>(all), kThreads, 0, stream>>>(d_scores, tokens * experts);
+  queue(clear<double>, static_cast<unsigned>(all), kThreads, 0, stream, d_scores, tokens * experts);
   if (slots > 0)
-    scatter<<<static_cast<unsigned>(slots), kThreads, 0, stream>>>(tokens_of, d_weights, tokens, experts, capacity, d_scores);
+    queue(scatter, static_cast<unsigned>(slots), kThreads, 0, stream, tokens_of, d_weights, tokens, experts, capacity, d_scores);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

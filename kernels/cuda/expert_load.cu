@@ -14,7 +14,7 @@ constexpr std::int64_t kChoicesOfABlock = 1 << 16;
 
 template <class Id>
 __global__ void count_block(CountArgs<Id> a, unsigned long long* counts, unsigned long long* outside) {
-  extern __shared__ unsigned table[];  // [experts + 1]
+  MOE_AUDIT_DYNAMIC_SHARED(unsigned, table);  // [experts + 1]
   const int experts = static_cast<int>(a.experts);
   for (int e = threadIdx.x; e <= experts; e += blockDim.x) table[e] = 0;
   __syncthreads();
@@ -42,9 +42,7 @@ Status launch(const CountArgs<Id>& a, std::int64_t* counts, std::int64_t* outsid
       cudaMemsetAsync(outside, 0, sizeof *outside, stream) != cudaSuccess)
     return Status::kLaunchFailed;
   if (blocks == 0) return Status::kOk;
-  count_block<Id>
-      <<<static_cast<unsigned>(blocks), kCountThreads, static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned),
-         stream>>>(a, reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
+  queue(count_block<Id>, static_cast<unsigned>(blocks), kCountThreads, static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned), stream, a, reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -103,10 +101,10 @@ Status launch(const RoutingStatisticsArgs<T>& a, RoutingStatistics* out, void* w
   if (blocks > kMostBlocks) return Status::kBadShape;
   Room room(workspace);
   const StatisticsRoom s = statistics_room(room, a.tokens, a.experts);
-  if (blocks > 0) statistics_tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.entropy, s.mass);
+  if (blocks > 0) queue(statistics_tokens<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.entropy, s.mass);
   if (!sum_tokens(a.tokens, a.valid, StatisticsColumn<T>{a, s.entropy, s.mass}, s.sums, stream))
     return Status::kLaunchFailed;
-  finish_statistics<<<1, kThreads, 0, stream>>>(s.sums, a.experts, out);
+  queue(finish_statistics, 1, kThreads, 0, stream, s.sums, a.experts, out);
   return launched();
 }
 
@@ -128,7 +126,7 @@ Status co_activation(const CountArgs<std::int32_t>& args, std::int64_t* together
   const auto bytes = static_cast<std::size_t>(args.experts * args.experts) * sizeof *together;
   if (cudaMemsetAsync(together, 0, bytes, stream) != cudaSuccess) return Status::kLaunchFailed;
   if (blocks > 0)
-    add_pairs<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args,
+    queue(add_pairs, static_cast<unsigned>(blocks), kThreads, 0, stream, args,
                                                                       reinterpret_cast<unsigned long long*>(together));
   return launched();
 }

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     tensor_products(const GroupedGemmArgs<BFloat16> a, const std::int64_t* starts) {
   using A = typename Stages<kProduct, S>::A;
   using B = typename Stages<kProduct, S>::B;
-  extern __shared__ __align__(128) unsigned char memory[];
+  MOE_AUDIT_DYNAMIC_SHARED(unsigned char, memory);
   const auto base = shared_address(memory);
   const int warp = threadIdx.x / 32, line = warp % S::kDown * (S::kLines * 16),
             column = warp / S::kDown * (S::kColumns * 8);
@@ -367,7 +367,7 @@ template <GroupedProduct kProduct, class T>
 Status starts_of(const GroupedGemmArgs<T>& a, int height, std::int64_t* starts, CUstream_st* stream) {
   if (kProduct == GroupedProduct::kWeight) return Status::kOk;
   const unsigned threads = a.experts <= 128 ? 128 : 1024;
-  tile_starts<<<1, threads, 0, stream>>>(a.offsets, a.experts, height, starts);
+  queue(tile_starts, 1, threads, 0, stream, a.offsets, a.experts, height, starts);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -385,7 +385,7 @@ Status launch_tensor(const GroupedGemmArgs<BFloat16>& a, std::int64_t* starts, C
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return Status::kLaunchFailed;
   const std::int64_t most = static_cast<std::int64_t>(multiprocessors) * S::kBlocks;
-  kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), kThreads, kBytes, stream>>>(a, starts);
+  queue(kernel, static_cast<unsigned>(blocks < most ? blocks : most), kThreads, kBytes, stream, a, starts);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -406,7 +406,7 @@ Status launch(const GroupedGemmArgs<T>& a, std::int64_t* starts, CUstream_st* st
   if (blocks > 2147483647) return Status::kBadShape;
   if (blocks == 0) return Status::kOk;
   if (const Status status = starts_of<kProduct>(a, kSide, starts, stream); status != Status::kOk) return status;
-  ordered_products<kProduct, T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, starts);
+  queue(ordered_products<kProduct, T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, starts);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -449,7 +449,7 @@ Status run(const ColumnSumsArgs<T>& a, CUstream_st* stream) {
   const std::int64_t blocks = parts(a.columns, 32);
   if (a.experts > 65535 || blocks > 2147483647) return Status::kBadShape;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.experts));
-  add_columns<T><<<grid, dim3(32, 8), 0, stream>>>(a);
+  queue(add_columns<T>, grid, dim3(32, 8), 0, stream, a);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

@@ -127,7 +127,7 @@ Status lora_product(const LoraUpdate& u, double* out, CUstream_st* stream) {
   if (out == nullptr) return Status::kNullPointer;
   const unsigned blocks = blocks_for(u.rows * u.columns);
   if (blocks == 0) return Status::kBadShape;
-  products<<<blocks, kThreads, 0, stream>>>(u, out);
+  queue(products, blocks, kThreads, 0, stream, u, out);
   return launched();
 }
 
@@ -136,7 +136,7 @@ Status lora_merge(const LoraMergeArgs& a, bool unmerge, double* out, CUstream_st
   if (a.w == nullptr || out == nullptr) return Status::kNullPointer;
   const unsigned blocks = blocks_for(a.update.rows * a.update.columns);
   if (blocks == 0) return Status::kBadShape;
-  merged<<<blocks, kThreads, 0, stream>>>(a, unmerge, out);
+  queue(merged, blocks, kThreads, 0, stream, a, unmerge, out);
   return launched();
 }
 
@@ -147,8 +147,8 @@ Status lora_merge_loss(const LoraMergeArgs& a, const MergeDtypes& unmerge, Merge
   const unsigned blocks = blocks_for(a.update.rows * kLanes);
   if (blocks == 0) return Status::kBadShape;
   auto* rows = static_cast<MergeLoss*>(workspace);
-  losses_of_rows<<<blocks, kThreads, 0, stream>>>(a, unmerge, rows);
-  add_rows<<<1, kLanes, 0, stream>>>(a.update.rows, rows, loss);
+  queue(losses_of_rows, blocks, kThreads, 0, stream, a, unmerge, rows);
+  queue(add_rows, 1, kLanes, 0, stream, a.update.rows, rows, loss);
   return launched();
 }
 
@@ -162,10 +162,10 @@ Status lora_gradient(const LoraGradientArgs& args, const LoraGradient& result, v
   auto* h = static_cast<double*>(workspace);
   auto* back = h + args.tokens * args.rank;
   if (first > 0) {
-    through_a<<<first, kThreads, 0, stream>>>(args, h);
-    through_b<<<blocks_for(args.tokens * args.rank), kThreads, 0, stream>>>(args, back);
+    queue(through_a, first, kThreads, 0, stream, args, h);
+    queue(through_b, blocks_for(args.tokens * args.rank), kThreads, 0, stream, args, back);
   }
-  gradients<<<second, kThreads, 0, stream>>>(args, result, h, back);
+  queue(gradients, second, kThreads, 0, stream, args, result, h, back);
   return launched();
 }
 

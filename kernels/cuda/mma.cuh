@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#ifdef MOE_AUDIT_EMULATED_CUDA
+#include "emulated_mma.h"
+#else
+
 namespace moeaudit::kernels::cuda {
 
 /// An address in shared memory, as these instructions take it.
@@ -48,3 +52,5 @@ __device__ __forceinline__ void multiply_add(const std::uint32_t* a, const std::
 }
 
 }  // namespace moeaudit::kernels::cuda
+
+#endif

@@ -129,15 +129,14 @@ struct DeviceOps {
   }
   void one_group(std::int64_t tokens, std::int64_t* offsets) {
     if (!ok()) return;
-    write_group<<<1, 1, 0, stream>>>(tokens, offsets);
+    queue(write_group, 1, 1, 0, stream, tokens, offsets);
     launched();
   }
   void activate(const ExpertForm& f, const std::int64_t* offsets, std::int64_t experts, std::int64_t rows,
                 std::int64_t width, const T* before, T* activated) {
     if (!fits(rows)) return;
     in_packs<T>(width, {before, activated}, [&](auto v) {
-      activate_rows<T, v>
-          <<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(f, offsets, experts, width, before, activated);
+      queue(activate_rows<T, v>, static_cast<unsigned>(rows), kThreads, 0, stream, f, offsets, experts, width, before, activated);
     });
     launched();
   }
@@ -145,27 +144,27 @@ struct DeviceOps {
                          std::int64_t width, const T* before, const T* d_activated, T* d_before) {
     if (!fits(rows)) return;
     in_packs<T>(width, {before, d_activated, d_before}, [&](auto v) {
-      activate_rows_backward<T, v><<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(f, offsets, experts, width,
+      queue(activate_rows_backward<T, v>, static_cast<unsigned>(rows), kThreads, 0, stream, f, offsets, experts, width,
                                                                                          before, d_activated, d_before);
     });
     launched();
   }
   void add_shared(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, T* y) {
     if (!fits(a.tokens)) return;
-    if (a.shared_gate != nullptr) shared_weights<T><<<warps(a.tokens), kThreads, 0, stream>>>(a, s.shared_weight);
-    add_shared_rows<T><<<static_cast<unsigned>(a.tokens), kThreads, 0, stream>>>(a, s, y);
+    if (a.shared_gate != nullptr) queue(shared_weights<T>, warps(a.tokens), kThreads, 0, stream, a, s.shared_weight);
+    queue(add_shared_rows<T>, static_cast<unsigned>(a.tokens), kThreads, 0, stream, a, s, y);
     launched();
   }
   void shared_backward(const MoeLayerArgs<T>& a, const MoeLayerState<T>& s, const T* d_y, T* d_out, Wide<T>* d_logit) {
     if (!fits(a.tokens)) return;
     if (a.shared_gate != nullptr)
-      shared_logit_gradients<T><<<warps(a.tokens), kThreads, 0, stream>>>(a, s, d_y, d_logit);
-    spread_shared<T><<<static_cast<unsigned>(a.tokens), kThreads, 0, stream>>>(a, s, d_y, d_out);
+      queue(shared_logit_gradients<T>, warps(a.tokens), kThreads, 0, stream, a, s, d_y, d_logit);
+    queue(spread_shared<T>, static_cast<unsigned>(a.tokens), kThreads, 0, stream, a, s, d_y, d_out);
     launched();
   }
   void add_shared_gradient(const MoeLayerArgs<T>& a, const T* through, const Wide<T>* d_logit, T* d_x) {
     if (!fits(a.tokens)) return;
-    add_shared_gradients<T><<<static_cast<unsigned>(a.tokens), kThreads, 0, stream>>>(a, through, d_logit, d_x);
+    queue(add_shared_gradients<T>, static_cast<unsigned>(a.tokens), kThreads, 0, stream, a, through, d_logit, d_x);
     launched();
   }
 };

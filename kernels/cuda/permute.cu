@@ -96,7 +96,7 @@ Status launch_gather(const Permutation& p, const RowShape& s, const T* x, T* row
   if (rows == nullptr || x == nullptr) return Status::kNullPointer;
   if (s.rows > 2147483647) return Status::kBadShape;
   in_packs<T>(s.hidden, {x, rows}, [&](auto v) {
-    gather_rows<T, v><<<static_cast<unsigned>(s.rows), kThreads, 0, stream>>>(p, s, x, rows);
+    queue(gather_rows<T, v>, static_cast<unsigned>(s.rows), kThreads, 0, stream, p, s, x, rows);
   });
   return launched();
 }
@@ -129,7 +129,7 @@ Status launch_combine(const Permutation& p, const RowShape& s, const T* rows, co
   if (y == nullptr || (s.rows > 0 && rows == nullptr)) return Status::kNullPointer;
   if (s.tokens > 2147483647) return Status::kBadShape;
   in_packs<T>(s.hidden, {rows, y}, [&](auto v) {
-    combine_rows<T, v><<<static_cast<unsigned>(s.tokens), kThreads, 0, stream>>>(p, s, rows, weights, y);
+    queue(combine_rows<T, v>, static_cast<unsigned>(s.tokens), kThreads, 0, stream, p, s, rows, weights, y);
   });
   return launched();
 }
@@ -171,10 +171,10 @@ Status launch_combine_backward(const Permutation& p, const RowShape& s, const T*
   if (s.rows > 2147483647 || warps > 2147483647) return Status::kBadShape;
   if (d_rows != nullptr && s.rows > 0 && s.hidden > 0)
     in_packs<T>(s.hidden, {d_y, d_rows}, [&](auto v) {
-      spread_gradient<T, v><<<static_cast<unsigned>(s.rows), kThreads, 0, stream>>>(p, s, weights, d_y, d_rows);
+      queue(spread_gradient<T, v>, static_cast<unsigned>(s.rows), kThreads, 0, stream, p, s, weights, d_y, d_rows);
     });
   if (d_weights != nullptr && warps > 0)
-    weight_gradient<T><<<static_cast<unsigned>(warps), kThreads, 0, stream>>>(p, s, rows, d_y, d_weights);
+    queue(weight_gradient<T>, static_cast<unsigned>(warps), kThreads, 0, stream, p, s, rows, d_y, d_weights);
   return launched();
 }
 
@@ -191,7 +191,7 @@ Status permute(const PermuteArgs& a, const Permutation& r, void* workspace, CUst
     return Status::kLaunchFailed;
   if (a.place != nullptr) {
     const std::int64_t most = slots > a.experts + 1 ? slots : a.experts + 1;
-    to_places<<<static_cast<unsigned>(parts(most, kThreads)), kThreads, 0, stream>>>(a, r);
+    queue(to_places, static_cast<unsigned>(parts(most, kThreads)), kThreads, 0, stream, a, r);
     return launched();
   }
   if (chunks > 0 && workspace == nullptr) return Status::kNullPointer;
@@ -199,11 +199,10 @@ Status permute(const PermuteArgs& a, const Permutation& r, void* workspace, CUst
   if (chunks > 0) {
     if (cudaMemsetAsync(workspace, 0, permute_workspace(a.tokens, a.experts, a.top_k), stream) != cudaSuccess)
       return Status::kLaunchFailed;
-    count_chunks<<<static_cast<unsigned>(parts(slots, kThreads)), kThreads, 0, stream>>>(
-        a, reinterpret_cast<unsigned long long*>(first));
+    queue(count_chunks, static_cast<unsigned>(parts(slots, kThreads)), kThreads, 0, stream, a, reinterpret_cast<unsigned long long*>(first));
   }
-  first_rows<<<1, 1024, 0, stream>>>(a, chunks, first, r.offsets);
-  if (chunks > 0) hand_out<<<static_cast<unsigned>(chunks), 32, 0, stream>>>(a, first, r);
+  queue(first_rows, 1, 1024, 0, stream, a, chunks, first, r.offsets);
+  if (chunks > 0) queue(hand_out, static_cast<unsigned>(chunks), 32, 0, stream, a, first, r);
   return launched();
 }
 

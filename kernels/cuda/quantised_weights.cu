@@ -28,7 +28,7 @@ Status launch(const QuantisedWeights& w, std::int64_t first, std::int64_t count,
   if (const Status status = check_dequantise(w, first, count, out); status != Status::kOk || count == 0) return status;
   const std::int64_t blocks = parts(count, kRun * kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
-  dequantise_runs<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(w, first, count, out);
+  queue(dequantise_runs<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, w, first, count, out);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

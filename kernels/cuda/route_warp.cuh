@@ -42,7 +42,7 @@ __device__ __forceinline__ int most_of(int v) {
   }
 }
 template <int P>
-__device__ __forceinline__ unsigned least_of(unsigned v) {
+__device__ __forceinline__ int least_of(int v) {
   if constexpr (P == kLanes) {
     return __reduce_min_sync(kAll, v);
   } else {
@@ -58,9 +58,9 @@ __device__ __forceinline__ bool any_of(bool v) {
   return (__ballot_sync(kAll, v) >> threadIdx.x % kLanes / P * P & kMine) != 0;
 }
 template <int P, class T>
-__device__ __forceinline__ T from_lane(T v, unsigned lane) {
+__device__ __forceinline__ T from_lane(T v, int lane) {
   if constexpr (P == 1) return v;
-  return __shfl_sync(kAll, v, static_cast<int>(lane), P);
+  return __shfl_sync(kAll, v, lane, P);
 }
 /// add_lanes() of the host: lane p has the values of its lanes p, p + P, ...
 template <int P, int V>
@@ -175,10 +175,10 @@ __device__ __forceinline__ void mask_groups_registers(const RouteArgs<float>& a,
 template <int P, int V, bool kFull>
 __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const RouteResult<float>& r, std::int64_t t,
                                                 bool live, float (&v)[V]) {
-  const unsigned lane = threadIdx.x % P;
+  const int lane = threadIdx.x % P;
   const int k = static_cast<int>(a.top_k);
   const int experts = kFull ? V * P : static_cast<int>(a.experts);
-  const auto here = [&](int i) { return kFull || static_cast<int>(lane) + P * i < experts; };
+  const auto here = [&](int i) { return kFull || lane + P * i < experts; };
   if (!a.softmax_after_top_k) {
     if (a.score == Score::kSoftmax) {
       softmax_registers<P>(v, here, a.tensor_dtype);
@@ -221,7 +221,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     }
   }
   int best = kStruckOut;
-  unsigned at = kLargestKey;  // this lane's best, and which expert that is; the lowest among equals
+  int at = kLargestKey;  // this lane's best, and which expert that is; the lowest among equals
   const auto find = [&] {
     best = key[0];
     at = lane;
@@ -231,18 +231,18 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
       best = max(best, key[i]);
     }
   };
-  const auto winner_of = [&](int most) { return least_of<P>(best == most ? at : unsigned{kLargestKey}); };
+  const auto winner_of = [&](int most) { return least_of<P>(best == most ? at : kLargestKey); };
   find();
   // The choice of rank j is kept by lane j mod P in register j / P.
   constexpr int kKept = (P * V < kLanes ? P * V : kLanes) / P;
-  unsigned chosen[kKept];
+  int chosen[kKept] = {};
   float weight[kKept] = {}, sum = 0;
 #pragma unroll
   for (int c = 0; c < kKept; ++c) {
 #pragma unroll 1
     for (int l = 0; l < P && c * P + l < k; ++l) {
       const int most = most_of<P>(best);
-      const unsigned winner = winner_of(most);
+      const int winner = winner_of(most);
       float own = 0;
       if (at == winner) {
 #pragma unroll
@@ -259,12 +259,12 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     }
   }
   if (r.runner_up != nullptr) {
-    const unsigned next = winner_of(most_of<P>(best));
-    if (live && lane == 0) r.runner_up[t] = k < experts ? static_cast<int>(next) : -1;
+    const int next = winner_of(most_of<P>(best));
+    if (live && lane == 0) r.runner_up[t] = k < experts ? next : -1;
   }
 #pragma unroll
   for (int c = 0; c < kKept; ++c) {
-    if (live && lane + P * c < k) r.chosen[t * k + lane + P * c] = static_cast<int>(chosen[c]);
+    if (live && lane + P * c < k) r.chosen[t * k + lane + P * c] = chosen[c];
   }
   if (r.weights == nullptr) return;
   if (a.softmax_after_top_k) {

@@ -138,7 +138,7 @@ __device__ void weigh(const RouteArgs<T>& a, const T* scores, const std::int32_t
 
 template <class T>
 __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_warp) {
-  extern __shared__ double shared[];
+  MOE_AUDIT_DYNAMIC_SHARED(double, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int experts = static_cast<int>(a.experts);
   T* scores = reinterpret_cast<T*>(shared) + static_cast<std::int64_t>(warp) * values_per_warp;
@@ -198,9 +198,9 @@ void launch_registers(const RouteArgs<float>& a, const RouteResult<float>& r, CU
   const std::int64_t blocks = parts(a.tokens, 4 * kWarp / P);
   const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
   if (a.experts == V * P)
-    route_in_registers<P, V, true><<<grid, 128, 0, stream>>>(a, r);
+    queue(route_in_registers<P, V, true>, grid, 128, 0, stream, a, r);
   else
-    route_in_registers<P, V, false><<<grid, 128, 0, stream>>>(a, r);
+    queue(route_in_registers<P, V, false>, grid, 128, 0, stream, a, r);
 }
 
 /// Whether it took the work.
@@ -239,7 +239,7 @@ Status launch(const RouteArgs<T>& a, const RouteResult<T>& r, CUstream_st* strea
   const std::int64_t blocks = (a.tokens + warps - 1) / warps;
   const std::int64_t grid = blocks < (1 << 20) ? blocks : 1 << 20;
   const auto bytes = static_cast<std::size_t>(warps * values) * sizeof(T);
-  route_tokens<T><<<static_cast<unsigned>(grid), warps * kWarp, bytes, stream>>>(a, r, static_cast<int>(values));
+  queue(route_tokens<T>, static_cast<unsigned>(grid), warps * kWarp, bytes, stream, a, r, static_cast<int>(values));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

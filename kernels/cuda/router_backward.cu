@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArg
 template <int V, class T>
 void launch_registers(const RouteBackwardArgs<T>& a, double* d_logits, CUstream_st* stream) {
   const std::int64_t blocks = parts(a.forward.tokens, kThreads / kLanes);
-  tokens_in_registers<V, T>
-      <<<static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream>>>(a, d_logits);
+  queue(tokens_in_registers<V, T>, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream, a, d_logits);
 }
 
 /// Block (run of hidden, expert): an element of d_w a thread.
@@ -155,7 +154,7 @@ Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, 
   const std::int64_t blocks = parts(a.forward.tokens, kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
   if (blocks > 0)
-    tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, static_cast<double*>(workspace), d_logits);
+    queue(tokens<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, static_cast<double*>(workspace), d_logits);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -168,10 +167,8 @@ Status launch(const GateBackwardArgs<T>& a, double* d_w, double* d_x, CUstream_s
   if (some && (a.d_logits == nullptr || (d_w != nullptr && a.x == nullptr) || (d_x != nullptr && a.w == nullptr)))
     return Status::kNullPointer;
   if (d_w != nullptr)
-    gate_weights<T>
-        <<<dim3(static_cast<unsigned>(parts(a.hidden, kThreads)), static_cast<unsigned>(a.experts)), kThreads, 0, stream>>>(
-            a, d_w);
-  if (d_x != nullptr && inputs > 0) gate_inputs<T><<<static_cast<unsigned>(inputs), kThreads, 0, stream>>>(a, d_x);
+    queue(gate_weights<T>, dim3(static_cast<unsigned>(parts(a.hidden, kThreads)), static_cast<unsigned>(a.experts)), kThreads, 0, stream, a, d_w);
+  if (d_x != nullptr && inputs > 0) queue(gate_inputs<T>, static_cast<unsigned>(inputs), kThreads, 0, stream, a, d_x);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

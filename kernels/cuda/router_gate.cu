@@ -80,7 +80,7 @@ Status launch_in_order(const GateArgs<In, Sum>& a, CUstream_st* stream) {
   if (a.x == nullptr || a.packed == nullptr || a.logits == nullptr) return Status::kNullPointer;
   const std::int64_t across = parts(a.tokens, kSide), down = parts(a.experts, kSide);
   if (across > 2147483647 || down > 65535) return Status::kBadShape;
-  gate_in_order<In, Sum><<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kGateThreads, 0, stream>>>(a);
+  queue(gate_in_order<In, Sum>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kGateThreads, 0, stream, a);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -100,7 +100,7 @@ using WarpgroupGate = WarpgroupTile<128, kExperts, true, true, kExperts == 256 ?
 template <class T, int kExperts, bool kRoutes>
 __global__ void __launch_bounds__(T::kThreads, kExperts < 64 ? 3 : kExperts <= 128 ? 2 : 1)
     gate_tiles(TensorCoreGateArgs a, RouteArgs<float> route, RouteResult<float> routed, float* logits) {
-  extern __shared__ __align__(128) char shared[];
+  MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * 128;
   const std::int64_t expert = static_cast<std::int64_t>(blockIdx.y) * kExperts;
   const Matrix x = {reinterpret_cast<const __nv_bfloat16*>(a.x), a.hidden, a.tokens, a.hidden};
@@ -147,7 +147,7 @@ Status launch_tiles(const TensorCoreGateArgs& a, const RouteArgs<float>& route, 
       cudaSuccess)
     return Status::kLaunchFailed;
   const dim3 grid(static_cast<unsigned>(parts(a.tokens, 128)), static_cast<unsigned>(parts(a.experts, kExperts)));
-  gate_tiles<T, kExperts, kRoutes><<<grid, T::kThreads, kBytes, stream>>>(a, route, routed, logits);
+  queue(gate_tiles<T, kExperts, kRoutes>, grid, T::kThreads, kBytes, stream, a, route, routed, logits);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -222,7 +222,7 @@ __device__ __forceinline__ void store_columns(const __nv_bfloat16* from, std::in
 template <int kExperts>
 __global__ void __launch_bounds__(256, kExperts <= 128 ? 2 : 1)
     input_tiles(Matrix d_logits, Matrix w, std::int64_t hidden, __nv_bfloat16* d_x) {
-  extern __shared__ __align__(128) char shared[];
+  MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   using T = InputTile<kExperts>;
   auto* out = reinterpret_cast<__nv_bfloat16*>(shared) + T::kGElements + 2 * T::kWElements;
   const std::uint32_t g = shared_address(shared), ws = g + 2 * T::kGElements;
@@ -294,7 +294,7 @@ struct InputWarpgroups {
 
 template <int kExperts>
 __global__ void __launch_bounds__(256, 2) input_warpgroups(Matrix d_logits, Matrix w, std::int64_t hidden, __nv_bfloat16* d_x) {
-  extern __shared__ __align__(128) char shared[];
+  MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   using T = InputWarpgroups<kExperts>;
   const std::uint32_t begin = shared_address(shared), ws = (begin + T::kAlign - 1) / T::kAlign * T::kAlign;
   auto* out = reinterpret_cast<__nv_bfloat16*>(shared + (ws - begin) + 2 * T::kWBytes);
@@ -354,7 +354,7 @@ Status launch_inputs(void (*kernel)(Matrix, Matrix, std::int64_t, __nv_bfloat16*
                      std::int64_t hidden, __nv_bfloat16* d_x, CUstream_st* stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) != cudaSuccess)
     return Status::kLaunchFailed;
-  kernel<<<static_cast<unsigned>(parts(d_logits.rows, T::kTokens)), T::kThreads, T::kSharedBytes, stream>>>(d_logits, w, hidden, d_x);
+  queue(kernel, static_cast<unsigned>(parts(d_logits.rows, T::kTokens)), T::kThreads, T::kSharedBytes, stream, d_logits, w, hidden, d_x);
   return Status::kOk;
 }
 
@@ -370,7 +370,7 @@ Status launch_inputs(TensorCores cores, const Matrix& d_logits, const Matrix& w,
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 2) weight_tiles(Matrix d_logits, Matrix x, std::int64_t experts, std::int64_t hidden,
                                                                std::int64_t stretch, float* partial) {
-  extern __shared__ __align__(128) char shared[];
+  MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * 128, expert = static_cast<std::int64_t>(blockIdx.y) * 128;
   const std::int64_t first = blockIdx.z * stretch, end = first + stretch < x.rows ? first + stretch : x.rows;
   T tile;
@@ -389,7 +389,7 @@ Status launch_weights(const Matrix& d_logits, const Matrix& x, std::int64_t expe
     return Status::kLaunchFailed;
   const dim3 grid(static_cast<unsigned>(parts(hidden, 128)), static_cast<unsigned>(parts(experts, 128)),
                   static_cast<unsigned>(parts(x.rows, stretch)));
-  weight_tiles<T><<<grid, T::kThreads, T::kSharedBytes, stream>>>(d_logits, x, experts, hidden, stretch, partial);
+  queue(weight_tiles<T>, grid, T::kThreads, T::kSharedBytes, stream, d_logits, x, experts, hidden, stretch, partial);
   return Status::kOk;
 }
 
@@ -462,8 +462,7 @@ Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint1
   if (!present(a.cores)) return Status::kBadOption;
   const std::int64_t stride = padded(a.experts);
   auto* narrowed = static_cast<std::uint16_t*>(workspace);
-  narrow<<<static_cast<unsigned>(parts(a.tokens * stride, 256)), 256, 0, stream>>>(
-      a.d_logits, a.tokens, a.experts, stride, reinterpret_cast<__nv_bfloat16*>(narrowed));
+  queue(narrow, static_cast<unsigned>(parts(a.tokens * stride, 256)), 256, 0, stream, a.d_logits, a.tokens, a.experts, stride, reinterpret_cast<__nv_bfloat16*>(narrowed));
   const Matrix g = matrix(narrowed, a.tokens, a.experts, stride);
   if (d_x != nullptr) {
     const Matrix w = matrix(a.w, a.experts, a.hidden, a.hidden);
@@ -481,7 +480,7 @@ Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint1
     const auto call = a.cores == TensorCores::kWarpgroup ? launch_weights<WarpgroupWeights> : launch_weights<WarpWeights>;
     const Status status = call(g, matrix(a.x, a.tokens, a.hidden, a.hidden), a.experts, a.hidden, stretch, partial, stream);
     if (status != Status::kOk) return status;
-    add_stretches<<<static_cast<unsigned>(parts(elements, 256)), 256, 0, stream>>>(partial, elements,
+    queue(add_stretches, static_cast<unsigned>(parts(elements, 256)), 256, 0, stream, partial, elements,
                                                                                   static_cast<int>(stretches), d_w);
   }
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;

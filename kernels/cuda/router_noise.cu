@@ -41,7 +41,7 @@ Status launch(Status status, std::int64_t count, F f, CUstream_st* stream) {
   if (status != Status::kOk || count == 0) return status;
   const std::int64_t blocks = parts(count, kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
-  for_each<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(count, f);
+  queue(for_each<F>, static_cast<unsigned>(blocks), kThreads, 0, stream, count, f);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

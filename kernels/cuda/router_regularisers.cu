@@ -59,9 +59,9 @@ Status launch(const ImportanceLossArgs<T>& a, const ImportanceLossResult<T>& r, 
   Room room(workspace);
   const CvRoom s = cv_room(room, a.tokens, a.experts);
   if (!sum_tokens(a.tokens, a.valid, GateOf<T>{a}, s.sums, stream)) return Status::kLaunchFailed;
-  finish_cv<<<1, kThreads, 0, stream>>>(s.sums, a.cv, a.weight, s.slope, r.loss, r.importance);
+  queue(finish_cv, 1, kThreads, 0, stream, s.sums, a.cv, a.weight, s.slope, r.loss, r.importance);
   if (r.gradient != nullptr && blocks > 0)
-    importance_gradient<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.slope, r.gradient);
+    queue(importance_gradient<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.slope, r.gradient);
   return launched();
 }
 
@@ -108,13 +108,13 @@ Status launch(const LoadLossArgs<T>& a, const LoadLossResult<T>& r, void* worksp
   const LoadRoom s = load_room(room, a.tokens, a.experts);
   double* probability = r.probability != nullptr ? r.probability : s.table;
   if (blocks > 0)
-    load_tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.noisy, probability, s.last);
+    queue(load_tokens<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.noisy, probability, s.last);
   if (!sum_tokens(a.tokens, a.valid, Column<double>{probability, a.experts}, s.cv.sums, stream))
     return Status::kLaunchFailed;
-  finish_cv<<<1, kThreads, 0, stream>>>(s.cv.sums, a.cv, a.weight, s.cv.slope, r.loss, r.load);
+  queue(finish_cv, 1, kThreads, 0, stream, s.cv.sums, a.cv, a.weight, s.cv.slope, r.loss, r.load);
   if ((r.d_clean != nullptr || r.d_raw != nullptr) && blocks > 0)
-    load_tokens_backward<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.noisy, s.last, s.cv.slope,
-                                                                                    s.table, r.d_clean, r.d_raw);
+    queue(load_tokens_backward<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.noisy, s.last, s.cv.slope,
+          s.table, r.d_clean, r.d_raw);
   return launched();
 }
 
@@ -180,11 +180,11 @@ Status launch(const EntropyLossArgs<T>& a, const EntropyLossResult<T>& r, void* 
   Room room(workspace);
   const EntropyRoom s = entropy_room(room, a.tokens, a.experts);
   if (blocks > 0)
-    entropy_tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.p, s.h, r.token_entropy);
+    queue(entropy_tokens<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.p, s.h, r.token_entropy);
   if (!sum_tokens(a.tokens, a.valid, EntropyColumn{s.p, s.h, a.experts}, s.sums, stream)) return Status::kLaunchFailed;
-  finish_entropy<T><<<1, kThreads, 0, stream>>>(a, s.sums, s.slope, r.loss, r.entropy, r.mean_probability);
+  queue(finish_entropy<T>, 1, kThreads, 0, stream, a, s.sums, s.slope, r.loss, r.entropy, r.mean_probability);
   if (r.gradient != nullptr && blocks > 0)
-    entropy_gradient<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.sums, s.p, s.slope, r.gradient);
+    queue(entropy_gradient<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.sums, s.p, s.slope, r.gradient);
   return launched();
 }
 
@@ -237,11 +237,12 @@ Status launch(const GateOrthogonalityArgs<T>& a, const GateOrthogonalityResult<T
   Room room(workspace);
   double* row = room.take<double>(a.experts);
   double* gram = r.gram != nullptr ? r.gram : room.take<double>(a.experts * a.experts);
-  gram_of<T><<<static_cast<unsigned>(warps), kThreads, 0, stream>>>(a.w, 1, a.experts, a.hidden, gram);
-  gram_rows<<<static_cast<unsigned>(parts(a.experts, kThreads)), kThreads, 0, stream>>>(a.norm, gram, a.experts, row);
-  add_rows<<<1, 1, 0, stream>>>(a.experts, a.weight, row, r.loss);
+  queue(gram_of<T>, static_cast<unsigned>(warps), kThreads, 0, stream, a.w, 1, a.experts, a.hidden, gram);
+  queue(gram_rows, static_cast<unsigned>(parts(a.experts, kThreads)), kThreads, 0, stream, a.norm, gram, a.experts,
+        row);
+  queue(add_rows, 1, 1, 0, stream, a.experts, a.weight, row, r.loss);
   if (r.gradient != nullptr)
-    gram_gradient<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, gram, r.gradient);
+    queue(gram_gradient<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, gram, r.gradient);
   return launched();
 }
 
@@ -309,13 +310,14 @@ Status launch(const ExpertOverlapArgs<T>& a, const ExpertOverlapResult<T>& r, vo
   const OverlapRoom s = overlap_room(room, a.tokens, a.top_k);
   if (cudaMemsetAsync(s.with_pairs, 0, sizeof *s.with_pairs, stream) != cudaSuccess) return Status::kLaunchFailed;
   if (blocks > 0) {
-    gram_of<T><<<static_cast<unsigned>(warps), kThreads, 0, stream>>>(a.outputs, a.tokens, a.top_k, a.hidden, s.gram);
-    overlap_tokens<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s, r.token);
+    queue(gram_of<T>, static_cast<unsigned>(warps), kThreads, 0, stream, a.outputs, a.tokens, a.top_k, a.hidden,
+          s.gram);
+    queue(overlap_tokens<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s, r.token);
   }
   if (!sum_tokens(a.tokens, a.valid, Column<double>{s.value, 1}, s.sums, stream)) return Status::kLaunchFailed;
-  finish_overlap<T><<<1, kThreads, 0, stream>>>(a, s, r.loss);
+  queue(finish_overlap<T>, 1, kThreads, 0, stream, a, s, r.loss);
   if (r.gradient != nullptr && elements > 0)
-    overlap_gradient<T><<<static_cast<unsigned>(elements), kThreads, 0, stream>>>(a, s, r.gradient);
+    queue(overlap_gradient<T>, static_cast<unsigned>(elements), kThreads, 0, stream, a, s, r.gradient);
   return launched();
 }
 
@@ -371,12 +373,12 @@ Status launch(const ScoreVarianceArgs<T>& a, const ScoreVarianceResult<T>& r, vo
   Room room(workspace);
   const VarianceRoom s = variance_room(room, a.tokens, a.experts);
   if (!sum_tokens(a.tokens, a.valid, Column<T>{a.scores, a.experts}, s.means, stream)) return Status::kLaunchFailed;
-  finish_means<<<1, kThreads, 0, stream>>>(s.means, r.mean);
+  queue(finish_means, 1, kThreads, 0, stream, s.means, r.mean);
   if (!sum_tokens(a.tokens, a.valid, SquareOff<T>{a.scores, s.means.sum, a.experts}, s.squares, stream))
     return Status::kLaunchFailed;
-  finish_variance<T><<<1, kThreads, 0, stream>>>(a, s.squares, r.loss);
+  queue(finish_variance<T>, 1, kThreads, 0, stream, a, s.squares, r.loss);
   if (r.gradient != nullptr && blocks > 0)
-    variance_gradient<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, s.means, r.gradient);
+    queue(variance_gradient<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, s.means, r.gradient);
   return launched();
 }
 

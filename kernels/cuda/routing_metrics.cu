@@ -73,7 +73,7 @@ Status launch(const MarginArgs<T>& a, const MarginResult& r, CUstream_st* stream
   const std::int64_t blocks = parts(a.tokens, kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
   if (!zero(r.counts, sizeof *r.counts, stream)) return Status::kLaunchFailed;
-  if (blocks > 0) margins<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, r);
+  if (blocks > 0) queue(margins<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, r);
   return launched();
 }
 
@@ -93,7 +93,7 @@ Status count_agreement(const AgreementArgs& args, std::int64_t* table, Agreement
   if (!zero(table, static_cast<std::size_t>(rows * agreement_columns(args)) * sizeof *table, stream) ||
       !zero(counts, sizeof *counts, stream))
     return Status::kLaunchFailed;
-  if (blocks > 0) agree<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, rows, table, counts);
+  if (blocks > 0) queue(agree, static_cast<unsigned>(blocks), kThreads, 0, stream, args, rows, table, counts);
   return launched();
 }
 
@@ -107,7 +107,7 @@ Status count_by_label(const CountArgs<std::int32_t>& args, const std::int32_t* l
       !zero(outside, sizeof *outside, stream))
     return Status::kLaunchFailed;
   if (blocks > 0)
-    by_label<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, labels, num_labels, table, outside);
+    queue(by_label, static_cast<unsigned>(blocks), kThreads, 0, stream, args, labels, num_labels, table, outside);
   return launched();
 }
 

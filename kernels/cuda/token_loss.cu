@@ -59,8 +59,8 @@ Status launch(const CrossEntropyArgs<T>& a, const CrossEntropyResult<T>& r, void
   auto* labels = static_cast<unsigned long long*>(workspace);
   auto* loss = reinterpret_cast<double*>(labels + 1);
   if (cudaMemsetAsync(labels, 0, sizeof *labels, stream) != cudaSuccess) return Status::kLaunchFailed;
-  if (blocks > 0) token_losses<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, r, loss, labels);
-  add_losses<T><<<1, 1024, 0, stream>>>(a, r, loss, loss + a.tokens, labels);
+  if (blocks > 0) queue(token_losses<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, r, loss, labels);
+  queue(add_losses<T>, 1, 1024, 0, stream, a, r, loss, loss + a.tokens, labels);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

@@ -79,7 +79,7 @@ template <class Value>
 bool sum_tokens(std::int64_t tokens, const std::uint8_t* valid, Value value, const Sums& s, CUstream_st* stream) {
   if (cudaMemsetAsync(s.counted, 0, sizeof *s.counted, stream) != cudaSuccess) return false;
   if (s.stretches > 0)
-    add_stretch<<<static_cast<unsigned>(s.stretches), kThreads, 0, stream>>>(tokens, valid, value, s);
+    queue(add_stretch<Value>, static_cast<unsigned>(s.stretches), kThreads, 0, stream, tokens, valid, value, s);
   return true;
 }
 

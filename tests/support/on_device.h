@@ -12,6 +12,14 @@
 
 namespace moeaudit::test {
 
+#ifdef MOE_AUDIT_EMULATED_CUDA
+inline constexpr bool kEmulated = true;
+#else
+inline constexpr bool kEmulated = false;
+#endif
+/// As many where there is a device; so many where the host emulates one.
+constexpr std::int64_t sized(std::int64_t on_device, std::int64_t emulated) { return kEmulated ? emulated : on_device; }
+
 /// Skips where there is no device, and says so.
 class OnCuda : public testing::Test {
  protected:

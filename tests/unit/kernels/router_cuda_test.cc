@@ -235,26 +235,28 @@ TEST_F(RouterCuda, TensorCoreGateAndItsRouting) {
 
 /// Enough tokens for rare paths, among them quotients that one correction step does not set right by itself.
 TEST_F(RouterCuda, RunToRun) {
-  std::vector<float> logits(100000 * 64);
+  const std::int64_t tokens = test::sized(100000, 4000);
+  const auto slots = static_cast<std::size_t>(tokens * 8);
+  std::vector<float> logits(slots * 8);
   unit_gaussians(6, 0, 0, static_cast<std::int64_t>(logits.size()), logits.data());
   for (std::size_t i = 0; i < logits.size(); ++i) logits[i] *= static_cast<float>(1 << i / 64 % 7);  // up to +-300
   const OnDevice<float> d_logits(logits);
   std::vector<std::vector<float> > runs;
   for (int i = 0; i < 3; ++i) {
-    const OnDevice<std::int32_t> chosen(std::vector<std::int32_t>(100000 * 8));
-    const OnDevice<float> weights(std::vector<float>(100000 * 8));
+    const OnDevice<std::int32_t> chosen(std::vector<std::int32_t>(slots, 0));
+    const OnDevice<float> weights(std::vector<float>(slots, 0.0f));
     RouteArgs<float> a;
-    a.logits = d_logits.data(), a.tokens = 100000, a.experts = 64, a.top_k = 8, a.renormalise = true;
+    a.logits = d_logits.data(), a.tokens = tokens, a.experts = 64, a.top_k = 8, a.renormalise = true;
     ASSERT_EQ(cuda::route(a, {chosen.data(), weights.data(), nullptr, nullptr}, nullptr), Status::kOk);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     runs.push_back(weights.fetch());
   }
   EXPECT_EQ(runs[0], runs[1]);
   EXPECT_EQ(runs[0], runs[2]);
-  std::vector<std::int32_t> chosen(100000 * 8);
+  std::vector<std::int32_t> chosen(slots);
   std::vector<float> weights(chosen.size());
   RouteArgs<float> a;
-  a.logits = logits.data(), a.tokens = 100000, a.experts = 64, a.top_k = 8, a.renormalise = true;
+  a.logits = logits.data(), a.tokens = tokens, a.experts = 64, a.top_k = 8, a.renormalise = true;
   ASSERT_EQ(route(a, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk);
   expect_same(weights, runs[0], "weights");
 }
