@@ -279,6 +279,16 @@ std::vector<std::string> csv_fields(std::string_view line) {
   return fields;
 }
 
+/// What writers put where they have no number.
+bool blank(std::string_view text) {
+  while (!text.empty() && text.front() == ' ') text.remove_prefix(1);
+  while (!text.empty() && text.back() == ' ') text.remove_suffix(1);
+  for (const std::string_view nothing : {"", "None", "null", "N/A", "-", "--"}) {
+    if (text == nothing) return true;
+  }
+  return false;
+}
+
 enum class LogFormat { kNone, kJsonLines, kMegatron, kCsv };
 
 std::vector<Column> csv_columns(std::string_view header) {
@@ -362,8 +372,13 @@ void read_training_log(const std::string& path, Material* material) {
         break;
       default: {
         const std::vector<std::string> fields = csv_fields(line);
-        for (std::size_t i = 0; i < std::min(fields.size(), columns.size()); ++i)
-          entry.set(columns[i], number(fields[i]), fields[i]);
+        bool sound = fields.size() == columns.size();
+        for (std::size_t i = 0; i < std::min(fields.size(), columns.size()); ++i) {
+          const std::optional<double> value = number(fields[i]);
+          entry.set(columns[i], value, fields[i]);
+          sound = sound && (columns[i] == Column::kNone || value || blank(fields[i]));
+        }
+        if (!sound && lines.complete()) first_bad = bad++ == 0 ? lines.number() : first_bad;
       }
     }
     if (!entry.something()) continue;
@@ -373,7 +388,15 @@ void read_training_log(const std::string& path, Material* material) {
     break;
   }
   if (!lines.error().empty()) problem(lines.number(), lines.error(), true);
-  if (bad > 0) problem(first_bad, std::to_string(bad) + " lines are no JSON objects; this is the first", false);
+  if (bad > 0) {
+    const bool one = bad == 1, csv = format == LogFormat::kCsv;
+    problem(first_bad,
+            (one ? "1 line " : std::to_string(bad) + " lines ") +
+                (csv ? std::string(one ? "has" : "have") + " another number of fields than the header, or a word for a number"
+                     : one ? "is no JSON object" : "are no JSON objects") +
+                (one ? "" : "; this is the first"),
+            false);
+  }
   arguments.state(path, material);
   material->log = std::move(log);
   material->log_source = {};

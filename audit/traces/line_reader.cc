@@ -49,6 +49,7 @@ bool LineReader::fill() {
 }
 
 bool LineReader::next(std::string_view* line) {
+  if (number_ == 0 && begin_ == 0 && buffer_.empty() && fill() && buffer_.starts_with("\xEF\xBB\xBF")) begin_ = 3;
   std::size_t searched = begin_;
   for (;;) {
     const std::size_t end = buffer_.find('\n', searched);

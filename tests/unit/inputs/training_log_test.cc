@@ -114,6 +114,32 @@ TEST(TrainingLog, Csv) {
   EXPECT_FALSE(log.has_eval_loss[0]);
 }
 
+TEST(TrainingLog, CsvWithAByteOrderMark) {
+  const TempTree tree;
+  const LoadedRun run = load(tree.write("excel.csv", "\xEF\xBB\xBFstep,loss\r\n1,2.5\r\n"));
+  ASSERT_TRUE(run.facts.log.known());
+  EXPECT_EQ(run.facts.log.value().step, std::vector<std::int64_t>{1});
+  EXPECT_TRUE(run.problems.empty());
+}
+
+TEST(TrainingLog, LinesThatAreNotRightAreTold) {
+  const TempTree tree;
+  const std::vector<std::pair<std::string, std::string>> files = {
+      {"a.csv", "step,loss,note\n1,2.5,x\n2,None,x\n3,high,x\n4,2.4,x\n"},
+      {"b.csv", "step,loss\n1,2.5\n2,2.4\n3,2.3,9\n"},
+      {"c.jsonl", "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 2, \"loss\": 2.4}\n\n{\"step\": 3,\n"}};
+  for (const auto& [name, text] : files) {
+    const LoadedRun run = load(tree.write(name, text));
+    EXPECT_TRUE(run.facts.log.known()) << name;
+    ASSERT_EQ(run.problems.size(), 1u) << name;
+    EXPECT_FALSE(run.problems[0].fatal);
+    EXPECT_EQ(run.problems[0].line, 4) << name;
+    EXPECT_TRUE(run.problems[0].what.starts_with("1 line ")) << run.problems[0].what;
+  }
+  // A last line without its end was being written.
+  EXPECT_TRUE(load(tree.write("d.csv", "step,loss\n1,2.5\n2")).problems.empty());
+}
+
 TEST(TrainingLog, WhatIsNoLog) {
   const TempTree tree;
   for (const auto& [name, text] : std::vector<std::pair<std::string, std::string>>{
