@@ -78,7 +78,7 @@ int run(CompareArguments& args) {
     if (a && b)
       compare_runs(*a, *b, &report);
     else
-      report.not_comparable = "one of them could not be opened as a trace";
+      report.not_comparable = (a ? args.b : args.a) + " could not be opened as a trace";
   } else {
     const FactSheet a = facts_of(args.a, &report.problems), b = facts_of(args.b, &report.problems);
     RunSettings of_a = settings_of(a), of_b = settings_of(b);

@@ -65,10 +65,23 @@ for (a, b), wanted in {**PAIRS, **LOGS}.items():
         r = rows.get(quantity, {})
         if not r or abs(r["ratio"] - ratio) > within or r["factor"] != factor or r.get("rule") != rule:
             complain(a, b, quantity, r, "not", (ratio, within, factor, rule))
-for a, b, why in (("ga8-tf4.48.1", "ga8-tf4.48.0", "alike"), ("ga1-aux-tf4.57.6", "aux-on-tf4.57.6", "labels"), ("ga1-tf4.48.1", "none", "opened")):
+for a, b, why in (("ga8-tf4.48.1", "ga8-tf4.48.0", "alike"), ("ga1-aux-tf4.57.6", "aux-on-tf4.57.6", "labels"), ("ga1-tf4.48.1", "none", "none could not be opened")):
     report, code = compare(a, b)
     if code != 2 or why not in report.get("not_comparable", ""):
         complain(a, b, "should be no pair:", report.get("not_comparable"), code)
+report, code = compare("ga1-aux-tf4.57.6", "ga8-aux-tf5.23.0")  # the same routers and sequences, other weights beside
+if "other weights or data" not in report.get("note", "") or "note" in compare("ga1-tf4.48.1", "ga8-tf4.48.1")[0]:
+    complain("weights that differ:", report)
+with tempfile.TemporaryDirectory() as folder:
+    b = os.path.join(folder, "other")
+    shutil.copytree(os.path.join(root, "fixtures/traces/ga8-tf4.48.1"), b)
+    with open(os.path.join(b, "step0_rank0.safetensors"), "r+b") as f:
+        length = struct.unpack("<Q", f.read(8))[0]
+        f.seek(8 + length + json.loads(f.read(length))["layer.1.router_weight"]["data_offsets"][0])
+        f.write(struct.pack("<64f", *[1.0] * 64))
+    report, code = compare("ga1-tf4.48.1", b)
+    if code != 2 or "their routers differ before that step (layer 1)" not in report.get("not_comparable", ""):
+        complain("routers that differ:", report, code)
 # The experts' gradients averaged over the ranks that hold an expert instead of all: 4 times as large (G11).
 with tempfile.TemporaryDirectory() as folder:
     b = os.path.join(folder, "ep4")
@@ -95,5 +108,8 @@ with tempfile.TemporaryDirectory() as folder:
 report, code = compare("ga1-tf4.57.6/metrics.jsonl", "plain-ga8-tf4.48.0/trainer_state.json", "fixtures/logs", ["--set-a", "M=1,W=1", "--set-b", "M=8,W=4"])
 if report["differs"] != ["M 1 -> 8", "W 1 -> 4", "S 8 -> 1"]:
     complain("settings of the command line:", report["differs"])
+report, code = compare("ga1-tf4.57.6", "ga8-tf4.57.6", "fixtures/logs")  # folders whose log has a name of its own
+if code != 2 or "ga1-tf4.57.6 holds no log" not in report["not_comparable"]:
+    complain("folders without a known log:", report)
 print(f"{len(PAIRS) + len(LOGS)} pairs, {bad} differences")
 sys.exit(1 if bad else 0)
