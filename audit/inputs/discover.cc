@@ -372,6 +372,7 @@ class Discovery {
          {&options_.adapters, &options_.models, &options_.bases, &options_.configs, &options_.logs, &options_.envs}) {
       if (plan->name.empty() && !list->empty()) plan->name = without_slash(list->front());
     }
+    if (plan->name.empty()) plan->name = without_slash(options_.trace);
     const bool weights = !plan->base_weights.empty() || !plan->run_weights.empty() || !plan->adapter_weights.empty();
     if (weights || not_read_.empty()) return;
     PlanBuilder(plan).problem(

@@ -117,6 +117,12 @@ void resolve_trace(const Trace* trace, const std::string& path, const std::strin
   }
   if (t.layers.empty()) return;
   source.key = "layers";
+  // The product of a matrix is as narrow as its result; a wide one may have been widened.
+  const DType dtype = t.layers[0].logits_dtype;
+  const bool narrow = std::all_of(t.layers.begin(), t.layers.end(), [&](const TraceLayer& l) {
+    return (dtype == DType::kBF16 || dtype == DType::kF16) && l.logits_dtype == dtype && l.weight_dtype == dtype;
+  });
+  if (narrow) facts->router_dtype.set_if_unknown(dtype, Origin::kMeasured, source);
   facts->has_moe.set_if_unknown(true, Origin::kMeasured, source);
   const bool alike = std::all_of(t.layers.begin(), t.layers.end(), [&](const TraceLayer& l) {
     return l.experts == t.layers[0].experts && l.top_k == t.layers[0].top_k;

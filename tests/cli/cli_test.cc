@@ -386,6 +386,11 @@ TEST_F(Cli, HealthIsTheSameForAnyNumberOfThreads) {
   EXPECT_NE(one.out, "");
 }
 
+TEST_F(Cli, ATraceAloneNamesTheRun) {
+  const Result r = run("check --trace fixtures/traces/aux-on-tf4.57.6/");
+  EXPECT_NE(r.out.find("\n\nfixtures/traces/aux-on-tf4.57.6\n"), std::string::npos) << r.out;
+}
+
 TEST_F(Cli, ReplayIsTheSameForAnyNumberOfThreadsAndNamesItsBackend) {
   const std::string replay = "replay fixtures/traces/ga8-aux-tf4.57.6 --format json --device ";
   const Result one = run(replay + "cpu --threads 1"), many = run(replay + "auto --threads 8");
