@@ -35,6 +35,11 @@ std::string remedy(const ReplayTable& t, std::size_t row) {
   if (t.formula[row] == "G13")
     return "The loss is computed where the routers' logits are asked for; in the model's config:\n    "
            "output_router_logits: false";
+  if (t.formula[row] == "A28")
+    return "With output_router_logits: true the model's loss holds it already; in compute_loss:\n    "
+           "loss = outputs.loss  # and not + router_aux_loss_coef * outputs.aux_loss\nUntil then:\n    "
+           "router_aux_loss_coef: " +
+           say::literal(t.aux_coefficient / t.recorded[row]);
   return "Until the trainer weighs it right, divide the coefficient by the factor, in the model's config:\n    "
          "router_aux_loss_coef: " +
          say::literal(t.aux_coefficient / t.recorded[row]);

@@ -37,8 +37,7 @@ Outcome check(Facts& f) {
   const bool factor = !t->name[row].empty() && !t->factor[row].empty();
   Finding finding;
   finding.severity = factor ? Severity::kError : Severity::kWarning;
-  finding.message = "A token's loss is back-propagated with " + say::number(t->recorded[row]) + " times its weight (" +
-                    say::count(t->differing[row]) + " of " + say::count(t->compared[row]) +
+  finding.message = "A token's loss is back-propagated with " + say::number(t->recorded[row]) + " times its weight where it is farthest off (" + say::count(t->differing[row]) + " of " + say::count(t->compared[row]) +
                     " micro-batches; accumulation " + say::count(t->accumulation) + ", ranks " + say::count(t->ranks) +
                     "). " + replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
