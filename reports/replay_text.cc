@@ -24,7 +24,7 @@ std::string bands(double v) {
 /// Quantities that count tokens or say zero or not, and so have no recorded and expected number.
 bool counts(const std::string& quantity) {
   return quantity == "selection" || quantity == "recomputed_selection" || quantity == "group_limit" ||
-         quantity == "drop_order" || quantity.starts_with("router_grad");
+         quantity == "drop_order" || quantity.starts_with("router_grad") || quantity.starts_with("finite_");
 }
 
 void write_row(const ReplayTable& t, std::size_t i, const Paint& paint, int width, std::ostream& out) {
@@ -36,6 +36,8 @@ void write_row(const ReplayTable& t, std::size_t i, const Paint& paint, int widt
   if (counts(t.quantity[i])) {
     line += differs ? std::to_string(t.differing[i]) + " of " + n +
                           (t.quantity[i].starts_with("router_grad") ? " are zero"
+                           : t.quantity[i] == "finite_logits"       ? " tokens are not"
+                           : t.quantity[i].starts_with("finite_")   ? " are not"
                            : t.quantity[i] == "drop_order"          ? " micro-batches"
                                                                     : " tokens")
                     : n + " compared";

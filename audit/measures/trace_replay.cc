@@ -8,6 +8,7 @@
 #include "audit/measures/replay/bias.h"
 #include "audit/measures/replay/counts.h"
 #include "audit/measures/replay/drops.h"
+#include "audit/measures/replay/finite.h"
 #include "audit/measures/replay/gradients.h"
 #include "audit/measures/replay/loads.h"
 #include "audit/measures/replay/logits.h"
@@ -69,6 +70,7 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
         logits.add(mb, t);
         replay::v::RoutedLayer l;
         const bool read = ctx.read_layer(m, shared, t, &l);
+        replay::replay_finite(&ctx, m, t, read);
         drops.add(mb, shared, t, read ? &l : nullptr);
         if (!read) return;
         replay::replay_selection(&ctx, m, t, l);
@@ -81,10 +83,12 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
       sums.finish();
       gradients.add(mb, shared);
       losses.add(mb);
+      replay::replay_finite(&ctx, m);
     }
     gradients.step(of_ranks);
     for (const StepTensors& tensors : of_ranks) {
       bias.step(tensors);
+      replay::replay_finite(&ctx, tensors);
       replay::replay_counter(&ctx, tensors);
     }
     losses.add(s);

@@ -3,6 +3,7 @@
 rules. The factors are those that expected.json has from the upstream issues. Usage: replay_test.py SOURCE_DIR BINARY"""
 import copy
 import json
+import math
 import os
 import struct
 import subprocess
@@ -132,6 +133,39 @@ for name, quantities in (("aux-on-tf4.57.6", {"selection", "weights", "aux_loss"
             if "aux_loss" in quantities}
     if band and not band["recomputed"] > band["recorded"]:
         complain(name, "the band of recomputed logits is not wider:", band)
+
+def damaged(source, folder, tensor, first):
+    """The trace with other bytes at the head of a tensor of step 0."""
+    for file in os.listdir(source):
+        with open(os.path.join(source, file), "rb") as f:
+            data = bytearray(f.read())
+        if file.startswith("step0") and file.endswith(".safetensors"):
+            length = struct.unpack("<Q", data[:8])[0]
+            t = json.loads(data[8:8 + length]).get(tensor)
+            if t:
+                at = 8 + length + t["data_offsets"][0]
+                data[at:at + len(first)] = first
+        with open(os.path.join(folder, file), "wb") as f:
+            f.write(data)
+
+
+NAN = struct.pack("<f", math.nan)
+# tensor of step 0, its first bytes -> quantity, how many of its layer 0 differ, the rules that say so
+for tensor, first, quantity, differing, rules in (
+        ("layer.0.router_logits", NAN, "finite_logits", 1, ["TR034"]), ("layer.0.router_logits", struct.pack("<f", -math.inf), "finite_logits", 0, []),
+        ("layer.0.router_grad", NAN, "finite_gradients", 1, ["TR034"]), ("layer.0.selected_experts", struct.pack("<h", 99), "selection", 1, ["TR007", "TR024"])):
+    with tempfile.TemporaryDirectory() as folder:
+        damaged(os.path.join(root, "fixtures/traces/aux-on-tf4.57.6"), folder, tensor, first)
+        report, code = run("replay", folder)
+        findings = run("check", "--trace", folder, "--select", "TR")[0]["findings"]
+    got = {r["quantity"]: r["differing"] for r in report["quantities"] if r.get("layer", 0) == 0}
+    if got.get(quantity) != differing or got.get("router_grad") != 0:
+        complain(tensor, first, quantity, got)
+    if sorted(f["rule"] for f in findings) != rules:
+        complain(tensor, first, "rules say", [f["rule"] for f in findings], "not", rules)
+    files = [p.get("file") for p in report["problems"]]
+    if files != ([os.path.join(folder, "step0_mb0_rank0.safetensors")] if quantity == "selection" else []):
+        complain(tensor, first, "problems in", files)
 
 if validator:
     good = run("replay", "fixtures/traces/sft-aux-trl0.23.0")[0]

@@ -77,7 +77,9 @@ void BalanceLosses::Sums::finish() {
 
 void BalanceLosses::Sums::finish_aux() {
   Row& r = of_.ctx_.row("aux_loss");
-  if (!all_) {
+  if (!std::isfinite(*m_.aux_loss)) {
+    r.missing = "a recorded aux_loss is not finite";
+  } else if (!all_) {
     r.missing = m_.sampled_tokens ? "the per-token tensors are a sample: record without max_tokens"
                                   : "needs router_logits of every layer, finite";
   } else {
@@ -100,7 +102,9 @@ void BalanceLosses::Sums::finish_aux() {
 
 void BalanceLosses::Sums::finish_z() {
   Row& r = of_.ctx_.row("z_loss");
-  if (!all_) {
+  if (std::isnan(*m_.z_loss)) {  // infinite it has a name: Z13
+    r.missing = "a recorded z_loss is not a number";
+  } else if (!all_) {
     r.missing = "needs router_logits of every layer, finite and not sampled";
   } else {
     const double want = sum_.z / layers_;

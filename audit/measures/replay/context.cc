@@ -114,7 +114,10 @@ namespace {
 
 /// Place of a quantity in the report.
 int order_of(std::string_view quantity) {
-  static constexpr std::string_view kOrder[] = {"logits",
+  static constexpr std::string_view kOrder[] = {"finite_logits",
+                                                "finite_losses",
+                                                "finite_gradients",
+                                                "logits",
                                                 "evaluation_logits",
                                                 "selection",
                                                 "group_limit",
@@ -184,9 +187,13 @@ void Context::begin_step(std::int64_t number) {
   weights_after.clear();
 }
 
-void Context::fault(const TensorView& view, std::string what) {
+void Context::fault(const MicroBatchRecord& m, const TensorView& view, const char* what) {
+  const std::string file = m.file.empty() || facts.format != "moe-audit-trace" ? facts.path : folder_ + "/" + m.file;
   const std::scoped_lock lock(mutex_);
-  problems->push_back({"", view.offset, std::string(view.name), std::move(what)});
+  for (const WeightProblem& p : *problems) {  // a layer is read again when a formula is looked for
+    if (p.file == file && p.offset == view.offset && p.tensor == view.name && p.what == what) return;
+  }
+  problems->push_back({file, view.offset, std::string(view.name), what});
 }
 
 ReplayTable Context::table() {
@@ -221,7 +228,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   if ((!t.router_logits && !t.hidden_states) || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts)
     return false;
   if (rows > kMostLogits / l->experts)
-    return fault(t.router_logits ? *t.router_logits : *t.hidden_states,
+    return fault(m, t.router_logits ? *t.router_logits : *t.hidden_states,
                  "more than 2^28 logits in one micro-batch are not replayed"),
            false;
   if (!t.router_logits) {
@@ -235,7 +242,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
     l->dtype = float_of(t.router_logits->dtype);
     l->logits.resize(static_cast<std::size_t>(rows * l->experts));
     if (!read_values(*t.router_logits, 0, rows * l->experts, l->logits.data()))
-      return fault(*t.router_logits, "could not be read"), false;
+      return fault(m, *t.router_logits, "could not be read"), false;
   }
   // Under autocast softmax runs in float32 and is not rounded.
   l->scores_dtype = facts.mixed_precision == "bf16" || facts.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
@@ -244,15 +251,17 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   if (t.selected_experts) {
     l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));
     if (!read_ids(*t.selected_experts, 0, rows * l->top_k, l->chosen.data()))
-      return fault(*t.selected_experts, "could not be read"), false;
-    for (const std::int32_t id : l->chosen) {
-      if (id >= l->experts) return fault(*t.selected_experts, "holds an id that is no expert"), false;
+      return fault(m, *t.selected_experts, "could not be read"), false;
+    for (std::int32_t& id : l->chosen) {
+      if (id < l->experts) continue;
+      fault(m, *t.selected_experts, "holds an id that is no expert");
+      id = kNoSuchExpert;
     }
   }
   if (t.dropped && t.selected_experts) {
     l->dropped.resize(l->chosen.size());
     if (!read_flags(*t.dropped, 0, rows * l->top_k, l->dropped.data()))
-      return fault(*t.dropped, "could not be read"), false;
+      return fault(m, *t.dropped, "could not be read"), false;
   }
   const auto bias = biases.find({m.rank, t.layer});
   if (bias != biases.end() && static_cast<std::int64_t>(bias->second.size()) == l->experts) l->bias = bias->second;

@@ -26,6 +26,7 @@ namespace v = variants;
 using k::Float;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr std::int32_t kNoSuchExpert = -2;  // an id of E or more; -1: no choice
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 Float float_of(DType d);
@@ -118,7 +119,7 @@ class Context {
   std::map<std::pair<std::int64_t, int>, TensorView> weights, weights_after;  // by rank and layer
 
  private:
-  void fault(const TensorView& view, std::string what);
+  void fault(const MicroBatchRecord& m, const TensorView& view, const char* what);
   std::string records_file(std::int64_t rank) const;
 
   std::mutex mutex_;  // of rows_, loads and problems while layers run side by side

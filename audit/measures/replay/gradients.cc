@@ -41,7 +41,10 @@ void Gradients::read(const StepTensors& tensors) {
       std::vector<double> values(static_cast<std::size_t>(n));
       double most = 0;
       if (!read_values(g, 0, n, values.data())) return kNan;
-      for (const double x : values) most = std::max(most, std::fabs(x));
+      for (const double x : values) {
+        if (std::isnan(x)) return kNan;
+        most = std::max(most, std::fabs(x));
+      }
       return most;
     };
     const auto judge = [&](std::string_view quantity, const TensorView& g) {

@@ -72,6 +72,7 @@ Row StepLosses::try_returned_loss(Divided d) const {
       const double by = divisor(*m, d);
       if (it == token_losses_.end() || !(by > 0) || !m->returned_loss || it->second.labels == 0) continue;
       const double ce = it->second.sum / by;
+      if (!std::isfinite(ce + *m->returned_loss + m->aux_loss.value_or(0))) continue;  // finite_losses says so
       const double error = (reduction(static_cast<double>(it->second.labels)) + 6 * unit(Float::kF32)) *
                            std::max(std::fabs(ce), std::fabs(*m->returned_loss));
       if (!m->aux_loss || *m->aux_loss == 0 || !ctx_.facts.aux_coefficient || *ctx_.facts.aux_coefficient == 0) {

@@ -360,7 +360,8 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
     ++r.compared;
     if (same && recorded_weights.empty()) continue;
     if (!same) {
-      if (!one.allows(args, token)) {
+      const bool no_such = std::find(got, got + l.top_k, kNoSuchExpert) != got + l.top_k;
+      if (no_such || !one.allows(args, token)) {
         ++differing;
         if (r.differing + differing == 1) r.place = place;
       }

@@ -6,6 +6,19 @@
 #include "audit/rules/say.h"
 
 namespace moeaudit::replay {
+namespace {
+
+/// Rows that count tokens have no band.
+bool counts_tokens(const ReplayTable& t, std::size_t i) {
+  return t.quantity[i].ends_with("selection") || t.quantity[i] == "group_limit";
+}
+
+std::string off(const ReplayTable& t, std::size_t i) {
+  if (!counts_tokens(t, i)) return bands(t.runner_up_fit[i]) + " off";
+  return say::plural(static_cast<std::int64_t>(t.runner_up_fit[i]), "token", "tokens") + " off";
+}
+
+}  // namespace
 
 const ReplayTable* table(Facts& f, Outcome* otherwise) {
   const std::string* format = f.require(f->trace_format);
@@ -56,7 +69,7 @@ std::string named(const ReplayTable& t, std::size_t i) {
   if (t.name[i].empty()) {
     text = "No formula of the catalogue gives it";
     if (!t.runner_up[i].empty())
-      text += "; the nearest, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
+      text += "; the nearest, " + t.runner_up[i] + ", is " + off(t, i);
     return text + ".";
   }
   text = "It is " + (t.formula[i].empty() ? "" : t.formula[i] + ", ") + t.name[i];
@@ -66,13 +79,15 @@ std::string named(const ReplayTable& t, std::size_t i) {
   if (!t.also[i].empty()) text += "; this trace cannot tell it from " + t.also[i];
   // Neither what the finding starts from nor the same formula otherwise is another candidate.
   if (!t.runner_up[i].empty() && t.runner_up[i] != t.held_to[i] && !t.runner_up[i].starts_with(t.formula[i] + " "))
-    text += "; the next candidate, " + t.runner_up[i] + ", is " + bands(t.runner_up_fit[i]) + " off";
+    text += "; the next candidate, " + t.runner_up[i] + ", is " + off(t, i);
   return text + ".";
 }
 
 Evidence evidence(const ReplayTable& t, std::size_t i) {
   const std::string name =
       "trace " + t.quantity[i] + (t.layer[i] >= 0 ? " of layer " + std::to_string(t.layer[i]) : "");
+  if (counts_tokens(t, i))
+    return {name, say::count(t.differing[i]) + " of " + say::count(t.compared[i]) + " tokens, expected 0", where(t, i)};
   std::string value = say::number(t.recorded[i]);
   if (!std::isnan(t.expected[i]))
     value += ", expected " + say::number(t.expected[i]) + " (" + bands(t.distance[i]) + ")";

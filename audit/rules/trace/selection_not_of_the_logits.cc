@@ -43,7 +43,7 @@ Outcome check(Facts& f) {
                    ", then record again and look at the layers:\n    moe-audit replay -v " + t->path;
   finding.does_not_show = "Which of the two is meant: the choice or the logits.";
   finding.locations = {replay::where(*t, row)};
-  finding.sources = {"the family's order: moe-audit families"};
+  finding.sources = {"audit/families/" + t->model_type + ".yaml"};
   return Outcome::finding(std::move(finding));
 }
 
