@@ -123,7 +123,7 @@ bool parse_npy_header(std::string_view start, std::int64_t file_size, NpyHeader*
   for (const auto& [name, dtype] : kDTypes) {
     if (name == descr) out->dtype = dtype;
   }
-  if (out->dtype == DType::kUnknown) return fail("holds values of type '" + descr.substr(0, 20) + "', not integers");
+  if (out->dtype == DType::kUnknown) return fail("holds values of type '" + descr.substr(0, 20) + "', not integers (of little-endian order)");
   out->bytes = size_of(out->dtype);
   for (const std::int64_t n : out->shape) {
     if (__builtin_mul_overflow(out->bytes, n, &out->bytes)) return fail("its shape overflows");

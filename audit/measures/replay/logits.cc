@@ -78,7 +78,7 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   };
   if (!t.hidden_states) return no("needs hidden_states");
   const Family* family = ctx->facts.model_type.empty() ? nullptr : find_family_by_model_type(ctx->facts.model_type);
-  if (!family) return no(ctx->facts.model_type.empty() ? "trace.json does not say model_type"
+  if (!family) return no(ctx->facts.model_type.empty() ? "the trace does not say model_type (trace.json, key model)"
                                                        : "no family for model_type " + ctx->facts.model_type);
   if (family->routing.linear_bias) return no("the router has a bias, which a trace does not hold");
   const TraceLayer* stated = ctx->facts.layer(t.layer);

@@ -17,7 +17,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   const TraceFacts& f = trace.facts();
   const Family* family = f.model_type.empty() ? nullptr : find_family_by_model_type(f.model_type);
   if (!family) {
-    *why = f.model_type.empty() ? "trace.json does not say model_type" : "no family for model_type " + f.model_type;
+    *why = f.model_type.empty() ? "the trace does not say model_type (trace.json, key model)" : "no family for model_type " + f.model_type;
     return std::nullopt;
   }
   if (!family->not_replayed.empty()) {

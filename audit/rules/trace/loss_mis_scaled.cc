@@ -25,6 +25,21 @@ Needs loss_grad, token losses and the records of all ranks. The mean of means an
 near 1), a factor of M or W is an error.
 )md";
 
+std::string remedy(const ReplayTable& t, std::size_t row) {
+  constexpr std::string_view kRight = "4.57.6";
+  if (t.formula[row] == "G0")
+    return "transformers 5.10.1 counts the labels that have a loss; before it, mask the first label of every "
+           "sequence:\n    pip install \"transformers>=5.10.1\"";
+  if (t.trainer.empty())  // a loop of one's own
+    return "In the training loop, weigh each micro-batch by its labels:\n    (outputs.loss * labels_of_micro_batch / "
+           "labels_of_step).backward()";
+  const std::string without = "do without accumulation:\n    gradient_accumulation_steps: 1";
+  if (replay::version_of(t, "transformers") == kRight)
+    return "This release is right by itself: look for a division or a factor in compute_loss; or " + without;
+  return "Use a release that was measured right (GA001):\n    pip install \"transformers==" + std::string(kRight) +
+         "\"\nor " + without;
+}
+
 Outcome check(Facts& f) {
   Outcome otherwise;
   const ReplayTable* t = replay::table(f, &otherwise);
@@ -41,11 +56,7 @@ Outcome check(Facts& f) {
                     " micro-batches; accumulation " + say::count(t->accumulation) + ", ranks " + say::count(t->ranks) +
                     "). " + replay::named(*t, row);
   finding.evidence = {replay::evidence(*t, row), {"trace packages", t->packages, replay::head(*t)}};
-  finding.remedy = t->formula[row] == "G0"
-                       ? "transformers 5.10.1 counts the labels that have a loss; before it, mask the first label of "
-                         "every sequence:\n    pip install \"transformers>=5.10.1\""
-                       : "Use a release that was measured right (GA001):\n    pip install \"transformers==4.57.6\"\nor "
-                         "do without accumulation:\n    gradient_accumulation_steps: 1";
+  finding.remedy = remedy(*t, row);
   finding.does_not_show =
       "That the weights are spoilt: Adam's step hardly depends on the scale; clipping, weight decay and the balance "
       "loss do.";
