@@ -102,8 +102,8 @@ bool round_top(const std::vector<double>& scores, const RoutedLayer& l, Top* top
   return l.backend->route(a, {top->chosen.data(), nullptr, top->next.data(), nullptr}) == k::Status::kOk;
 }
 
-/// Tokens that count and whose last choice may be another by the framework's rounding. Linear attention leaves zeros where
-/// padding is: all of its experts tie.
+/// Choices of the tokens that count that may be others by the framework's rounding. Linear attention leaves zeros where
+/// padding is: all of its experts tie, and none of the k is certain.
 double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLayer& l, Padding padding) {
   const auto e = static_cast<std::size_t>(l.experts), n = static_cast<std::size_t>(l.top_k);
   const auto apart = [&](double range) { return 2 * k::bounds::softmax_relative(l.experts, 0, range, k::Float::kF32); };
@@ -116,7 +116,12 @@ double ties_of(const std::vector<double>& scores, const Top& top, const RoutedLa
     const bool same = k::round_to(last, l.scores_dtype) == k::round_to(after, l.scores_dtype);
     if (!same && last - after > most * last) continue;
     const Extremes x = extremes_of({l.logits.data() + t * e, e});
-    ties += same || last - after <= apart(x.high - x.low) * last;
+    const double by = apart(x.high - x.low) * last;
+    if (!same && last - after > by) continue;
+    for (std::size_t j = t * n; j < (t + 1) * n; ++j) {
+      const double chosen = scores[t * e + static_cast<std::size_t>(top.chosen[j])];
+      ties += chosen - after <= by || k::round_to(chosen, l.scores_dtype) == k::round_to(after, l.scores_dtype);
+    }
   }
   return ties;
 }
