@@ -288,6 +288,7 @@ class Discovery {
       }
       return;
     }
+    if (metrics_.empty()) metrics_ = folder.metrics;
     const bool trained = folder.trained() || folder.has_adapter() || checkpoint_number(own_name(path));
     if (trained)
       take_trained_folder(folder, Rank::kFound);
@@ -373,6 +374,10 @@ class Discovery {
       if (plan->name.empty() && !list->empty()) plan->name = without_slash(list->front());
     }
     if (plan->name.empty()) plan->name = without_slash(options_.trace);
+    if (plan->trainer_state.empty() && !metrics_.empty()) {
+      PlanBuilder(plan).problem(metrics_, "is a training log by its name, and was not read: beside a model it may be another run's",
+                                "if it is this run's, give it, too: --log " + metrics_, false);
+    }
     const bool weights = !plan->base_weights.empty() || !plan->run_weights.empty() || !plan->adapter_weights.empty();
     if (weights || not_read_.empty()) return;
     PlanBuilder(plan).problem(
@@ -385,6 +390,7 @@ class Discovery {
   PlanBuilder build_{&plan_};
   std::vector<Folder> plain_models_;
   std::vector<std::string> not_read_;
+  std::string metrics_;
   std::unique_ptr<Folder> run_folder_;
 };
 

@@ -86,6 +86,8 @@ class Looking {
     if (name == "trainer_state.json") return &folder_.trainer_state;
     if (name == "training_args.bin") return &folder_.training_args;
     if (name == "README.md") return &folder_.model_card;
+    // Loops of one's own; ms-swift; LLaMA-Factory.
+    if (name == "metrics.jsonl" || name == "logging.jsonl" || name == "trainer_log.jsonl") return &folder_.metrics;
     return nullptr;
   }
 

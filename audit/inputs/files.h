@@ -29,6 +29,7 @@ bool has_ending(std::string_view path, std::string_view ending);
 struct Folder {
   std::string path;
   std::string config, weights, adapter_config, adapter_weights, trainer_state, training_args, model_card;
+  std::string metrics;  // a log of training by its name, of whatever run
   std::vector<std::string> version_files;
   std::vector<std::string> maybe_configs;  // .yml, .yaml, .json of at most 1 MiB that are none of the above
   std::vector<std::string> other_weights;  // formats that are not read

@@ -246,7 +246,7 @@ RunSettings settings_of(const FactSheet& f) {
 void compare_logs(const FactSheet& a, const FactSheet& b, const RunSettings& of_a, const RunSettings& of_b,
                   PairReport* out) {
   if (!a.log.known() || !b.log.known()) {
-    out->not_comparable = (a.log.known() ? out->b : out->a) + " holds no log under a name that is known (trainer_state.json): give the file";
+    out->not_comparable = (a.log.known() ? out->b : out->a) + " holds no trainer_state.json: give the log file itself";
     return;
   }
   std::vector<v::Symbol> symbols, shared;

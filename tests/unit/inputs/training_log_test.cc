@@ -140,6 +140,23 @@ TEST(TrainingLog, LinesThatAreNotRightAreTold) {
   EXPECT_TRUE(load(tree.write("d.csv", "step,loss\n1,2.5\n2")).problems.empty());
 }
 
+TEST(TrainingLog, ALogInAFolderIsToldWhereItIsNotRead) {
+  const TempTree tree;
+  const std::string log = tree.write("run/metrics.jsonl", "{\"step\": 1, \"loss\": 2.5}\n");
+  tree.write("run/config.json", R"({"model_type": "mixtral"})");
+  RunOptions options;
+  options.paths.push_back(log.substr(0, log.rfind('/')));
+  const auto told = [&] {
+    int n = 0;
+    const std::vector<LoadedRun> runs = load_runs(options);
+    for (const InputProblem& p : runs[0].problems) n += p.file == log && !p.fatal && p.remedy.ends_with("--log " + log);
+    return n;
+  };
+  EXPECT_EQ(told(), 1);
+  options.logs.push_back(log);
+  EXPECT_EQ(told(), 0);
+}
+
 TEST(TrainingLog, WhatIsNoLog) {
   const TempTree tree;
   for (const auto& [name, text] : std::vector<std::pair<std::string, std::string>>{
