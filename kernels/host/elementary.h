@@ -140,11 +140,12 @@ MOE_AUDIT_HOST_DEVICE inline double sigmoid_of(double x) { return sigmoid_exact_
 /// does at once, and the host with vectors of any width.
 inline constexpr int kLanes = 32;
 
-/// The sum of the lanes by halving: lane i takes lane i + 16, then lane i + 8, and so on, as the butterfly of a warp does.
+/// The sum of the lanes by halving: lane i takes lane i + 16, then lane i + 8, and so on, as the butterfly of a warp does. Where
+/// only the first `used` hold anything, and nothing negative, the others need not be added.
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline T add_lanes(T* lane) {
+MOE_AUDIT_HOST_DEVICE inline T add_lanes(T* lane, int used = kLanes) {
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+    for (int i = 0; i < step && i + step < used; ++i) lane[i] += lane[i + step];
   }
   return lane[0];
 }

@@ -33,6 +33,15 @@ void add_exponentials(const T* logits, std::int64_t count, double largest, doubl
   }
   for (; i < count; ++i) lane[i % kLanes] += exp_exact_order(static_cast<double>(logits[i]) - largest);
 }
+/// lse[i] = largest[i] + log sum[i], as finish_log_sum_exp() has it, for sums of at least 1.
+void add_logarithms(const double* largest, const double* sum, std::int64_t count, double* lse) {
+  const hn::CappedTag<double, 8> d;
+  const auto width = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + width <= count; i += width)
+    hn::StoreU(hn::Add(hn::LoadU(d, largest + i), log_lanes(d, hn::LoadU(d, sum + i))), d, lse + i);
+  for (; i < count; ++i) lse[i] = largest[i] + log_exact_order(sum[i]);
+}
 void add_exponentials_f32(const float* logits, std::int64_t count, double largest, double* lane) {
   add_exponentials(logits, count, largest, lane);
 }
@@ -45,21 +54,24 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 #include <algorithm>
+#include <vector>
 
 namespace moeaudit::kernels {
 
 HWY_EXPORT(add_exponentials_f32);
 HWY_EXPORT(add_exponentials_f64);
+HWY_EXPORT(add_logarithms);
 
 namespace {
 
+/// The largest and the sum of a row; whether its result is largest + log sum: else it is finish_log_sum_exp()'s.
 template <class T, class Add>
-double of_row(const T* logits, std::int64_t count, double* largest, double* sum, Add add) {
+bool sum_of_row(const T* logits, std::int64_t count, double* largest, double* sum, bool* nan, Add add) {
   T m = logits[0];
-  bool nan = false;
+  *nan = false;
   for (std::int64_t e = 0; e < count; ++e) {
     m = logits[e] > m ? logits[e] : m;
-    nan |= logits[e] != logits[e];
+    *nan |= logits[e] != logits[e];
   }
   if (m != m) {  // the first is no number: the largest of the others
     for (std::int64_t e = 0; e < count; ++e) m = logits[e] > m || m != m ? logits[e] : m;
@@ -67,10 +79,16 @@ double of_row(const T* logits, std::int64_t count, double* largest, double* sum,
   alignas(64) double lane[kLanes] = {};
   *largest = static_cast<double>(m);
   *sum = 0;
-  if (m - m == T(0)) {
-    add(logits, count, *largest, lane);
-    *sum = add_lanes(lane);
-  }
+  if (m - m != T(0)) return false;
+  add(logits, count, *largest, lane);
+  *sum = add_lanes(lane, static_cast<int>(std::min<std::int64_t>(count, kLanes)));
+  return !*nan;
+}
+
+template <class T, class Add>
+double of_row(const T* logits, std::int64_t count, double* largest, double* sum, Add add) {
+  bool nan = false;
+  sum_of_row(logits, count, largest, sum, &nan, add);
   return finish_log_sum_exp(nan, *largest, *sum);
 }
 
@@ -85,20 +103,36 @@ double log_sum_exp(const double* logits, std::int64_t count, double* largest, do
 
 namespace {
 
-template <class T>
-Status run(const ZLossArgs<T>& a, const ZLossResult<T>& r) {
+template <class T, class Add>
+Status run(const ZLossArgs<T>& a, const ZLossResult<T>& r, Add add) {
   if (const Status status = check_z_loss(a, r); status != Status::kOk) return status;
   const auto is_valid = [&](std::int64_t t) { return a.valid == nullptr || a.valid[t] != 0; };
   std::int64_t valid = 0;
   for (std::int64_t t = 0; t < a.tokens; ++t) valid += is_valid(t);
   const double divisor = static_cast<double>(a.divisor == Divisor::kAllTokens ? a.tokens : valid);
   double total = 0;
-  for (std::int64_t t = 0; t < a.tokens;) {
+  const auto logarithms = HWY_DYNAMIC_DISPATCH(add_logarithms);
+  for (std::int64_t first = 0; first < a.tokens; first += kZLossRun) {
+    const std::int64_t end = std::min(a.tokens, first + kZLossRun);
+    double largests[kZLossRun], sums[kZLossRun], lses[kZLossRun];  // of tokens
+    struct Special {
+      std::int64_t at;
+      double sum, lse;
+    };
+    std::vector<Special> special;  // not largest + log sum
+    for (std::int64_t t = first; t < end; ++t) {
+      double &largest = largests[t - first], &sum = sums[t - first];
+      bool nan = false;
+      if (sum_of_row(a.logits + t * a.experts, a.experts, &largest, &sum, &nan, add)) continue;
+      special.push_back({t - first, sum, finish_log_sum_exp(nan, largest, sum)});
+      sum = 1;
+    }
+    logarithms(largests, sums, end - first, lses);
+    for (const Special& s : special) sums[s.at] = s.sum, lses[s.at] = s.lse;
     double stretch = 0;
-    for (const std::int64_t end = std::min(a.tokens, t + kZLossRun); t < end; ++t) {
+    for (std::int64_t t = first; t < end; ++t) {
       const T* row = a.logits + t * a.experts;
-      double largest = 0, sum = 0;
-      const double lse = log_sum_exp(row, a.experts, &largest, &sum);
+      const double largest = largests[t - first], sum = sums[t - first], lse = lses[t - first];
       if (r.log_sum_exp != nullptr) r.log_sum_exp[t] = lse;
       if (is_valid(t)) stretch += lse * lse;
       if (r.gradient == nullptr) continue;
@@ -117,8 +151,12 @@ Status run(const ZLossArgs<T>& a, const ZLossResult<T>& r) {
 
 }  // namespace
 
-Status z_loss(const ZLossArgs<float>& args, const ZLossResult<float>& result) { return run(args, result); }
-Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result) { return run(args, result); }
+Status z_loss(const ZLossArgs<float>& args, const ZLossResult<float>& result) {
+  return run(args, result, HWY_DYNAMIC_DISPATCH(add_exponentials_f32));
+}
+Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result) {
+  return run(args, result, HWY_DYNAMIC_DISPATCH(add_exponentials_f64));
+}
 
 }  // namespace moeaudit::kernels
 #endif  // HWY_ONCE
