@@ -100,7 +100,7 @@ void add_input_options(CLI::App& app, Arguments& a) {
   app.add_option("--threads", a.engine.threads, "Threads; the result does not depend on it")
       ->group(group)->type_name("N")->check(CLI::Range(1, 1024));
   add_device_option(app, a.engine.device)->group(group);
-  app.add_flag("-v,--verbose", a.verbose, "Text: say of every rule that was not applicable why")->group(group);
+  app.add_flag("-v,--verbose", a.verbose, "Text: say of every rule that was not applicable, or could not be judged, why")->group(group);
   app.add_flag("--no-progress", a.no_progress, "No progress bar on stderr")->group(group);
   app.add_option("--color", a.color, "auto, always or never (NO_COLOR is respected)")
       ->group(group)->check(CLI::IsMember({"auto", "always", "never"}))->type_name("WHEN");

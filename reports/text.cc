@@ -243,9 +243,22 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
   write_base(run.facts, width, out);
   if (undecided.empty()) return;
   out << "\n" << paint.bold("Could not be judged") << "\n";
-  int advisories = 0;
+  int advisories = 0, unheard = 0;
+  const bool brief = !options.verbose && undecided.size() > 20;
   std::vector<std::pair<std::string, std::string>> lacking;  // what is missing, and the rules that lack just that
   for (const RuleResult* rule : undecided) {
+    for (const Missing& m : rule->outcome.missing) {
+      const bool nobody_knows = m.why.rfind("nothing is recorded", 0) == 0;  // of this release, whatever else is given
+      if (!m.supply.empty() && !nobody_knows) waiting[m.supply].push_back(std::string(rule->id));
+    }
+    // Where little was given most rules lack what was not: what the inputs do not hold is worth a line, that is not.
+    const bool not_given = std::all_of(rule->outcome.missing.begin(), rule->outcome.missing.end(), [](const Missing& m) {
+      return m.supply.rfind("a trace", 0) != 0 && !m.supply.empty();
+    });
+    if (brief && not_given && !is_advisory(rule->id)) {
+      ++unheard;
+      continue;
+    }
     std::vector<std::string> missing;
     std::string one_reason = rule->outcome.missing.empty() ? "" : rule->outcome.missing.front().why;
     for (const Missing& m : rule->outcome.missing) {
@@ -260,18 +273,20 @@ void write_checks(const RunResult& run, const Paint& paint, const WriterOptions&
       if (same == lacking.end()) lacking.emplace_back(what, rule->id);
       else same->second += " " + std::string(rule->id);
     }
-    for (const Missing& m : rule->outcome.missing) {
-      const bool nobody_knows = m.why.rfind("nothing is recorded", 0) == 0;  // of this release, whatever else is given
-      if (!m.supply.empty() && !nobody_knows) waiting[m.supply].push_back(std::string(rule->id));
-    }
   }
   for (const auto& [what, rules] : lacking) fill(out, rules + ": " + what, 2, width);
   if (advisories > 0) {
     fill(out, plural(advisories, "advisory", "advisories") + " on faults of releases (AV): the report in JSON says what each lacks", 2, width);
   }
-  for (auto& [supply, rules] : waiting) {
-    rules.erase(std::unique(rules.begin(), rules.end()), rules.end());
-    fill(out, "give " + supply + " to settle " + join(rules, " "), 2, width);
+  if (unheard > 0) fill(out, plural(unheard, "rule") + " for what was not given (--verbose lists them)", 2, width);
+  std::vector<std::pair<std::string, std::vector<std::string>>> supplies(waiting.begin(), waiting.end());
+  for (auto& [supply, rules] : supplies) rules.erase(std::unique(rules.begin(), rules.end()), rules.end());
+  if (brief) {  // the five that settle most
+    std::stable_sort(supplies.begin(), supplies.end(), [](const auto& a, const auto& b) { return a.second.size() > b.second.size(); });
+    if (supplies.size() > 5) supplies.resize(5);
+  }
+  for (const auto& [supply, rules] : supplies) {
+    fill(out, "give " + supply + " to settle " + (brief ? plural(static_cast<int>(rules.size()), "rule") : join(rules, " ")), 2, width);
   }
 }
 

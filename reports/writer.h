@@ -14,7 +14,7 @@ namespace moeaudit {
 struct WriterOptions {
   bool color = false;   // ANSI colours, text only
   int width = 100;      // columns of a terminal, text only
-  bool verbose = false; // text only: why rules were not applicable
+  bool verbose = false; // text only: why rules were not applicable or not judged
   bool full = false;    // --full: JSON has the tables with a row for every tensor, expert and router row
 };
 

@@ -37,7 +37,8 @@ class HeadReader {
 
   bool read(TraceFacts* facts) {
     std::string text, error;
-    if (!read_file(file_, &text, &error, std::size_t{64} << 20)) return refuse(0, 0, error);
+    if (!read_file(file_, &text, &error, std::size_t{64} << 20))
+      return refuse(0, 0, error.substr(error.rfind(file_ + ": ", 0) == 0 ? file_.size() + 2 : 0));
     TextError where;
     std::vector<DuplicateKey> duplicates;
     Node root;

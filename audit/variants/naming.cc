@@ -33,16 +33,16 @@ constexpr FactorRow kFactorRows[] = {
     {"aux_weight", "1 / W", "A27", "divided by the ranks twice", "Megatron-LM 3672"},
     {"aux_weight", "1 / CP", "G7", "the cross-entropy multiplied by the context-parallel size, this not",
      "Megatron-LM 2217"},
-    {"aux_weight", "1 / TP CP", "G4", "scaled by the tokens of one sequence-parallel rank", "Megatron-LM 1652, 5047"},
+    {"aux_weight", "1 / (TP CP)", "G4", "scaled by the tokens of one sequence-parallel rank", "Megatron-LM 1652, 5047"},
     {"aux_weight", "TP CP", "G6", "scaled by a token count that was already reduced", "Megatron-LM 7452"},
     {"aux_weight", "1 / S", "G5", "scaled by the tokens of one sequence", "Megatron-LM 5798"},
     {"aux_weight", "T / labels", "G8", "weighted by all tokens, the cross-entropy by labels", ""},
-    {"aux_weight", "1 / M T", "G3", "divided by the tokens as the summed cross-entropy is", "Megatron-LM to 0.11"},
+    {"aux_weight", "1 / (M T)", "G3", "divided by the tokens as the summed cross-entropy is", "Megatron-LM to 0.11"},
     {"z_loss", "L", "Z2", "summed over layers instead of averaged", "MegaBlocks"},
     {"z_loss", "1 / k", "Z8", "divided by k", "the OLMoE run"},
     {"z_loss", "TP", "Z15", "not divided by the tensor-parallel size", "Megatron-LM before 0.7"},
     {"z_loss", "1 / TP", "Z15", "divided by the tensor-parallel size", "Megatron-LM 0.7"},
-    {"z_loss", "1 / TP CP", "Z15", "divided by the tensor- and context-parallel size", "Megatron-LM 0.12 to 0.18"},
+    {"z_loss", "1 / (TP CP)", "Z15", "divided by the tensor- and context-parallel size", "Megatron-LM 0.12 to 0.18"},
     {"z_loss", "CP", "Z15", "not divided by the context-parallel size", ""},
     {"router_grad_aux", "0", "A30", "zero", "Automodel 1408"},
     {"router_grad_aux", "M", "A22", "not divided by the accumulation steps", "huggingface/transformers 38780"},
@@ -116,7 +116,7 @@ std::vector<Factor> factors_of(std::span<const Symbol> symbols) {
       if ((known[i].alone || known[j].alone) && (i != j || known[i].text.find('/') != std::string::npos)) continue;
       const std::string text = i == j ? known[i].text + "^2" : known[i].text + " " + known[j].text;
       add(text, known[i].value * known[j].value, 2);
-      add("1 / " + text, 1 / (known[i].value * known[j].value), 2);
+      add("1 / " + (i == j ? text : "(" + text + ")"), 1 / (known[i].value * known[j].value), 2);
       if (i == j) continue;
       add(known[i].text + " / " + known[j].text, known[i].value / known[j].value, 2);
       add(known[j].text + " / " + known[i].text, known[j].value / known[i].value, 2);

@@ -20,8 +20,8 @@ and it is false by default (huggingface/transformers issue 44242). Some classes 
 Switch it on with `output_router_logits: true`, or write coefficient 0 and say so.
 
 ## Limits
-A warning: most configs carry the coefficient of pre-training. BL001 is an error where the user's own training config
-states the coefficient.
+A warning: most configs carry the coefficient of pre-training. A note where it is the default of the model's class, so that
+nobody need have asked for it. BL001 is an error where the user's own training config states the coefficient.
 )md";
 
 Outcome check(Facts& f) {
@@ -37,9 +37,12 @@ Outcome check(Facts& f) {
   const bool ignored = t->output_router_logits == "true" && !(loss.agree.empty() && loss.differ.empty());
   if (t->output_router_logits != "false" && !ignored)
     return replay::nothing_differs(f, rows, "the trace does not say whether a balance loss was to be computed", "");
+  const double* usual = f.want(f->aux_coefficient_default);
+  const bool by_default = !ignored && usual != nullptr && *usual == t->aux_coefficient;
   Finding finding;
-  finding.severity = Severity::kWarning;
-  finding.message = "router_aux_loss_coef is " + say::number(t->aux_coefficient) + ", and in " +
+  finding.severity = by_default ? Severity::kNote : Severity::kWarning;
+  finding.message = "router_aux_loss_coef is " + say::number(t->aux_coefficient) +
+                    (by_default ? ", the default of " + t->model_class : "") + ", and in " +
                     say::plural(t->micro_batches, "recorded micro-batch", "recorded micro-batches") +
                     " no balance loss was computed: " +
                     (ignored ? "output_router_logits is true, and " + t->model_class + " returned no aux_loss."

@@ -41,7 +41,12 @@ Outcome check(Facts& f) {
                      : t->factor[row].empty() ? "They are " + t->name[row] + "."
                                               : "Each choice was " + t->name[row] + ": " + say::number(t->factor_value[row]) + " times.");
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Count in the first forward only:\n    if self.training and torch._C._current_graph_task_id() == -1:  # not while a backward recomputes";
+  const std::string& factor = t->factor[row];
+  finding.remedy = factor.empty() ? "Count the choices of a micro-batch once, without padding:\n    counts = "
+                                    "torch.bincount(chosen[mask].flatten(), minlength=num_experts)"
+                   : factor != "2" ? "Add up over micro-batches and over ranks that hold other tokens, not over copies:\n    "
+                                     "counts = torch.bincount(chosen[mask].flatten(), minlength=num_experts)"
+                                   : "Count in the first forward only:\n    if self.training and torch._C._current_graph_task_id() == -1:  # not while a backward recomputes";
   finding.does_not_show = "Whether anything uses these counts.";
   finding.locations = {replay::where(*t, row)};
   finding.sources = {"pytorch/torchtitan issue 4148"};

@@ -48,7 +48,7 @@ Outcome nothing_differs(Facts& f, const Rows& rows, std::string none, std::strin
   if (!rows.agree.empty()) return Outcome::pass(std::move(pass));
   Outcome o;
   o.kind = Outcome::Kind::kCannotTell;
-  o.missing.push_back({std::string(f->replay.info().name), std::string(f->replay.info().supply), rows.missing});
+  o.missing.push_back({std::string(f->replay.info().name), "a trace that records it", rows.missing});
   return o;
 }
 

@@ -1,6 +1,8 @@
 // One result, both writers, what they must and must not show.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -104,6 +106,21 @@ TEST(TextWriter, VerdictFirstThenFindingsThenWhatWasNotJudged) {
   WriterOptions options;
   options.verbose = true;
   EXPECT_NE(render("text", sample(), options).find("not applicable: ZZ004 (no adapter)"), std::string::npos);
+}
+
+TEST(TextWriter, CountsTheRulesThatLackWhatWasNotGiven) {
+  AuditResult result = sample();
+  auto& rules = result.runs[0].rules;
+  const RuleResult undecided = *std::find_if(rules.begin(), rules.end(), [](const RuleResult& r) { return r.id == "ZZ003"; });
+  for (int i = 0; i < 30; ++i) rules.push_back(undecided);
+  const std::string text = render("text", result);
+  EXPECT_NE(text.find("31 rules for what was not given (--verbose lists them)"), std::string::npos) << text;
+  EXPECT_EQ(text.find("ZZ003"), std::string::npos) << text;
+  WriterOptions options;
+  options.verbose = true;
+  EXPECT_NE(render("text", result, options).find("ZZ003"), std::string::npos);
+  rules.back().outcome.missing = {{"trace.replay", "a trace that records it", "needs drops"}};  // not of what was not given
+  EXPECT_NE(render("text", result).find("ZZ003: needs drops"), std::string::npos);
 }
 
 TEST(TextWriter, StaysWithinTheWidth) {
