@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "audit/text/text.h"
 #include "audit/traces/fields.h"
 #include "audit/traces/formats.h"
 
@@ -43,6 +44,32 @@ TraceFormat of_folder(const std::string& path) {
   if (folder.filename() == "tokens_per_expert" && holds(folder, "rank", ".jsonl")) return TraceFormat::kMegatronCounts;
   if (holds(folder / "tokens_per_expert", "rank", ".jsonl")) return TraceFormat::kMegatronCounts;
   return TraceFormat::kNone;
+}
+
+/// The model of a trace that does not say it, from the config.json that its user put beside it.
+void read_model(const std::string& path, Trace* trace, std::vector<InputProblem>* problems) {
+  if (!is_file(path)) return;
+  ProblemList list(path, problems);
+  constexpr const char* kRemedy = "put the config.json of the traced model there, as transformers writes it, or none";
+  std::string text, error;
+  if (!read_file(path, &text, &error, std::size_t{64} << 20))
+    return list.add(0, 0, error, "make the file readable", false);
+  Node root;
+  TextError where;
+  if (!parse_json(text, &root, nullptr, &where))
+    return list.add(where.line, where.column, "JSON error: " + where.what, kRemedy, false);
+  const Node* type = root.is_map() ? root.find("model_type") : nullptr;
+  if (!type || type->text.empty()) return list.add(1, 1, "has no model_type", kRemedy, false);
+  for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}) {
+    const Node* node = root.find(key);
+    const auto experts = node ? node->as_int() : std::nullopt;
+    const std::optional<std::int64_t> here = trace->facts().experts;
+    if (experts && here && *experts != *here)
+      return list.add(node->line, node->column,
+                      "says " + std::to_string(*experts) + " experts, the trace has " + std::to_string(*here), kRemedy,
+                      false);
+  }
+  trace->take_model(type->text, std::move(root));
 }
 
 }  // namespace
@@ -101,7 +128,11 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
                                                         : ".";
   switch (recognise_trace(path)) {
     case TraceFormat::kTrace: return open_moe_audit_trace(folder, problems);
-    case TraceFormat::kMegatronRouterTrace: return open_megatron_router_trace(folder, options, problems);
+    case TraceFormat::kMegatronRouterTrace: {
+      auto trace = open_megatron_router_trace(folder, options, problems);
+      if (trace) read_model((fs::path(folder) / "config.json").string(), trace.get(), problems);
+      return trace;
+    }
     case TraceFormat::kMegatronCounts: return open_megatron_counts(folder, options, problems);
     case TraceFormat::kRoutedExperts: return open_routed_experts(path, options, problems);
     case TraceFormat::kExpertCounts: return open_expert_counts(path, options, problems);
@@ -110,7 +141,8 @@ std::unique_ptr<Trace> open_trace(const std::string& path, const TraceOptions& o
   problems->push_back(
       {path, 0, 0, "is no trace that moe-audit knows",
        "known are folders with trace.json or router_trace_rank*.jsonl, tokens_per_expert/rank*.jsonl, a "
-       "routed-experts array (.npy, .npz or .safetensors), and the JSON of expert counts (docs/trace.md); of a model health needs "
+       "routed-experts array (.npy, .npz or .safetensors), and the JSON of expert counts (docs/trace.md); of a model "
+       "health needs "
        "--hidden-states FILE"});
   return nullptr;
 }

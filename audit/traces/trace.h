@@ -171,6 +171,11 @@ class Trace {
   };
 
   const TraceFacts& facts() const { return facts_; }
+  /// For formats that do not say what model it is: its config.json.
+  void take_model(std::string model_type, Node config) {
+    facts_.model_type = std::move(model_type);
+    facts_.config = std::move(config);
+  }
   std::span<const TraceStep> steps() const { return steps_; }
   std::span<const MicroBatchRecord> micro_batches() const { return micro_batches_; }
   std::span<const StepRecord> steps_on_ranks() const { return step_records_; }

@@ -47,6 +47,27 @@ constexpr const char* kCalls =
 {"step": 7, "stage": "pre_dispatch", "block": "decoder", "layer": 1, "rank": 0, "num_tokens": 2, "topk": 2, "logit_offset": 16, "logit_bytes": 16, "logit_shape": [2, 4], "top_indices": [[3, 0], [3, 1]]}
 )";
 
+/// The files do not say what model it is.
+TEST(MegatronRouterTrace, TakesTheModelFromAConfigBesideIt) {
+  const TempTree tree;
+  tree.write("router_trace_rank0.jsonl", kCalls);
+  tree.write("config.json", R"({"model_type": "mixtral", "num_local_experts": 4})");
+  const Opened o = open(tree.path());
+  ASSERT_TRUE(o.trace);
+  EXPECT_TRUE(o.problems.empty());
+  EXPECT_EQ(o.trace->facts().model_type, "mixtral");
+  for (const auto& [text, why] : {std::pair{R"({"model_type": "mixtral", "num_local_experts": 8})", "says 8 experts, the trace has 4"},
+                                  std::pair{R"({"num_local_experts": 4})", "has no model_type"}, std::pair{"{", "JSON error"}}) {
+    tree.write("config.json", text);
+    const Opened other = open(tree.path());
+    ASSERT_TRUE(other.trace);
+    EXPECT_EQ(other.trace->facts().model_type, "");
+    ASSERT_EQ(other.problems.size(), 1u) << text;
+    EXPECT_NE(other.problems[0].what.find(why), std::string::npos) << other.problems[0].what;
+    EXPECT_FALSE(other.problems[0].fatal);
+  }
+}
+
 TEST(MegatronRouterTrace, CallsBecomeMicroBatches) {
   const TempTree tree;
   tree.write("router_trace_rank0.jsonl", kCalls);
