@@ -198,7 +198,7 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
   out += ", .weight_tensor = " + tensor("weight", true) +
          ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
          ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
-         ", .input_norm_tensor = " + tensor("input_norm", true) +
+         ", .input_norm_tensor = " + tensor("input_norm", false) +
          ", .input_norm_adds_one = " + yes("input_norm_adds_one") + "}";
   const std::vector<std::string> groups_if = conditions(m, "groups_if");
   if (groups_if.size() > 1) fail(m.file(), m.node("groups_if").Mark(), "'groups_if' must be one {config_key: value}");

@@ -155,7 +155,9 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "jamba-tf4", "jamba-tf5", "jamba-tf5-fused", "qwen3_next-tf4", "qwen3_next-tf5",
                                          "qwen3_5_moe_text-tf5", "qwen3_5_moe-tf5", "minimax_m2-tf5", "hunyuan_v1_moe-tf4",
                                          "hunyuan_v1_moe-tf5", "ernie4_5_moe-tf4", "ernie4_5_moe-tf5", "switch_transformers-tf4",
-                                         "switch_transformers-tf5", "nllb_moe-tf4", "nllb_moe-tf5"),
+                                         "switch_transformers-tf5", "nllb_moe-tf4", "nllb_moe-tf5", "flex_olmo-tf4",
+                                         "flex_olmo-tf5", "granitemoeshared-tf4", "granitemoeshared-tf5", "minimax-tf4",
+                                         "minimax-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
