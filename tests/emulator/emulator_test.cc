@@ -70,6 +70,10 @@ __global__ void barrier_of_half() {
   if (threadIdx.x < 32) __syncthreads();
 }
 
+__global__ void from_outside() {
+  if (threadIdx.x < 16) __shfl_sync(0xffffu, 1, 16);
+}
+
 TEST(Emulator, Collectives) {
   for (const char* name : kOrders) {
     const InOrder order(name);
@@ -89,6 +93,8 @@ TEST(Emulator, WhatWouldHangOrIsUndefinedIsAnError) {
   EXPECT_NE(error_of_last_launch().find("for ever"), std::string::npos);
   queue(barrier_of_half, 1, 64, 0, nullptr);
   EXPECT_NE(error_of_last_launch().find("__syncthreads"), std::string::npos);
+  queue(from_outside, 1, 32, 0, nullptr);
+  EXPECT_NE(error_of_last_launch().find("outside the mask"), std::string::npos);
   queue(half_returns, 1, 2048, 0, nullptr);
   EXPECT_NE(error_of_last_launch().find("configuration"), std::string::npos);
   EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);  // it was told

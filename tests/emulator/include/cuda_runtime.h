@@ -62,14 +62,21 @@ inline int __ffs(int v) { return v == 0 ? 0 : std::countr_zero(static_cast<unsig
 inline void __syncthreads() { emulator::barrier(false); }
 inline int __syncthreads_count(int yes) { return emulator::barrier(yes != 0); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::exchange("__syncwarp", mask, {}); }
+namespace emulator {
+/// What lane `from` hands over; it must be of the mask.
+template <class T>
+T value_of(const char* kind, unsigned mask, const T& mine, int from) {
+  if (!(mask >> from & 1u)) fail("a shuffle from a lane outside the mask");
+  return exchange_values(kind, mask, mine)[static_cast<std::size_t>(from)];
+}
+}  // namespace emulator
 template <class T>
 T __shfl_sync(unsigned mask, T mine, int from, int width = 32) {
-  return emulator::exchange_values(
-      "__shfl_sync", mask, mine)[static_cast<std::size_t>(emulator::lane() / width * width + (from & (width - 1)))];
+  return emulator::value_of("__shfl_sync", mask, mine, emulator::lane() / width * width + (from & (width - 1)));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T mine, int step) {
-  return emulator::exchange_values("__shfl_xor_sync", mask, mine)[static_cast<std::size_t>(emulator::lane() ^ step)];
+  return emulator::value_of("__shfl_xor_sync", mask, mine, emulator::lane() ^ step);
 }
 namespace emulator {
 template <class T, class F>
