@@ -57,11 +57,11 @@ if(MOE_AUDIT_HAVE_CUDA AND cuda_sources)
   # CMake 3.25 knows no CUDA C++20.
   set_target_properties(moe_audit_cuda PROPERTIES CUDA_STANDARD_REQUIRED OFF CUDA_ARCHITECTURES "${MOE_AUDIT_CUDA_ARCHITECTURES}")
   # No contraction here either (kernels/host/elementary.h is compiled for both sides), and std::bit_cast in device code.
+  target_compile_options(moe_audit_cuda PRIVATE
+                         $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   if(MOE_AUDIT_CUDA_ARCHITECTURES MATCHES "90a")  # wgmma
     target_compile_definitions(moe_audit_cuda PRIVATE MOE_AUDIT_SM90A)
   endif()
-  target_compile_options(moe_audit_cuda PRIVATE
-                         $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -fmad=false --expt-relaxed-constexpr>)
   target_include_directories(moe_audit_cuda PUBLIC ${CMAKE_SOURCE_DIR})
   target_link_libraries(moe_audit_cuda PUBLIC moe_audit_kernels)
   # kernels/backend.cc chooses at run time; the CUDA runtime is linked statically.
