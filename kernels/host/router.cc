@@ -35,47 +35,38 @@ template <class Sum, bool kHalf>
 using PanelTag = hn::CappedTag<Sum, kPanel<Sum> / (kHalf ? 2 : 1)>;
 template <class Sum, bool kHalf>
 inline constexpr int kVectors = static_cast<int>(kPanel<Sum> / (kHalf ? 2 : 1) / hn::MaxLanes(PanelTag<Sum, kHalf>()));
-template <class Sum, bool kHalf>
-inline constexpr int kBlockTokens = std::max(1, 12 / (HWY_MAX_BYTES >= 64 ? 1 : kVectors<Sum, kHalf>));
+template <class Sum>
+inline constexpr int kBlockTokens = std::max(1, 12 / (HWY_MAX_BYTES >= 64 ? 1 : kVectors<Sum, false>));
 inline constexpr std::int64_t kTileTokens = 96;  // their sums stay in the second-level cache; a multiple of every block
 
-/// Asks for the next stretch of kT rows while this one is multiplied, a line of the cache every so often: rows are read
-/// a stretch at a time, too little for the machine to see what comes, and all at once would be more than it can have
-/// under way.
-template <int kT, class In>
-struct Ahead {
-  static constexpr std::int64_t kPerRow = kGateRun * static_cast<std::int64_t>(sizeof(In)) / 64, kLines = kT * kPerRow;
-  const In* rows;  // or null
-  std::int64_t hidden;
-  HWY_INLINE void step(std::int64_t i) const {
-    if (rows == nullptr) return;
-    for (std::int64_t line = i * kLines / kGateRun; line < (i + 1) * kLines / kGateRun; ++line)
-      hwy::Prefetch(rows + line / kPerRow * hidden + line % kPerRow * (64 / static_cast<std::int64_t>(sizeof(In))));
-  }
-};
+inline constexpr std::int64_t kPiece = 16;  // of a stretch, taken at a time
+static_assert(kGateRun % kPiece == 0);
 
-/// sums[t, panels] += x[t, 0..length) * w[panels, 0..length), from zero and in order. Both operands lie packed.
+/// The sums of one stretch for kT tokens and kP panels of experts, in registers.
+template <int kT, int kP, bool kHalf, class Sum>
+using BlockSums = hn::Vec<PanelTag<Sum, kHalf>>[kT][kP * kVectors<Sum, kHalf>];
+
+template <int kT, int kP, bool kHalf, class Sum>
+HWY_INLINE void set_zero(BlockSums<kT, kP, kHalf, Sum>& sum) {
+  for (auto& of_token : sum) {
+    for (auto& v : of_token) v = hn::Zero(PanelTag<Sum, kHalf>());
+  }
+}
+
+/// sum[t, panels] += x[t, i] * w[panels, i], for `count` i in order. Panels of w lie next_panel apart.
 template <int kT, int kP, bool kHalf, class In, class Sum>
-HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length,
-                        Sum* HWY_RESTRICT sums, std::int64_t stride, Ahead<kT, In> ahead) {
+HWY_INLINE void add_products(const Sum* HWY_RESTRICT x, std::int64_t x_stride, const Sum* HWY_RESTRICT w,
+                             std::int64_t next_panel, std::int64_t count, BlockSums<kT, kP, kHalf, Sum>& sum) {
   const PanelTag<Sum, kHalf> d;
   constexpr bool kExactProducts = sizeof(Sum) > sizeof(In);
   constexpr int kOfPanel = kVectors<Sum, kHalf>, kV = kP * kOfPanel;
   constexpr std::int64_t kWidth = hn::MaxLanes(PanelTag<Sum, kHalf>());
-  const std::int64_t next_panel = length * kPanel<Sum>;
-  hn::Vec<decltype(d)> sum[kT][kV];
-  for (int t = 0; t < kT; ++t) {
-    for (int v = 0; v < kV; ++v) sum[t][v] = hn::Zero(d);
-  }
-  for (std::int64_t i = 0; i < length; ++i) {
-    ahead.step(i);
+  for (std::int64_t i = 0; i < count; ++i) {
     hn::Vec<decltype(d)> weight[kV];
-    for (int v = 0; v < kV; ++v) {
-      const std::int64_t at = v / kOfPanel * next_panel + i * kPanel<Sum> + v % kOfPanel * kWidth;
-      weight[v] = hn::LoadU(d, w + at);
-    }
+    for (int v = 0; v < kV; ++v)
+      weight[v] = hn::LoadU(d, w + v / kOfPanel * next_panel + i * kPanel<Sum> + v % kOfPanel * kWidth);
     for (int t = 0; t < kT; ++t) {
-      const auto value = hn::Set(d, x[t * kGateRun + i]);
+      const auto value = hn::Set(d, x[t * x_stride + i]);
       for (int v = 0; v < kV; ++v) {
         if constexpr (kExactProducts) {
           sum[t][v] = hn::MulAdd(value, weight[v], sum[t][v]);
@@ -85,58 +76,159 @@ HWY_INLINE void add_run(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, st
       }
     }
   }
+}
+
+/// sums[t, panels] += sum[t, panels]: the end of a stretch.
+template <int kT, int kP, bool kHalf, class Sum>
+HWY_INLINE void add_to(Sum* HWY_RESTRICT sums, std::int64_t stride, const BlockSums<kT, kP, kHalf, Sum>& sum) {
+  const PanelTag<Sum, kHalf> d;
+  constexpr std::int64_t kWidth = hn::MaxLanes(PanelTag<Sum, kHalf>());
   for (int t = 0; t < kT; ++t) {
-    for (int v = 0; v < kV; ++v) {
+    for (int v = 0; v < kP * kVectors<Sum, kHalf>; ++v) {
       Sum* to = sums + t * stride + v * kWidth;
       hn::StoreU(hn::Add(hn::LoadU(d, to), sum[t][v]), d, to);
     }
   }
 }
 
+/// One stretch of kT tokens, packed in x, against kP panels. next: the tokens' next stretch in their rows, or null; it
+/// is asked for a piece at a time: rows are read a stretch at a time, too little for the machine to see what comes, and
+/// all at once would be more than it can have under way.
+template <int kT, int kP, class In, class Sum>
+void add_block(const Sum* HWY_RESTRICT x, const Sum* HWY_RESTRICT w, std::int64_t length, Sum* HWY_RESTRICT sums,
+               std::int64_t stride, const In* next, std::int64_t hidden) {
+  BlockSums<kT, kP, false, Sum> sum;
+  set_zero<kT, kP, false, Sum>(sum);
+  for (std::int64_t i = 0; i < length; i += kPiece) {
+    for (int t = 0; next != nullptr && t < kT; ++t) {
+      for (std::int64_t line = i; line < i + kPiece; line += 64 / static_cast<std::int64_t>(sizeof(In)))
+        hwy::Prefetch(next + t * hidden + line);
+    }
+    add_products<kT, kP, false, In>(x + i, kGateRun, w + i * kPanel<Sum>, length * kPanel<Sum>,
+                                    std::min(kPiece, length - i), sum);
+  }
+  add_to<kT, kP, false>(sums, stride, sum);
+}
+
 /// One stretch of hidden for kT tokens against all experts.
-template <int kT, bool kHalf, class In, class Sum>
+template <int kT, class In, class Sum>
 void add_stretch(const GateArgs<In, Sum>& a, std::int64_t token, std::int64_t first, std::int64_t length, Sum* sums) {
   HWY_ALIGN Sum x[kT * kGateRun];
+  const In* rows = a.x + token * a.hidden + first;
   for (int t = 0; t < kT; ++t) {
-    const In* row = a.x + (token + t) * a.hidden + first;
-    for (std::int64_t i = 0; i < length; ++i) x[t * kGateRun + i] = static_cast<Sum>(row[i]);
+    for (std::int64_t i = 0; i < length; ++i) x[t * kGateRun + i] = static_cast<Sum>(rows[t * a.hidden + i]);
   }
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   const Sum* w = a.packed + first * padded;
-  const bool more = first + 2 * kGateRun <= a.hidden;
-  Ahead<kT, In> ahead{more ? a.x + token * a.hidden + first + kGateRun : nullptr, a.hidden};
-  if constexpr (kHalf) return add_run<kT, 1, true>(x, w, length, sums, padded, ahead);
+  const In* next = first + 2 * kGateRun <= a.hidden ? rows + kGateRun : nullptr;
   std::int64_t e = 0;
   for (; e + kPanels * kPanel<Sum> <= padded; e += kPanels * kPanel<Sum>) {
-    add_run<kT, kPanels, false>(x, w + e * length, length, sums + e, padded, ahead);
-    ahead.rows = nullptr;
+    add_block<kT, kPanels>(x, w + e * length, length, sums + e, padded, next, a.hidden);
+    next = nullptr;
   }
   for (; e < padded; e += kPanel<Sum>) {
-    add_run<kT, 1, false>(x, w + e * length, length, sums + e, padded, ahead);
-    ahead.rows = nullptr;
+    add_block<kT, 1>(x, w + e * length, length, sums + e, padded, next, a.hidden);
+    next = nullptr;
   }
 }
 
-template <bool kHalf, class In, class Sum>
-void gate_in_blocks(const GateArgs<In, Sum>& a) {
-  constexpr int kBlock = kBlockTokens<Sum, kHalf>;
+/// All of hidden for kT tokens where one block holds all experts, so that every value of x is used once. x of the sums'
+/// type is read in place: kT rows, each in order, which the machine follows by itself.
+template <int kT, int kP, bool kHalf, class Sum>
+void add_rows(const Sum* rows, const GateArgs<Sum, Sum>& a, Sum* HWY_RESTRICT sums) {
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
+    const std::int64_t length = std::min(kGateRun, a.hidden - first);
+    BlockSums<kT, kP, kHalf, Sum> sum;
+    set_zero<kT, kP, kHalf, Sum>(sum);
+    add_products<kT, kP, kHalf, Sum>(rows + first, a.hidden, a.packed + first * padded, length * kPanel<Sum>, length,
+                                     sum);
+    add_to<kT, kP, kHalf>(sums, padded, sum);
+  }
+}
+/// Wider sums want x converted: a piece ahead, and of that a row at a time, so that the products never wait for it.
+template <int kT, int kP, bool kHalf>
+void add_rows(const float* rows, const GateArgs<float, double>& a, double* HWY_RESTRICT sums) {
+  static_assert(kPiece % kT == 0);
+  constexpr std::int64_t kShare = kPiece / kT;  // columns multiplied between two rows
+  const std::int64_t padded = packed_gate_size<double>(a.experts, 1);
+  alignas(64) double converted[2][kT * kPiece];
+  const auto convert = [&](std::int64_t first, int t, std::int64_t count) HWY_ATTR {
+    const hn::CappedTag<double, 8> d;
+    constexpr auto kLanes = static_cast<std::int64_t>(hn::MaxLanes(decltype(d)()));
+    const float* HWY_RESTRICT from = rows + t * a.hidden + first;
+    double* HWY_RESTRICT to = converted[first / kPiece % 2] + t * kPiece;
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      hn::Store(hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, decltype(d)>(), from + i)), d, to + i);
+    for (; i < count; ++i) to[i] = from[i];
+  };
+  for (int t = 0; t < kT; ++t) convert(0, t, std::min(kPiece, a.hidden));
+  for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
+    const std::int64_t length = std::min(kGateRun, a.hidden - first), next_panel = length * kPanel<double>;
+    BlockSums<kT, kP, kHalf, double> sum;
+    set_zero<kT, kP, kHalf, double>(sum);
+    for (std::int64_t i = 0; i < length; i += kPiece) {
+      const double* x = converted[(first + i) / kPiece % 2];
+      const double* w = a.packed + first * padded + i * kPanel<double>;
+      const std::int64_t next = first + i + kPiece;
+      if (next + kPiece <= a.hidden) {
+        for (int t = 0; t < kT; ++t, x += kShare, w += kShare * kPanel<double>) {
+          convert(next, t, kPiece);
+          add_products<kT, kP, kHalf, float>(x, kPiece, w, next_panel, kShare, sum);
+        }
+      } else {
+        for (int t = 0; t < kT; ++t) convert(next, t, a.hidden - next);
+        add_products<kT, kP, kHalf, float>(x, kPiece, w, next_panel, std::min(kPiece, length - i), sum);
+      }
+    }
+    add_to<kT, kP, kHalf>(sums, padded, sum);
+  }
+}
+
+/// sums [tokens, padded experts] of `tokens` from `start`, from zero. In place no more than six rows: those of whole
+/// pages share eight ways of the first-level cache.
+template <int kP, bool kHalf, class In, class Sum>
+void few_experts(const GateArgs<In, Sum>& a, std::int64_t start, std::int64_t tokens, Sum* sums) {
+  constexpr int kV = kP * kVectors<Sum, kHalf>;
+  constexpr int kT = std::max(1, sizeof(Sum) > sizeof(In) ? 8 / kV : std::min(6, 12 / kV));
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  const In* rows = a.x + start * a.hidden;
+  std::int64_t t = 0;
+  for (; t + kT <= tokens; t += kT) add_rows<kT, kP, kHalf>(rows + t * a.hidden, a, sums + t * padded);
+  for (; t < tokens; ++t) add_rows<1, kP, kHalf>(rows + t * a.hidden, a, sums + t * padded);
+}
+
+template <class In, class Sum>
+void many_experts(const GateArgs<In, Sum>& a, std::int64_t start, std::int64_t tokens, Sum* sums) {
+  constexpr int kT = kBlockTokens<Sum>;
+  const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
+  for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
+    const std::int64_t length = std::min(kGateRun, a.hidden - first);
+    std::int64_t t = 0;
+    for (; t + kT <= tokens; t += kT) add_stretch<kT>(a, start + t, first, length, sums + t * padded);
+    for (; t < tokens; ++t) add_stretch<1>(a, start + t, first, length, sums + t * padded);
+  }
+}
+
+template <class In, class Sum>
+void gate(const GateArgs<In, Sum>& a) {
   const std::int64_t padded = packed_gate_size<Sum>(a.experts, 1);
   if (a.tokens == 0) return;  // Highway allocates no empty buffers
-  // Weights that stay in the second-level cache anyway: one block at a time, so that its rows of x are read straight
-  // through.
-  const bool small = padded * a.hidden * static_cast<std::int64_t>(sizeof(Sum)) <= (std::int64_t{512} << 10);
-  const std::int64_t tile = std::min<std::int64_t>(small ? kBlock : kTileTokens, a.tokens);
+  const std::int64_t tile = std::min(kTileTokens, a.tokens);
   const auto buffer = hwy::AllocateAligned<Sum>(tile * padded);
   for (std::int64_t start = 0; start < a.tokens; start += tile) {
     const std::int64_t tokens = std::min(tile, a.tokens - start);
     Sum* sums = buffer.get();
     std::fill(sums, sums + tokens * padded, Sum(0));
-    for (std::int64_t first = 0; first < a.hidden; first += kGateRun) {
-      const std::int64_t length = std::min(kGateRun, a.hidden - first);
-      std::int64_t t = 0;
-      for (; t + kBlock <= tokens; t += kBlock)
-        add_stretch<kBlock, kHalf>(a, start + t, first, length, sums + t * padded);
-      for (; t < tokens; ++t) add_stretch<1, kHalf>(a, start + t, first, length, sums + t * padded);
+    if (a.experts <= kPanel<Sum> / 2) {
+      few_experts<1, true>(a, start, tokens, sums);
+    } else if (padded == kPanel<Sum>) {
+      few_experts<1, false>(a, start, tokens, sums);
+    } else if (padded == kPanels * kPanel<Sum>) {
+      few_experts<kPanels, false>(a, start, tokens, sums);
+    } else {
+      many_experts(a, start, tokens, sums);
     }
     for (std::int64_t t = 0; t < tokens; ++t) {
       Sum* logits = a.logits + (start + t) * a.experts;
@@ -144,11 +236,6 @@ void gate_in_blocks(const GateArgs<In, Sum>& a) {
       for (std::int64_t e = 0; e < a.experts; ++e) logits[e] = a.bias == nullptr ? from[e] : from[e] + a.bias[e];
     }
   }
-}
-
-template <class In, class Sum>
-void gate(const GateArgs<In, Sum>& a) {
-  a.experts <= kPanel<Sum> / 2 ? gate_in_blocks<true>(a) : gate_in_blocks<false>(a);
 }
 
 void gate_f32(const GateArgs<float, float>& a) { gate(a); }

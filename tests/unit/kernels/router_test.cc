@@ -79,8 +79,9 @@ void on_every_target(F&& f) {
 struct GateShape {
   std::int64_t tokens, hidden, experts;
 };
-const GateShape kShapes[] = {{1, 1, 1},    {1, 7, 3},      {13, 128, 8},   {12, 129, 16}, {97, 300, 17},
-                             {5, 255, 40}, {100, 64, 144}, {25, 256, 160}, {3, 4096, 8}};
+const GateShape kShapes[] = {{1, 1, 1},     {1, 7, 3},    {13, 128, 8},   {12, 129, 16},
+                             {97, 300, 17}, {5, 255, 40}, {100, 64, 144}, {25, 256, 160},
+                             {3, 4096, 8},  {17, 300, 8}, {19, 47, 4},    {110, 144, 12}};
 
 TEST(Gate, WrittenOrderOnEveryTarget) {
   for (const GateShape& s : kShapes) {
@@ -315,7 +316,8 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
     scores = softmax_by_the_book(logits, a.tensor_dtype);
   } else if (!a.softmax_after_top_k) {
     for (T& x : scores)
-      x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_exact_order(x)), a.tensor_dtype);
+      x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_exact_order(x)),
+                  a.tensor_dtype);
   }
   *choice = scores;
   for (std::int64_t e = 0; e < a.experts && a.correction_bias != nullptr; ++e)
@@ -386,8 +388,16 @@ TEST(Route, WrittenOrderOnEveryTarget) {
   struct Shape {
     std::int64_t tokens, experts, top_k, groups, top_groups;
   };
-  for (const Shape s : {Shape{1, 1, 1, 1, 1}, {3, 8, 1, 4, 1}, {17, 8, 2, 2, 1}, {16, 16, 2, 4, 2}, {15, 32, 1, 8, 3},
-                        {33, 32, 2, 4, 4}, {7, 40, 8, 8, 5}, {21, 31, 9, 1, 1}, {19, 65, 30, 5, 4}, {18, 129, 4, 3, 2}}) {
+  for (const Shape s : {Shape{1, 1, 1, 1, 1},
+                        {3, 8, 1, 4, 1},
+                        {17, 8, 2, 2, 1},
+                        {16, 16, 2, 4, 2},
+                        {15, 32, 1, 8, 3},
+                        {33, 32, 2, 4, 4},
+                        {7, 40, 8, 8, 5},
+                        {21, 31, 9, 1, 1},
+                        {19, 65, 30, 5, 4},
+                        {18, 129, 4, 3, 2}}) {
     const auto bias = gaussians(s.experts, 21, 0.1f);
     auto logits = gaussians(s.tokens * s.experts, 20, 2.0f);
     for (std::size_t i = 0; i < logits.size(); ++i) {
@@ -421,7 +431,9 @@ TEST(Route, WrittenOrderOnEveryTarget) {
       both([](auto& a) { a.softmax_after_top_k = true, a.weights_dtype = Float::kBF16; });
       both([](auto& a) { a.renormalise = true, a.scaling = 1.5, a.tensor_dtype = Float::kBF16; });
       both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.renormalise = true, a.renormalise_eps = 1e-20f; });
-      both([&](auto& a) { biased(a), a.bias_multiplies = true, a.score = Score::kSqrtSoftplus, a.tensor_dtype = Float::kF16; });
+      both([&](auto& a) {
+        biased(a), a.bias_multiplies = true, a.score = Score::kSqrtSoftplus, a.tensor_dtype = Float::kF16;
+      });
       for (const GroupScore g : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
         for (const bool zero : {false, true}) {
           both([&](auto& a) {
