@@ -109,7 +109,8 @@ void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::i
   float *logits = device<float>(tokens * experts), *weights = device<float>(tokens * top_k), *d_w = device<float>(experts * hidden);
   auto* chosen = device<std::int32_t>(tokens * top_k);
   auto* d_x = device<std::uint16_t>(tokens * hidden);
-  double *upstream = filled<double>(tokens * top_k, 1.0f, 4), *d_logits = device<double>(tokens * experts);
+  double* upstream = filled<double>(tokens * top_k, 1.0f, 4);
+  auto* d_logits = device<std::uint16_t>(tokens * k::cuda::padded_experts(experts));
   const k::cuda::TensorCoreGateArgs g{x, w, nullptr, tokens, hidden, experts, cores};
   k::RouteArgs<float> r;
   r.top_k = top_k, r.renormalise = true;
@@ -119,8 +120,8 @@ void gate(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::i
   k::RouteBackwardArgs<float> b;
   b.forward = r, b.forward.logits = logits, b.forward.tokens = tokens, b.forward.experts = experts;
   b.chosen = chosen, b.weights = upstream;
-  const k::cuda::TensorCoreGateBackwardArgs gb{d_logits, x, w, tokens, hidden, experts, cores};
-  const auto route_back = [&] { require(k::cuda::route_backward(b, d_logits, nullptr, nullptr), "route backward"); };
+  const k::cuda::TensorCoreGateBackwardArgs gb{nullptr, x, w, tokens, hidden, experts, cores, d_logits};
+  const auto route_back = [&] { require(k::cuda::route_backward(b, d_logits, nullptr), "route backward"); };
   const double route_back_ms = median_ms(route_back);
   const double d_x_ms = median_ms([&] { require(k::cuda::gate_backward(gb, nullptr, d_x, workspace, nullptr), "d_x"); });
   const double d_w_ms = median_ms([&] { require(k::cuda::gate_backward(gb, d_w, nullptr, workspace, nullptr), "d_w"); });

@@ -30,55 +30,6 @@ inline bool fits_registers(const RouteArgs<float>& a) {
   return a.experts <= 12 * kLanes && a.top_k <= kLanes && (!grouped || (a.experts / a.groups == kLanes));
 }
 
-// Of the P lanes that share a token; every one of them gets the result.
-template <int P>
-__device__ __forceinline__ int most_of(int v) {
-  if constexpr (P == kLanes) {
-    return __reduce_max_sync(kAll, v);
-  } else {
-#pragma unroll
-    for (int step = P / 2; step > 0; step /= 2) v = max(v, __shfl_xor_sync(kAll, v, step));
-    return v;
-  }
-}
-template <int P>
-__device__ __forceinline__ int least_of(int v) {
-  if constexpr (P == kLanes) {
-    return __reduce_min_sync(kAll, v);
-  } else {
-#pragma unroll
-    for (int step = P / 2; step > 0; step /= 2) v = min(v, __shfl_xor_sync(kAll, v, step));
-    return v;
-  }
-}
-template <int P>
-__device__ __forceinline__ bool any_of(bool v) {
-  if constexpr (P == 1) return v;
-  constexpr unsigned kMine = P == kLanes ? kAll : (1u << P % kLanes) - 1;
-  return (__ballot_sync(kAll, v) >> threadIdx.x % kLanes / P * P & kMine) != 0;
-}
-template <int P, class T>
-__device__ __forceinline__ T from_lane(T v, int lane) {
-  if constexpr (P == 1) return v;
-  return __shfl_sync(kAll, v, lane, P);
-}
-/// add_lanes() of the host: lane p has the values of its lanes p, p + P, ...
-template <int P, int V>
-__device__ __forceinline__ float add_registers(const float (&v)[V]) {
-  constexpr int kHostLanes = kLanes / P, kUsed = V < kHostLanes ? V : kHostLanes;
-  float sum[kUsed] = {};
-#pragma unroll
-  for (int i = 0; i < V; ++i) sum[i % kHostLanes] += v[i];
-#pragma unroll
-  for (int step = kHostLanes / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int j = 0; j < step && j + step < kUsed; ++j) sum[j] += sum[j + step];
-  }
-#pragma unroll
-  for (int step = P / 2; step > 0; step /= 2) sum[0] += __shfl_xor_sync(kAll, sum[0], step);
-  return sum[0];
-}
-
 /// exp_of_non_positive(x) for x >= kNear, where the result is far from the smallest numbers: 2^k goes into the exponent at
 /// once. The same bits.
 inline constexpr float kNear = -60.0f;
@@ -285,8 +236,5 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     if (live && lane + P * c < k) r.weights[t * k + lane + P * c] = weight[c];
   }
 }
-
-/// The lanes that share a token where `most` experts are the most: as many as leave 8 to a lane.
-constexpr int lanes_for(int most) { return most <= 8 ? 1 : most <= 16 ? 2 : most <= 32 ? 4 : most <= 64 ? 8 : most <= 128 ? 16 : kLanes; }
 
 }  // namespace moeaudit::kernels::cuda

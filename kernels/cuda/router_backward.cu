@@ -1,4 +1,5 @@
 // Gradients of the router.
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"
@@ -17,101 +18,216 @@ __global__ void tokens(RouteBackwardArgs<T> a, double* scores, double* d_logits)
     route_backward_token(a, t, scores + t * a.forward.experts, d_logits + t * a.forward.experts);
 }
 
-/// route_backward_token() by a warp, lane l with experts l, l + 32, ... in registers.
-template <int V, class T>
-__global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArgs<T> a, double* d_logits) {
+/// The largest of the values that the P lanes of a token hold, which are numbers.
+template <int P>
+__device__ __forceinline__ float largest_of(float v) {
+  return route_value(most_of<P>(route_key(v)));
+}
+template <int P>
+__device__ __forceinline__ double largest_of(double v) {
+#pragma unroll
+  for (int step = P / 2; step > 0; step /= 2) {
+    const double other = __shfl_xor_sync(kAll, v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
+// Calls, not copies: these are rare.
+__device__ __noinline__ double far_exp(double x) { return exp_exact_order(x); }
+__device__ __noinline__ double sqrt_softplus_call(double x) { return sqrt_softplus_exact_order(x); }
+__device__ __noinline__ double score_slope_call(Score score, double logit, double value) {
+  return score_slope(score, logit, value);
+}
+
+/// exp_exact_order(x) for kNear <= x <= 0, where the result is far from the smallest numbers: 2^k goes into the exponent at
+/// once. The same bits.
+constexpr double kNear = -600.0;
+__device__ __forceinline__ double exp_near(double x) {
+  double shifted = 0;
+  const double p = exp_double::significand(x, &shifted);
+  return __hiloint2double(__double2hiint(p) + (__double2loint(shifted) << 20), __double2loint(p));
+}
+
+/// Softmax of the values that have part in it (bit i of `in`); 0 for the others.
+template <int P, int V, class T>
+__device__ __forceinline__ void softmax_in_registers(const T (&logit)[V], unsigned in, double (&score)[V]) {
+  T largest = static_cast<T>(-__longlong_as_double(0x7ff0000000000000ll));
+#pragma unroll
+  for (int i = 0; i < V; ++i) largest = in >> i & 1u && logit[i] > largest ? logit[i] : largest;
+  largest = largest_of<P>(largest);
+  bool near = true;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    score[i] = in >> i & 1u ? static_cast<double>(logit[i]) - static_cast<double>(largest) : 0.0;
+    near = near & (score[i] >= kNear);
+  }
+  near = __all_sync(kAll, near);  // of all tokens of the warp: one way for all
+  if (near) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) score[i] = exp_near(score[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) score[i] = far_exp(score[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) score[i] = in >> i & 1u ? score[i] : 0.0;
+  const double sum = add_registers<P>(score);
+  // As in softmax_registers() of route_warp.cuh: the quotient, rounded once, from the rounded reciprocal.
+  if (near && (__double2hiint(sum) & 0xfffff) != 0xfffff) {
+    const double y = 1.0 / sum;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const double q = score[i] * y;
+      score[i] = __fma_rn(__fma_rn(-q, sum, score[i]), y, q);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) score[i] = score[i] / sum;
+  }
+}
+
+__device__ __forceinline__ void put(double v, double* to) { *to = v; }
+__device__ __forceinline__ void put(double v, __nv_bfloat16* to) { *to = __double2bfloat16(v); }
+
+/// route_backward_token() in registers, P lanes a token. Rows of d_logits are `stride` apart, with zeros beyond the experts.
+template <int P, int V, class T, class Out>
+__global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArgs<T> a, Out* d_logits, std::int64_t stride) {
+  constexpr int kTokens = kLanes / P, kKept = (P * V < kLanes ? P * V : kLanes) / P;  // choice j: lane j mod P, register j / P
+  __shared__ double exchange[kThreads / kLanes][kTokens][P * V + 1];
   const RouteArgs<T>& f = a.forward;
-  const int lane = threadIdx.x % kLanes, experts = static_cast<int>(f.experts), k = static_cast<int>(f.top_k);
+  const int lane = threadIdx.x % P, experts = static_cast<int>(f.experts), k = static_cast<int>(f.top_k);
+  double* const shared = exchange[threadIdx.x / kLanes][threadIdx.x % kLanes / P];
   const std::int64_t warp = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * blockDim.x / kLanes;
   const bool softmax = f.score == Score::kSoftmax;
-  for (std::int64_t t = warp; t < f.tokens; t += warps) {
-    const int chosen = a.chosen != nullptr && lane < k ? a.chosen[t * k + lane] : -1;
-    unsigned in = ~0u;  // bit i: expert lane + 32 i has part in the softmax
-    if (f.softmax_after_top_k) {
-      in = 0;
-      for (int j = 0; j < k; ++j) {
-        const int c = __shfl_sync(kAll, chosen, j);
-        if (c >= 0 && c % kLanes == lane) in |= 1u << (c / kLanes);
-      }
-    }
-    double logit[V], score[V], d[V];
-    double largest = -__longlong_as_double(0x7ff0000000000000ll);
+  // Values of this lane's experts to the lanes that have them chosen, and back.
+  const auto publish = [&](auto value) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < V; ++i) shared[lane + P * i] = value(i);
+    __syncwarp();
+  };
+  for (std::int64_t first = warp * kTokens; first < f.tokens; first += warps * kTokens) {
+    const bool live = first + threadIdx.x % kLanes / P < f.tokens;
+    const std::int64_t t = live ? first + threadIdx.x % kLanes / P : first;
+    int chosen[kKept];
+#pragma unroll
+    for (int c = 0; c < kKept; ++c)
+      chosen[c] = a.chosen != nullptr && lane + P * c < k ? a.chosen[t * k + lane + P * c] : -1;
+    T logit[V];
+    unsigned in = 0;  // bit i: expert lane + P i has part in the softmax
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int e = lane + kLanes * i;
-      logit[i] = e < experts ? static_cast<double>(f.logits[t * experts + e]) : 0.0;
-      if (e >= experts) in &= ~(1u << i);
-      if (in >> i & 1u && logit[i] > largest) largest = logit[i];
-      d[i] = 0;
+      const int e = lane + P * i;
+      logit[i] = e < experts ? f.logits[t * experts + e] : T(0);
+      in |= e < experts ? 1u << i : 0u;
     }
+    if (f.softmax_after_top_k) {
+      publish([](int) { return 0.0; });
+#pragma unroll
+      for (int c = 0; c < kKept; ++c) {
+        if (chosen[c] >= 0) shared[chosen[c]] = 1.0;
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < V; ++i) in &= shared[lane + P * i] != 0.0 ? ~0u : ~(1u << i);
+    }
+    double score[V];
     if (softmax) {
-      for (int step = kLanes / 2; step > 0; step /= 2) {
-        const double other = __shfl_xor_sync(kAll, largest, step);
-        largest = other > largest ? other : largest;
-      }
-      double sum = 0;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        score[i] = in >> i & 1u ? exp_exact_order(logit[i] - largest) : 0.0;
-        sum += score[i];
-      }
-      sum = warp_add_lanes(sum);
-#pragma unroll
-      for (int i = 0; i < V; ++i) score[i] = score[i] / sum;
+      softmax_in_registers<P>(logit, in, score);
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i)
-        score[i] = f.score == Score::kSigmoid ? sigmoid_exact_order(logit[i]) : sqrt_softplus_exact_order(logit[i]);
+      for (int i = 0; i < V; ++i) {
+        const double l = static_cast<double>(logit[i]);
+        score[i] = f.score == Score::kSigmoid ? sigmoid_exact_order(l) : sqrt_softplus_call(l);
+      }
     }
-    if (a.weights != nullptr) {
-      const double upstream = lane < k ? a.weights[t * k + lane] : 0.0;
-      double total = 0, product = 0;
-      if (f.renormalise) {
-        for (int j = 0; j < k; ++j) {
-          const int c = __shfl_sync(kAll, chosen, j);
-          if (c < 0) continue;
-          double own = 0;
+    double d[V];
 #pragma unroll
-          for (int i = 0; i < V; ++i) own = lane + kLanes * i == c ? score[i] : own;
-          own = __shfl_sync(kAll, own, c % kLanes);
-          total += own;
-          product += __shfl_sync(kAll, upstream, j) * own;
+    for (int i = 0; i < V; ++i) d[i] = 0.0;
+    if (a.weights != nullptr) {
+      double of_weight[kKept];
+#pragma unroll
+      for (int c = 0; c < kKept; ++c) of_weight[c] = chosen[c] >= 0 ? a.weights[t * k + lane + P * c] : 0.0;
+      if (f.renormalise) {
+        publish([&](int i) { return score[i]; });
+        double total = 0, product = 0;
+#pragma unroll
+        for (int c = 0; c < kKept; ++c) {
+          const double own = chosen[c] >= 0 ? shared[chosen[c]] : 0.0, with = chosen[c] >= 0 ? of_weight[c] * own : 0.0;
+#pragma unroll 1
+          for (int l = 0; l < P && c * P + l < k; ++l) total += from_lane<P>(own, l), product += from_lane<P>(with, l);
+        }
+        const double by = total + static_cast<double>(f.renormalise_eps), along = product / by / by;
+#pragma unroll
+        for (int c = 0; c < kKept; ++c) of_weight[c] = of_weight[c] / by - along;
+      }
+      publish([](int) { return 0.0; });
+#pragma unroll
+      for (int c = 0; c < kKept; ++c) {
+        of_weight[c] = static_cast<double>(f.scaling) * of_weight[c];
+#pragma unroll 1
+        for (int l = 0; l < P && c * P + l < k; ++l) {  // one after the other: nothing says that they differ
+          if (lane == l && chosen[c] >= 0) shared[chosen[c]] += of_weight[c];
+          __syncwarp();
         }
       }
-      const double by = total + static_cast<double>(f.renormalise_eps), scaling = static_cast<double>(f.scaling);
-      const double mine = f.renormalise ? scaling * (upstream / by - product / by / by) : scaling * upstream;
-      for (int j = 0; j < k; ++j) {
-        const int c = __shfl_sync(kAll, chosen, j);
-        const double v = __shfl_sync(kAll, mine, j);
 #pragma unroll
-        for (int i = 0; i < V; ++i) d[i] += c >= 0 && lane + kLanes * i == c ? v : 0.0;
-      }
+      for (int i = 0; i < V; ++i) d[i] = shared[lane + P * i];
     }
-    double along = 0;
+    double with[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int e = lane + kLanes * i;
-      if (e >= experts) continue;
-      if (a.scores != nullptr) d[i] += a.scores[t * experts + e];
-      along += d[i] * score[i];
+      const int e = lane + P * i;
+      if (a.scores != nullptr && e < experts) d[i] += a.scores[t * experts + e];
+      with[i] = e < experts ? d[i] * score[i] : 0.0;
     }
-    along = warp_add_lanes(along);
+    const double along = add_registers<P>(with);
+    if (softmax) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) d[i] = score[i] * (d[i] - along);
+    } else if (f.score == Score::kSigmoid) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) d[i] = d[i] * (score[i] * (1.0 - score[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) d[i] = d[i] * score_slope_call(f.score, static_cast<double>(logit[i]), score[i]);
+    }
+    if (a.logits != nullptr) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) d[i] += lane + P * i < experts ? a.logits[t * experts + lane + P * i] : 0.0;
+    }
+    Out* const to = d_logits + t * stride + lane;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const int e = lane + kLanes * i;
-      if (e >= experts) continue;
-      double out = softmax ? score[i] * (d[i] - along) : d[i] * score_slope(f.score, logit[i], score[i]);
-      if (a.logits != nullptr) out += a.logits[t * experts + e];
-      d_logits[t * experts + e] = out;
+      if (live && lane + P * i < static_cast<int>(stride)) put(lane + P * i < experts ? d[i] : 0.0, to + P * i);
     }
   }
 }
 
-template <int V, class T>
-void launch_registers(const RouteBackwardArgs<T>& a, double* d_logits, CUstream_st* stream) {
-  const std::int64_t blocks = parts(a.forward.tokens, kThreads / kLanes);
-  queue(tokens_in_registers<V, T>, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream, a, d_logits);
+template <int P, int V, class T, class Out>
+void launch_registers(const RouteBackwardArgs<T>& a, Out* d_logits, std::int64_t stride, CUstream_st* stream) {
+  const std::int64_t blocks = parts(a.forward.tokens, kThreads / P);
+  queue(tokens_in_registers<P, V, T, Out>, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream,
+        a, d_logits, stride);
+}
+
+/// Whether it took the work.
+template <class T, class Out>
+bool try_registers(const RouteBackwardArgs<T>& a, Out* d_logits, std::int64_t stride, CUstream_st* stream) {
+  const std::int64_t e = a.forward.experts;
+  if (e > 12 * kLanes || a.forward.top_k > kLanes || is_narrow(a.forward.tensor_dtype)) return false;
+  const auto call = e <= 8     ? launch_registers<lanes_for(8), 8, T, Out>
+                    : e <= 16  ? launch_registers<lanes_for(16), 8, T, Out>
+                    : e <= 32  ? launch_registers<lanes_for(32), 8, T, Out>
+                    : e <= 64  ? launch_registers<lanes_for(64), 8, T, Out>
+                    : e <= 128 ? launch_registers<lanes_for(128), 8, T, Out>
+                    : e <= 160 ? launch_registers<32, 5, T, Out>
+                    : e <= 256 ? launch_registers<32, 8, T, Out>
+                               : launch_registers<32, 12, T, Out>;
+  call(a, d_logits, stride, stream);
+  return true;
 }
 
 /// Block (run of hidden, expert): an element of d_w a thread.
@@ -140,16 +256,8 @@ template <class T>
 Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, CUstream_st* stream) {
   if (const Status status = check_route_backward(a, d_logits); status != Status::kOk) return status;
   if (a.forward.tokens == 0) return Status::kOk;
-  if (const std::int64_t v = parts(a.forward.experts, kLanes); 
-      v <= 12 && a.forward.top_k <= kLanes && !is_narrow(a.forward.tensor_dtype)) {
-    const auto call = v == 1   ? launch_registers<1, T>
-                      : v == 2 ? launch_registers<2, T>
-                      : v <= 4 ? launch_registers<4, T>
-                      : v <= 8 ? launch_registers<8, T>
-                               : launch_registers<12, T>;
-    call(a, d_logits, stream);
+  if (try_registers(a, d_logits, a.forward.experts, stream))
     return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
-  }
   if (workspace == nullptr) return Status::kNullPointer;
   const std::int64_t blocks = parts(a.forward.tokens, kThreads);
   if (blocks > 2147483647) return Status::kBadShape;
@@ -182,6 +290,14 @@ Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits, vo
 }
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits, void* workspace, CUstream_st* stream) {
   return launch(args, d_logits, workspace, stream);
+}
+Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_logits, CUstream_st* stream) {
+  // Only whether it is there: it holds another type.
+  if (const Status status = check_route_backward(args, reinterpret_cast<double*>(d_logits)); status != Status::kOk) return status;
+  if (args.forward.tokens == 0) return Status::kOk;
+  if (!try_registers(args, reinterpret_cast<__nv_bfloat16*>(d_logits), padded_experts(args.forward.experts), stream))
+    return Status::kBadShape;
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream) {
   return launch(args, d_w, d_x, stream);

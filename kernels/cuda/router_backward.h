@@ -19,6 +19,10 @@ std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 /// bits are the host's. Ids beyond the experts are the caller's fault here. kLaunchFailed if the runtime refuses.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits, void* workspace, CUstream_st* stream);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits, void* workspace, CUstream_st* stream);
+/// route_backward() with each of its results rounded once to bfloat16, as TensorCoreGateBackwardArgs takes them: rows
+/// padded_experts() long, zeros at their end. kBadShape beyond 384 experts, 32 choices or the exact formulas.
+Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_logits, CUstream_st* stream);
+constexpr std::int64_t padded_experts(std::int64_t experts) { return (experts + 7) / 8 * 8; }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream);
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x, CUstream_st* stream);
 
@@ -31,6 +35,8 @@ struct TensorCoreGateBackwardArgs {
   const std::uint16_t* w = nullptr;  // bfloat16 [experts, hidden]; for d_x
   std::int64_t tokens = 0, hidden = 0, experts = 0;
   TensorCores cores = TensorCores::kWarp;
+  /// Instead of d_logits, rounded already: bfloat16 [tokens, padded_experts(experts)], zeros at the ends of rows.
+  const std::uint16_t* rounded_d_logits = nullptr;
 };
 std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, std::int64_t experts);
 Status gate_backward(const TensorCoreGateBackwardArgs& args, float* d_w, std::uint16_t* d_x, void* workspace,

@@ -406,7 +406,6 @@ std::int64_t stretch_of(std::int64_t tokens) {
   const std::int64_t even = parts(parts(tokens, kMostStretches), 64) * 64;
   return even > kLeastStretch ? even : kLeastStretch;
 }
-std::int64_t padded(std::int64_t experts) { return parts(experts, 8) * 8; }
 std::size_t aligned(std::int64_t bytes) { return static_cast<std::size_t>(parts(bytes, 256) * 256); }
 
 }  // namespace
@@ -447,7 +446,7 @@ Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, co
 
 std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
   if (tokens < 1) return 0;
-  return aligned(2 * tokens * padded(experts)) + aligned(4 * parts(tokens, stretch_of(tokens)) * experts * hidden);
+  return aligned(2 * tokens * padded_experts(experts)) + aligned(4 * parts(tokens, stretch_of(tokens)) * experts * hidden);
 }
 
 Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint16_t* d_x, void* workspace,
@@ -456,14 +455,18 @@ Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint1
       a.tokens > std::int64_t{2147483647} * 128)
     return Status::kBadShape;
   if (a.tokens == 0) return Status::kOk;
-  if (a.d_logits == nullptr || workspace == nullptr || (d_w != nullptr && a.x == nullptr) ||
+  const bool rounded = a.rounded_d_logits != nullptr;
+  if ((a.d_logits == nullptr && !rounded) || workspace == nullptr || (d_w != nullptr && a.x == nullptr) ||
       (d_x != nullptr && a.w == nullptr))
     return Status::kNullPointer;
   if (!present(a.cores)) return Status::kBadOption;
-  const std::int64_t stride = padded(a.experts);
+  const std::int64_t stride = padded_experts(a.experts);
   auto* narrowed = static_cast<std::uint16_t*>(workspace);
-  queue(narrow, static_cast<unsigned>(parts(a.tokens * stride, 256)), 256, 0, stream, a.d_logits, a.tokens, a.experts, stride, reinterpret_cast<__nv_bfloat16*>(narrowed));
-  const Matrix g = matrix(narrowed, a.tokens, a.experts, stride);
+  if (!rounded) {
+    queue(narrow, static_cast<unsigned>(parts(a.tokens * stride, 256)), 256, 0, stream, a.d_logits, a.tokens, a.experts,
+          stride, reinterpret_cast<__nv_bfloat16*>(narrowed));
+  }
+  const Matrix g = matrix(rounded ? a.rounded_d_logits : narrowed, a.tokens, a.experts, stride);
   if (d_x != nullptr) {
     const Matrix w = matrix(a.w, a.experts, a.hidden, a.hidden);
     auto* out = reinterpret_cast<__nv_bfloat16*>(d_x);

@@ -11,15 +11,15 @@
 
 namespace moeaudit::kernels {
 
-/// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double).
-/// x = k ln 2 + r with |r| <= ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the
-/// Taylor sum to r^13 leaves r^14/14! < 5e-18. 2^k goes in as two factors so that results below 2^-1022 round once.
-MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
-  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
-  const double clamped = x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x);
-  const double shifted = clamped * 1.4426950408889634 + kMagic;
-  const double k = shifted - kMagic;
-  const double r = (clamped - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+namespace exp_double {
+inline constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
+
+/// e^x = p 2^k for x in [-746, 710]: returns p, within (0.7, 1.5); *shifted is k + kMagic. x = k ln 2 + r with |r| <= ln(2)/2
+/// and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor sum to r^13 leaves r^14/14! < 5e-18.
+MOE_AUDIT_HOST_DEVICE inline double significand(double x, double* shifted) {
+  *shifted = x * 1.4426950408889634 + kMagic;
+  const double k = *shifted - kMagic;
+  const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
   double p = 1.0 / 6227020800.0;
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -32,10 +32,19 @@ MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
   p = p * r + 1.0 / 24.0;
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
-  p = 1.0 + (r + (r * r) * p);
+  return 1.0 + (r + (r * r) * p);
+}
+}  // namespace exp_double
+
+/// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double). 2^k goes in as
+/// two factors so that results below 2^-1022 round once.
+MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
+  double shifted = 0;
+  const double p = exp_double::significand(x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x), &shifted);
+  const double k = shifted - exp_double::kMagic;
   const double first = k < -1000.0 ? -1000.0 : (k > 1000.0 ? 1000.0 : k);
   const auto two_to = [](double n) {
-    return std::bit_cast<double>((std::bit_cast<std::uint64_t>(n + (kMagic + 1023.0)) & 0xfff) << 52);
+    return std::bit_cast<double>((std::bit_cast<std::uint64_t>(n + (exp_double::kMagic + 1023.0)) & 0xfff) << 52);
   };
   return x != x ? x : p * two_to(first) * two_to(k - first);
 }

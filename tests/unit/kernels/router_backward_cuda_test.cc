@@ -10,7 +10,9 @@ TEST(RouterBackwardCuda, SameBitsAsTheHost) { GTEST_SKIP() << "built without CUD
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cuda/router_backward.h"
@@ -30,33 +32,51 @@ std::vector<T> gaussians(std::int64_t n, std::uint64_t stream) {
   return {g.begin(), g.end()};
 }
 
+struct Case {
+  std::int64_t tokens, hidden, experts, top_k;
+  Score score = Score::kSoftmax;
+  bool after = false, renormalise = true;
+  Float dtype = Float::kF64;
+  double spread = 1;      // of the logits
+  bool upstream = false;  // gradients of scores and logits from elsewhere, too
+};
+
 template <class T>
-void check(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::int64_t top_k, Score score, bool after,
-           bool renormalise, const std::string& what, Float dtype = Float::kF64) {
-  const std::vector<T> logits = gaussians<T>(tokens * experts, 1), x = gaussians<T>(tokens * hidden, 2),
-                       w = gaussians<T>(experts * hidden, 3);
-  const std::vector<double> upstream = gaussians<double>(tokens * top_k, 4);
+void check(const Case& c, const std::string& what) {
+  const auto [tokens, hidden, experts, top_k] = std::array{c.tokens, c.hidden, c.experts, c.top_k};
+  std::vector<T> logits = gaussians<T>(tokens * experts, 1);
+  for (T& l : logits) l *= static_cast<T>(c.spread);
+  const std::vector<T> x = gaussians<T>(tokens * hidden, 2), w = gaussians<T>(experts * hidden, 3);
+  const std::vector<double> upstream = gaussians<double>(tokens * top_k, 4), of_scores = gaussians<double>(tokens * experts, 5),
+                            of_logits = gaussians<double>(tokens * experts, 6);
   std::vector<std::int32_t> chosen(static_cast<std::size_t>(tokens * top_k));
   std::vector<T> weights(chosen.size());
   RouteBackwardArgs<T> a;
   RouteArgs<T>& f = a.forward;
   f.logits = logits.data();
-  f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score = score, f.softmax_after_top_k = after,
-  f.renormalise = renormalise;
-  f.renormalise_eps = T(1e-9), f.tensor_dtype = dtype;
+  f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score = c.score, f.softmax_after_top_k = c.after,
+  f.renormalise = c.renormalise;
+  f.renormalise_eps = T(1e-9), f.scaling = T(2.5), f.tensor_dtype = c.dtype;
   ASSERT_EQ(route(f, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk) << what;
+  for (std::size_t i = 5; i < chosen.size(); i += 11) chosen[i] = -1;  // dropped
+  if (chosen.size() > 40 && top_k > 1) chosen[3 * top_k + 1] = chosen[3 * top_k];  // twice the same
   std::vector<double> d_logits(logits.size(), -7), d_w(w.size(), -7), d_x(x.size(), -7);
   const test::OnDevice<T> g_logits(logits), g_x(x), g_w(w);
-  const test::OnDevice<double> g_upstream(upstream), g_d_logits(d_logits), g_d_w(d_w), g_d_x(d_x);
+  const test::OnDevice<double> g_upstream(upstream), g_of_scores(of_scores), g_of_logits(of_logits), g_d_logits(d_logits),
+      g_d_w(d_w), g_d_x(d_x);
   const test::OnDevice<std::int32_t> g_chosen(chosen);
   const test::OnDevice<char> workspace(std::vector<char>(cuda::route_backward_workspace(tokens, experts)));
   a.chosen = chosen.data(), a.weights = upstream.data();
+  if (c.upstream && !c.after) a.scores = of_scores.data();
+  if (c.upstream) a.logits = of_logits.data();
   ASSERT_EQ(route_backward(a, d_logits.data()), Status::kOk) << what;
   ASSERT_EQ(gate_backward(GateBackwardArgs<T>{d_logits.data(), x.data(), w.data(), tokens, hidden, experts}, d_w.data(),
                           d_x.data()),
             Status::kOk)
       << what;
   f.logits = g_logits.data(), a.chosen = g_chosen.data(), a.weights = g_upstream.data();
+  if (a.scores != nullptr) a.scores = g_of_scores.data();
+  if (a.logits != nullptr) a.logits = g_of_logits.data();
   ASSERT_EQ(cuda::route_backward(a, g_d_logits.data(), workspace.data(), nullptr), Status::kOk) << what;
   ASSERT_EQ(cuda::gate_backward(GateBackwardArgs<T>{g_d_logits.data(), g_x.data(), g_w.data(), tokens, hidden, experts},
                                 g_d_w.data(), g_d_x.data(), nullptr),
@@ -66,18 +86,50 @@ void check(std::int64_t tokens, std::int64_t hidden, std::int64_t experts, std::
   test::expect_same(d_logits, g_d_logits.fetch(), what + " logits");
   test::expect_same(d_w, g_d_w.fetch(), what + " gate");
   test::expect_same(d_x, g_d_x.fetch(), what + " inputs");
+  if constexpr (std::is_same_v<T, float>) {  // the same, rounded once, for the tensor cores
+    const std::int64_t stride = cuda::padded_experts(experts);
+    const test::OnDevice<std::uint16_t> g_rounded(std::vector<std::uint16_t>(static_cast<std::size_t>(tokens * stride), 0x7fc0));
+    const Status status = cuda::route_backward(a, g_rounded.data(), nullptr);
+    if (experts > 384 || top_k > 32 || is_narrow(c.dtype)) {
+      EXPECT_EQ(status, Status::kBadShape) << what;
+      return;
+    }
+    ASSERT_EQ(status, Status::kOk) << what;
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
+    std::vector<float> rounded(static_cast<std::size_t>(tokens * stride)), got;
+    for (std::int64_t at = 0; at < tokens * experts; ++at)
+      rounded[at / experts * stride + at % experts] = static_cast<float>(round_to(d_logits[at], Float::kBF16));
+    for (const std::uint16_t v : g_rounded.fetch()) got.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(v) << 16));
+    test::expect_same(rounded, got, what + " logits in bfloat16");
+  }
 }
 
 TEST_F(RouterBackwardCuda, SameBitsAsTheHost) {
-  check<float>(300, 200, 64, 8, Score::kSoftmax, false, true, "softmax");
-  check<double>(100, 64, 160, 6, Score::kSigmoid, false, true, "sigmoid");
-  check<double>(77, 65, 32, 4, Score::kSoftmax, true, false, "after top-k");
-  check<float>(1, 1, 1, 1, Score::kSqrtSoftplus, false, false, "one");
-  check<float>(33, 8, 384, 32, Score::kSoftmax, false, true, "widest in registers");
-  check<double>(33, 8, 385, 8, Score::kSoftmax, false, true, "one more");
-  check<float>(33, 8, 64, 33, Score::kSigmoid, false, true, "33 choices");
-  check<float>(33, 8, 64, 8, Score::kSoftmax, false, true, "bfloat16 tensors", Float::kBF16);
-  check<float>(33, 8, 60, 4, Score::kSigmoid, false, true, "float16 tensors", Float::kF16);
+  check<float>({300, 200, 64, 8}, "softmax");
+  check<double>({100, 64, 160, 6, Score::kSigmoid}, "sigmoid");
+  check<double>({77, 65, 32, 4, Score::kSoftmax, true, false}, "after top-k");
+  check<float>({1, 1, 1, 1, Score::kSqrtSoftplus, false, false}, "one");
+  check<float>({33, 8, 384, 32}, "widest in registers");
+  check<double>({33, 8, 385, 8}, "one more");
+  check<float>({33, 8, 64, 33, Score::kSigmoid}, "33 choices");
+  check<float>({33, 8, 64, 8, Score::kSoftmax, false, true, Float::kBF16}, "bfloat16 tensors");
+  check<float>({33, 8, 60, 4, Score::kSigmoid, false, true, Float::kF16}, "float16 tensors");
+}
+
+/// Every number of lanes that share a token, full and not, with what is added from elsewhere, logits so far apart that
+/// exponentials leave the normal numbers, and logits that are none.
+TEST_F(RouterBackwardCuda, SharedWarps) {
+  for (const std::int64_t experts : {3, 8, 16, 29, 32, 60, 128, 144, 256, 300}) {
+    const std::string what = std::to_string(experts) + " experts";
+    const std::int64_t k = experts < 8 ? 2 : 8;
+    check<float>({37, 4, experts, k, Score::kSoftmax, false, true, Float::kF64, 1, true}, what);
+    check<float>({37, 4, experts, k, Score::kSoftmax, true, false, Float::kF64, 400, true}, what + ", far, after top-k");
+    check<double>({37, 4, experts, k, Score::kSoftmax, false, true, Float::kF64, 400}, what + ", far");
+    check<double>({11, 4, experts, k, Score::kSigmoid, false, true, Float::kF64, 30, true}, what + ", sigmoid");
+    check<float>({5, 4, experts, k, Score::kSqrtSoftplus, false, true, Float::kF64, 30}, what + ", sqrtsoftplus");
+    check<float>({5, 4, experts, k, Score::kSoftmax, false, true, Float::kF64, std::numeric_limits<double>::infinity()},
+                 what + ", infinite");
+  }
 }
 
 /// bfloat16 values, as bits and as doubles.
@@ -130,13 +182,28 @@ TEST_F(RouterBackwardCuda, TensorCoreGate) {
           Status::kOk);
       const double u = narrows ? unit_roundoff(Float::kBF16) : 0.0;  // of the gradient of the logits
       const std::vector<float> got_w = out_w.fetch();
+      const std::vector<std::uint16_t> got_x = out_x.fetch();
+      // The same from gradients that are rounded already.
+      const std::int64_t stride = cuda::padded_experts(experts);
+      std::vector<std::uint16_t> rounded(static_cast<std::size_t>(tokens * stride));
+      for (std::int64_t at = 0; at < tokens * experts; ++at)
+        rounded[at / experts * stride + at % experts] = static_cast<std::uint16_t>(
+            std::bit_cast<std::uint32_t>(static_cast<float>(round_to(g[at], Float::kBF16))) >> 16);
+      const test::OnDevice<std::uint16_t> d_rounded(rounded);
+      ASSERT_EQ(cuda::gate_backward(cuda::TensorCoreGateBackwardArgs{nullptr, d_x.data(), d_w.data(), tokens, hidden, experts,
+                                                                     cores, d_rounded.data()},
+                                    out_w.data(), out_x.data(), workspace.data(), nullptr),
+                Status::kOk)
+          << what;
+      ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
+      test::expect_same(got_w, out_w.fetch(), what + " gate");
+      test::expect_same(got_x, out_x.fetch(), what + " inputs");
       for (std::size_t i = 0; i < got_w.size(); ++i) {
         const double sum = d_w_size[i] * (1 + u);
         ASSERT_NEAR(got_w[i], d_w_host[i],
                     u * d_w_size[i] + bounds::tensor_core_dot(tokens, sum) + bounds::gamma(32, 0x1p-24) * sum)
             << what << " gate at " << i;
       }
-      const std::vector<std::uint16_t> got_x = out_x.fetch();
       for (std::size_t i = 0; i < got_x.size(); ++i) {
         const double got = std::bit_cast<float>(static_cast<std::uint32_t>(got_x[i]) << 16);
         const double before = u * d_x_size[i] + bounds::tensor_core_dot(experts, d_x_size[i] * (1 + u));
