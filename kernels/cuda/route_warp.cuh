@@ -3,6 +3,8 @@
 // share. The order of every sum is kernels/host/router.h's, whatever P.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/warp.cuh"
 #include "kernels/host/router.h"
 
@@ -171,19 +173,28 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
       key[i] = here(i) ? route_key(choice[i]) : kStruckOut;
     }
   }
-  int best = kStruckOut;
-  int at = kLargestKey;  // this lane's best, and which expert that is; the lowest among equals
-  const auto find = [&] {
-    best = key[0];
-    at = lane;
+  // This lane's best ones in order, by exchanges of neighbours that leave equals as they are: the lower index first.
+  int order[V];
 #pragma unroll
-    for (int i = 1; i < V; ++i) {
-      at = key[i] > best ? lane + P * i : at;
-      best = max(best, key[i]);
+  for (int i = 0; i < V; ++i) order[i] = i;
+#pragma unroll
+  for (int j = 0; j + 1 < V; ++j) {
+#pragma unroll
+    for (int i = V - 1; i > j; --i) {
+      const bool better = key[i] > key[i - 1];
+      const int more = max(key[i], key[i - 1]), first = better ? order[i] : order[i - 1];
+      key[i] = min(key[i], key[i - 1]), order[i] = better ? order[i - 1] : order[i];
+      key[i - 1] = more, order[i - 1] = first;
     }
+  }
+  using Order = std::conditional_t<V <= 8, unsigned, unsigned long long>;
+  Order left = 0;  // four bits each
+#pragma unroll
+  for (int i = 0; i < V; ++i) left |= static_cast<Order>(order[i]) << 4 * i;
+  const auto winner_of = [&](int most) {
+    const int mine = lane + P * static_cast<int>(left & 15);
+    return least_of<P>(key[0] == most ? mine : kLargestKey);
   };
-  const auto winner_of = [&](int most) { return least_of<P>(best == most ? at : kLargestKey); };
-  find();
   // The choice of rank j is kept by lane j mod P in register j / P.
   constexpr int kKept = (P * V < kLanes ? P * V : kLanes) / P;
   int chosen[kKept] = {};
@@ -192,25 +203,26 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
   for (int c = 0; c < kKept; ++c) {
 #pragma unroll 1
     for (int l = 0; l < P && c * P + l < k; ++l) {
-      const int most = most_of<P>(best);
+      const int most = most_of<P>(key[0]);
       const int winner = winner_of(most);
-      float own = 0;
-      if (at == winner) {
+      float w = __int_as_float(most);
+      if (!plain) {  // a choice need not be the score
+        float own = 0;
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const bool it = winner == lane + P * i;
-          own = it ? v[i] : own;
-          key[i] = it ? kStruckOut : key[i];
-        }
-        find();
+        for (int i = 0; i < V; ++i) own = winner == lane + P * i ? v[i] : own;
+        w = from_lane<P>(own, winner % P);
       }
-      const float w = plain ? __int_as_float(most) : from_lane<P>(own, winner % P);  // a choice need not be the score
+      const bool mine = winner == lane + P * static_cast<int>(left & 15);
+#pragma unroll
+      for (int i = 0; i + 1 < V; ++i) key[i] = mine ? key[i + 1] : key[i];
+      key[V - 1] = mine ? kStruckOut : key[V - 1];
+      left = mine ? left >> 4 : left;
       sum += w;
       if (lane == l) chosen[c] = winner, weight[c] = w;
     }
   }
   if (r.runner_up != nullptr) {
-    const int next = winner_of(most_of<P>(best));
+    const int next = winner_of(most_of<P>(key[0]));
     if (live && lane == 0) r.runner_up[t] = k < experts ? next : -1;
   }
 #pragma unroll
