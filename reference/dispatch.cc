@@ -13,9 +13,9 @@ at::Tensor capacity(CapacityForm form, const at::Tensor& cases, const at::Tensor
   at::Tensor places;
   switch (form) {
     case CapacityForm::kMegatron: places = at::ceil(t * k / e * factors); break;
-    case CapacityForm::kDeepSpeed: places = at::maximum(at::ceil(t / e * (factors * k)), column(3)); break;
+    case CapacityForm::kDeepSpeed: places = at::maximum(at::ceil((t / e).to(at::kFloat) * (factors * k).to(at::kFloat)), column(3)); break;
     case CapacityForm::kMegaBlocks: places = at::floor(factors * (k * t * ep / e)); break;
-    case CapacityForm::kOlmoCore: places = ep * at::ceil(at::floor(factors * k * t / e) / 8) * 8; break;
+    case CapacityForm::kOlmoCore: places = ep * at::ceil(at::floor(factors * (k * t / e)) / 8) * 8; break;
     case CapacityForm::kTutel: places = k * at::floor(factors * at::ceil(t / e)); break;
     case CapacityForm::kFastMoE: places = at::div(at::ceil(factors * t) * k, world * at::div(e, world, "floor"), "floor"); break;
   }
@@ -45,6 +45,11 @@ at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::T
   const at::Tensor place = before.logical_and(same).sum(1);
   const at::Tensor kept = place.lt(capacity).logical_and(expert.ge(0));
   return at::where(kept, place, at::full_like(place, -1)).reshape({tokens, k});
+}
+
+at::Tensor kept_weights(const at::Tensor& weights, const at::Tensor& place, bool renormalise, double smallest) {
+  const at::Tensor kept = weights.to(at::kDouble) * place.ge(0).to(at::kDouble);
+  return renormalise ? kept / kept.sum(1, true).clamp_min(smallest) : kept;
 }
 
 }  // namespace moeaudit::reference

@@ -11,7 +11,8 @@ namespace moeaudit::reference {
 enum class CapacityForm { kMegatron, kDeepSpeed, kMegaBlocks, kOlmoCore, kTutel, kFastMoE };
 
 /// Choices that one expert takes in each case: cases int64 [N, 6] of tokens, experts, top_k, min_capacity,
-/// expert_parallel_size and world_size, factors float64 [N]. Float64 tensors round as Python's floats do. Returns int64 [N].
+/// expert_parallel_size and world_size, factors float64 [N]. Float64 tensors round as Python's floats do, float32 ones as
+/// DeepSpeed's. Returns int64 [N].
 at::Tensor capacity(CapacityForm form, const at::Tensor& cases, const at::Tensor& factors);
 
 enum class DropOrder { kTokens, kChoices, kWeights, kKeys, kBatchPrioritised };
@@ -20,5 +21,9 @@ enum class DropOrder { kTokens, kChoices, kWeights, kKeys, kBatchPrioritised };
 /// of each choice in its expert, -1 where it is dropped.
 at::Tensor drop(const at::Tensor& chosen, const at::Tensor& weights, const at::Tensor& keys, DropOrder order,
                 std::int64_t capacity);
+
+/// weights [T, k] of the choices that have a place, 0 of the others; renormalised: over their sum, or over `smallest` if
+/// that is more. Float64, differentiable.
+at::Tensor kept_weights(const at::Tensor& weights, const at::Tensor& place, bool renormalise, double smallest);
 
 }  // namespace moeaudit::reference

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <vector>
 
 namespace moeaudit::reference {
 namespace {
@@ -34,7 +35,25 @@ std::map<std::string, double> load_statistics(const at::Tensor& counts) {
               (2 * experts * experts * fair);  // mean absolute difference
   s["idle"] = n.eq(0).sum().item<double>();
   s["below_tenth"] = n.lt(0.1 * fair).sum().item<double>();
+  s["below_permille"] = q.lt(0.001).sum().item<double>();
+  s["below_half_percent"] = q.lt(0.005).sum().item<double>();
   return s;
+}
+
+std::map<std::string, std::pair<double, double>> load_intervals(const at::Tensor& counts, const at::Tensor& drawn) {
+  std::map<std::string, std::vector<double>> seen;
+  for (std::int64_t d = 0; d < drawn.size(0); ++d) {
+    for (const auto& [name, value] : load_statistics(counts.index_select(0, drawn[d]).sum(0))) seen[name].push_back(value);
+  }
+  std::map<std::string, std::pair<double, double>> intervals;
+  for (auto& [name, values] : seen) {
+    const at::Tensor sorted = std::get<0>(at::tensor(values, at::kDouble).sort());
+    const auto at_share = [&](double share) {
+      return sorted[static_cast<std::int64_t>(std::floor(share * static_cast<double>(values.size() - 1)))].item<double>();
+    };
+    intervals[name] = {at_share(0.025), at_share(0.975)};
+  }
+  return intervals;
 }
 
 std::map<std::string, double> routing_statistics(const at::Tensor& probabilities, const at::Tensor& chosen) {
@@ -45,6 +64,13 @@ std::map<std::string, double> routing_statistics(const at::Tensor& probabilities
           {"mean_entropy", of_mean / most},
           {"mutual_information", of_mean - of_tokens},
           {"confidence", p.gather(1, chosen).sum(1).mean().item<double>()}};
+}
+
+at::Tensor co_activation(const at::Tensor& chosen, std::int64_t experts) {
+  const at::Tensor in = chosen.ge(0).logical_and(chosen.lt(experts));
+  const at::Tensor member =
+      (at::one_hot(chosen.clamp(0, experts - 1), experts) * in.unsqueeze(-1)).sum(1).to(at::kDouble);  // [T, E]
+  return member.t().matmul(member).to(at::kLong);
 }
 
 }  // namespace moeaudit::reference

@@ -6,6 +6,8 @@
 #include <bitset>
 #include <limits>
 
+#include "reference/expert_load.h"
+
 namespace moeaudit::reference {
 namespace {
 
@@ -62,6 +64,38 @@ at::Tensor count_by_label(const at::Tensor& chosen, const at::Tensor& labels, st
   const at::Tensor in = chosen.ge(0).logical_and(chosen.lt(experts));
   const at::Tensor of = (at::one_hot(chosen.clamp(0, experts - 1), experts) * in.unsqueeze(-1)).sum(1);  // [T, E]
   return at::mm(by.t().to(at::kDouble), of.to(at::kDouble)).to(at::kLong);
+}
+
+at::Tensor count_settled(const at::Tensor& first) {
+  const std::int64_t checkpoints = first.size(0);
+  // From below: as long as the product of equalities is 1, the choice is the last one's.
+  const at::Tensor same = first.eq(first[checkpoints - 1]).to(at::kLong).flip(0).cumprod(0).sum(0);
+  return at::bincount(checkpoints - same, {}, checkpoints);
+}
+
+at::Tensor order_statistics(const at::Tensor& values, const at::Tensor& shares) {
+  const at::Tensor rank = at::floor(shares * static_cast<double>(values.numel() - 1)).to(at::kLong);
+  return std::get<0>(values.sort()).index_select(0, rank);
+}
+
+std::map<std::string, double> load_scopes(const at::Tensor& counts) {
+  std::map<std::string, double> s;
+  const auto mean = [&](const std::string& scope, const at::Tensor& windows) {
+    for (std::int64_t i = 0; i < windows.size(0); ++i) {
+      const auto one = load_statistics(windows[i]);
+      s[scope + "_max_violation"] += one.at("max_violation") / static_cast<double>(windows.size(0));
+      s[scope + "_cv"] += one.at("cv_population") / static_cast<double>(windows.size(0));
+    }
+  };
+  mean("micro", counts.flatten(0, 1));
+  mean("step", counts.sum(1));
+  mean("pooled", counts.sum(1).sum(0, true));
+  return s;
+}
+
+double coverage(const at::Tensor& counts, std::int64_t busiest) {
+  const at::Tensor sorted = std::get<0>(counts.to(at::kDouble).sort(0, true));
+  return (sorted.narrow(0, 0, busiest).sum() / sorted.sum()).item<double>();
 }
 
 double mutual_information(const at::Tensor& table) {

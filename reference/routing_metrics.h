@@ -22,6 +22,18 @@ std::map<std::string, double> agreement(const at::Tensor& now, const at::Tensor&
 at::Tensor count_by_label(const at::Tensor& chosen, const at::Tensor& labels, std::int64_t num_labels,
                           std::int64_t experts);
 
+/// int64 [S]: tokens of first [S, T] that hold their last row's choice from row s on, and no earlier.
+at::Tensor count_settled(const at::Tensor& first);
+
+/// Values at rank floor(share (n - 1)), ascending.
+at::Tensor order_statistics(const at::Tensor& values, const at::Tensor& shares);
+
+/// micro, step and pooled _max_violation and _cv of counts [S, M, E], none of them empty.
+std::map<std::string, double> load_scopes(const at::Tensor& counts);
+
+/// Share of the choices that the `busiest` most chosen experts got.
+double coverage(const at::Tensor& counts, std::int64_t busiest);
+
 /// H(labels) + H(experts) - H(both), nats, of a table of counts.
 double mutual_information(const at::Tensor& table);
 

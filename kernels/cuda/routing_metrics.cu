@@ -1,4 +1,4 @@
-// Margins, agreement and counts by label: a thread a token, integer additions.
+// Margins, agreement, settling and counts by label: a thread a token, integer additions.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"
@@ -51,6 +51,11 @@ __global__ void agree(AgreementArgs a, std::int64_t rows, std::int64_t* table, A
   if (s.shared < rows) add(table + s.shared * agreement_columns(a) + (s.now + s.then - s.shared), std::int64_t{1});
 }
 
+__global__ void settle(SettlingArgs a, std::int64_t* tokens_settled) {
+  const std::int64_t t = token();
+  if (counts(a.valid, t, a.tokens)) add(tokens_settled + settled_at(a, t), std::int64_t{1});
+}
+
 __global__ void by_label(CountArgs<std::int32_t> a, const std::int32_t* labels, std::int64_t num_labels,
                          std::int64_t* table, std::int64_t* outside) {
   const std::int64_t t = token();
@@ -94,6 +99,16 @@ Status count_agreement(const AgreementArgs& args, std::int64_t* table, Agreement
       !zero(counts, sizeof *counts, stream))
     return Status::kLaunchFailed;
   if (blocks > 0) queue(agree, static_cast<unsigned>(blocks), kThreads, 0, stream, args, rows, table, counts);
+  return launched();
+}
+
+Status count_settled(const SettlingArgs& args, std::int64_t* tokens_settled, CUstream_st* stream) {
+  if (const Status status = check_settling(args, tokens_settled); status != Status::kOk) return status;
+  const std::int64_t blocks = parts(args.tokens, kThreads);
+  if (blocks > 2147483647) return Status::kBadShape;
+  if (!zero(tokens_settled, static_cast<std::size_t>(args.checkpoints) * sizeof *tokens_settled, stream))
+    return Status::kLaunchFailed;
+  if (blocks > 0) queue(settle, static_cast<unsigned>(blocks), kThreads, 0, stream, args, tokens_settled);
   return launched();
 }
 

@@ -15,6 +15,7 @@ namespace moeaudit::kernels::cuda {
 Status routing_margins(const MarginArgs<float>& args, const MarginResult& result, CUstream_st* stream);
 Status routing_margins(const MarginArgs<double>& args, const MarginResult& result, CUstream_st* stream);
 Status count_agreement(const AgreementArgs& args, std::int64_t* table, AgreementCounts* counts, CUstream_st* stream);
+Status count_settled(const SettlingArgs& args, std::int64_t* tokens_settled, CUstream_st* stream);
 Status count_by_label(const CountArgs<std::int32_t>& args, const std::int32_t* labels, std::int64_t num_labels,
                       std::int64_t* table, std::int64_t* outside, CUstream_st* stream);
 

@@ -13,12 +13,13 @@ namespace moeaudit::kernels {
 // ---- how many
 // -----------------------------------------------------------------------------------------------------------
 
-/// The frameworks' forms; int() and // round down, up8() up to a multiple of 8. Arithmetic is Python's, in double.
+/// The frameworks' forms; int() and // round down, up8() up to a multiple of 8. Arithmetic is the framework's: Python's
+/// double, but for kDeepSpeed, whose T / E and cf k are float32, and so is their product.
 enum class CapacityForm {
   kMegatron,   // ceil(T k / E cf), T of the rank; megatron/core/transformer/moe/moe_utils.py get_capacity
   kDeepSpeed,  // max(ceil(T / E cf k), min_capacity); deepspeed/moe/sharded_moe.py _capacity (k goes in by its callers)
-  kMegaBlocks,  // int(cf k T ep / E); megablocks/layers/moe.py expert_capacity
-  kOlmoCore,    // ep up8(int(cf k T / E)); olmo_core nn/moe/mlp.py
+  kMegaBlocks,  // int(cf (k T ep / E)); megablocks/layers/moe.py expert_capacity
+  kOlmoCore,    // ep up8(int(cf (k T / E))); olmo_core/nn/moe/parallel_mlp.py expert_capacity
   kTutel,       // k int(cf ceil(T / E)); tutel/impls/fast_dispatch.py
   kFastMoE,     // ceil(cf T) k // (world local_experts); fmoe/gates/gshard_gate.py
 };
@@ -44,7 +45,7 @@ enum class DropOrder {
   kChoices,  // all first choices by token, then all second ones; GShard arXiv 2006.16668 algorithm 1, DeepSpeed top-2,
              // Tutel
   kWeights,  // the largest weights; Megatron-LM --moe-token-drop-policy probs
-  kKeys,     // the smallest of given keys; DeepSpeed's random token selection with its random numbers
+  kKeys,     // the smallest of given keys; DeepSpeed's random token selection (top-1) with its random numbers negated
   kBatchPrioritised,  // tokens by their largest weight, within that as kChoices; V-MoE, arXiv 2106.05974 section 4.1
 };
 
@@ -57,7 +58,8 @@ struct DropArgs {
   std::int64_t capacity = 0;
   DropOrder order = DropOrder::kChoices;
   /// Weights of the kept choices over their sum (DeepSpeed divides after it drops, and by at least the epsilon of T;
-  /// Megatron and Tutel leave them). A token without a kept choice has weights 0.
+  /// Megatron and Tutel leave them). A token without a kept choice has weights 0. The gradient is that of
+  /// route_backward() with -1 for what was dropped.
   bool renormalise = false;
 };
 

@@ -222,6 +222,8 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
         (2.0 * static_cast<double>(i + 1) - e - 1) * (static_cast<double>(sorted[static_cast<std::size_t>(i)]) / sum);
     out->idle += counts[i] == 0;
     out->below_tenth += static_cast<double>(counts[i]) < 0.1 * fair;
+    out->below_permille += q < 0.001;
+    out->below_half_percent += q < 0.005;
   }
   const double most = log_exact_order(e);
   out->entropy = out->choices == 0 ? kNan : entropy;

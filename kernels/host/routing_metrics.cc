@@ -168,6 +168,15 @@ Status agreement(const AgreementArgs& a, const std::int64_t* table, const Agreem
   return Status::kOk;
 }
 
+Status count_settled(const SettlingArgs& a, std::int64_t* tokens_settled) {
+  if (const Status status = check_settling(a, tokens_settled); status != Status::kOk) return status;
+  std::fill_n(tokens_settled, a.checkpoints, std::int64_t{0});
+  for (std::int64_t t = 0; t < a.tokens; ++t) {
+    if (a.valid == nullptr || a.valid[t] != 0) ++tokens_settled[settled_at(a, t)];
+  }
+  return Status::kOk;
+}
+
 Status count_by_label(const CountArgs<std::int32_t>& a, const std::int32_t* labels, std::int64_t num_labels,
                       std::int64_t* table, std::int64_t* outside) {
   if (const Status status = check_count_by_label(a, labels, num_labels, table, outside); status != Status::kOk)

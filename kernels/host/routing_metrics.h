@@ -158,6 +158,27 @@ struct Agreement {
 Status agreement(const AgreementArgs& args, const std::int64_t* table, const AgreementCounts& counts,
                  std::int64_t experts, Agreement* out);
 
+/// The same tokens at several checkpoints of one run, the last one final.
+struct SettlingArgs {
+  const std::int32_t* first = nullptr;  // [checkpoints, tokens], the first choice of each; negative: one of its own kind
+  const std::uint8_t* valid = nullptr;
+  std::int64_t checkpoints = 0;
+  std::int64_t tokens = 0;
+};
+/// tokens_settled [checkpoints]: valid tokens whose first choice is that of the last checkpoint from checkpoint s on, and
+/// no earlier. Checkpoint s - 1 is the last fluctuation of StableMoE (arXiv 2204.08396), where the expert is another one
+/// than at the end; its share of the training is the caller's to say. kBadShape, kNullPointer.
+Status count_settled(const SettlingArgs& args, std::int64_t* tokens_settled);
+inline Status check_settling(const SettlingArgs& a, const std::int64_t* tokens_settled) {
+  if (a.checkpoints < 1 || a.tokens < 0) return Status::kBadShape;
+  return tokens_settled == nullptr || (a.tokens > 0 && a.first == nullptr) ? Status::kNullPointer : Status::kOk;
+}
+MOE_AUDIT_HOST_DEVICE inline std::int64_t settled_at(const SettlingArgs& a, std::int64_t t) {
+  std::int64_t s = a.checkpoints - 1;
+  while (s > 0 && a.first[(s - 1) * a.tokens + t] == a.first[(a.checkpoints - 1) * a.tokens + t]) --s;
+  return s;
+}
+
 // ---- dependence on a label
 // -----------------------------------------------------------------------------------------------
 

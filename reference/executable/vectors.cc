@@ -311,21 +311,22 @@ void dispatch_vectors(Builder& b) {
   b.vector("routing_metrics", "by-domain", "count_by_label", "OLMoE, arXiv 2409.02060: domain specialisation", {{"experts", kE}, {"num_labels", 4}}, {{"chosen", "chosen"}, {"labels", "domains"}});
 }
 
-/// How many choices an expert takes. The digits were computed apart, with Python's integers and floats.
+/// How many choices an expert takes. The digits were computed apart, with Python's integers and floats, and NumPy's float32.
 void capacity_rows(Builder& b) {
   b.tensor("capacity cases", ints({100, 8, 2, 4, 4, 4, 16, 8, 2, 8, 1, 1, 30, 12, 2, 0, 2, 3, 1000, 64, 6, 4, 8, 8,
-                                   4096, 160, 6, 4, 8, 8, 70, 10, 2, 8, 1, 2, 50, 10, 1, 4, 2, 5}).reshape({7, 6}));
-  b.tensor("capacity factors", doubles({1.25, 1.0, 1.1, 1.1, 1.2, 1.1, 1.4}));
+                                   4096, 160, 6, 4, 8, 8, 70, 10, 2, 8, 1, 2, 50, 10, 1, 4, 2, 5,
+                                   50, 8, 2, 4, 1, 1, 50, 20, 3, 4, 2, 1}).reshape({9, 6}));
+  b.tensor("capacity factors", doubles({1.25, 1.0, 1.1, 1.1, 1.2, 1.1, 1.4, 1.2, 1.2}));
   const Json in = {{"cases", "capacity cases"}, {"factors", "capacity factors"}};
   const auto row = [&](const char* id, const char* form, const char* formula, const char* seen, const std::vector<std::string>& published) {
-    b.row("dispatch", id, "capacity", formula, seen, published, {{"form", form}}, in, "places", 0, 7);
+    b.row("dispatch", id, "capacity", formula, seen, published, {{"form", form}}, in, "places", 0, 9);
   };
-  row("C0", "megatron", "ceil(T k / E cf)", "megatron/core/transformer/moe/moe_utils.py get_capacity", {"32.0", "4.0", "6.0", "104.0", "185.0", "16.0", "7.0"});
-  row("C1", "deepspeed", "max(ceil(T / E cf k), min_capacity)", "deepspeed/moe/sharded_moe.py _capacity", {"32.0", "8.0", "6.0", "104.0", "185.0", "16.0", "7.0"});
-  row("C2", "megablocks", "int(cf k T ep / E)", "megablocks/layers/moe.py expert_capacity", {"125.0", "4.0", "11.0", "825.0", "1474.0", "15.0", "14.0"});
-  row("C3", "olmo_core", "ep up8(int(cf k T / E))", "olmo_core/nn/moe/mlp.py", {"128.0", "8.0", "16.0", "832.0", "1472.0", "16.0", "16.0"});
-  row("C4", "tutel", "k int(cf ceil(T / E))", "tutel/impls/fast_dispatch.py", {"32.0", "4.0", "6.0", "102.0", "186.0", "14.0", "7.0"});
-  row("C5", "fastmoe", "ceil(cf T) k // E", "fmoe/gates/gshard_gate.py", {"31.0", "4.0", "5.0", "103.0", "184.0", "15.0", "7.0"});
+  row("C0", "megatron", "ceil(T k / E cf)", "megatron/core/transformer/moe/moe_utils.py get_capacity", {"32.0", "4.0", "6.0", "104.0", "185.0", "16.0", "7.0", "15.0", "9.0"});
+  row("C1", "deepspeed", "max(ceil(T / E cf k), min_capacity), in float32", "deepspeed/moe/sharded_moe.py _capacity", {"32.0", "8.0", "6.0", "104.0", "185.0", "16.0", "7.0", "16.0", "9.0"});
+  row("C2", "megablocks", "int(cf (k T ep / E))", "megablocks/layers/moe.py expert_capacity", {"125.0", "4.0", "11.0", "825.0", "1474.0", "15.0", "14.0", "15.0", "18.0"});
+  row("C3", "olmo_core", "ep up8(int(cf (k T / E)))", "olmo_core/nn/moe/parallel_mlp.py", {"128.0", "8.0", "16.0", "832.0", "1472.0", "16.0", "16.0", "16.0", "32.0"});
+  row("C4", "tutel", "k int(cf ceil(T / E))", "tutel/impls/fast_dispatch.py", {"32.0", "4.0", "6.0", "102.0", "186.0", "14.0", "7.0", "16.0", "9.0"});
+  row("C5", "fastmoe", "ceil(cf T) k // E", "fmoe/gates/gshard_gate.py", {"31.0", "4.0", "5.0", "103.0", "184.0", "15.0", "7.0", "15.0", "9.0"});
 }
 
 /// Expert choice and noise; digits as above.

@@ -1,4 +1,5 @@
-// Capacity and drops: kernels/host against reference/; the frameworks' forms by hand; the laws of dropping.
+// Capacity and drops: kernels/host against reference/; the frameworks' forms by hand; DeepSpeed's gates
+// (fixtures/golden/dispatch.json); the laws of dropping.
 #define BOOST_TEST_MODULE dispatch
 #include "kernels/host/dispatch.h"
 
@@ -6,12 +7,15 @@
 
 #include <boost/test/unit_test.hpp>
 #include <cmath>
+#include <fstream>
 #include <limits>
-#include <numeric>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
+#include "kernels/host/router_backward.h"
 #include "reference/dispatch.h"
 #include "reference/router.h"
 
@@ -19,6 +23,7 @@ namespace {
 
 namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
+namespace bounds = moeaudit::kernels::bounds;
 using Ids = std::vector<std::int32_t>;
 using k::CapacityForm;
 using k::DropOrder;
@@ -47,6 +52,10 @@ BOOST_AUTO_TEST_CASE(forms_of_the_frameworks) {
   BOOST_TEST(capacity(CapacityForm::kTutel, 100, 8, 2, 1.0) == 26);
   BOOST_TEST(capacity(CapacityForm::kFastMoE, 100, 8, 2, 1.25, 4) == 31);  // 125 * 2 // 8
   BOOST_TEST(capacity(CapacityForm::kMegatron, 16, 8, 2, 1.0) == 4);
+  // 15 choices an expert: float32 has 6.25 x 2.4 above it. 9: 1.2 x 7.5 = 9, and 1.2 x 3 x 50 / 20 is just below.
+  BOOST_TEST(capacity(CapacityForm::kMegatron, 50, 8, 2, 1.2) == 15);
+  BOOST_TEST(capacity(CapacityForm::kDeepSpeed, 50, 8, 2, 1.2) == 16);
+  BOOST_TEST(capacity(CapacityForm::kOlmoCore, 50, 20, 3, 1.2) == 16);
   k::CapacityArgs a;
   std::int64_t places = 0;
   a.tokens = 8, a.experts = 8, a.factor = 0;
@@ -82,7 +91,7 @@ BOOST_AUTO_TEST_CASE(forms_agree_with_the_reference) {
 struct Choices {
   std::int64_t tokens, experts, top_k;
   Ids chosen;
-  std::vector<double> weights, keys;
+  std::vector<double> weights, keys, logits = {};
 };
 
 /// Routing by Gaussian logits on a grid, so that weights tie; every 9th choice is none.
@@ -90,15 +99,14 @@ Choices choices(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, b
   std::vector<float> g(static_cast<std::size_t>(tokens * experts)), h(static_cast<std::size_t>(tokens * top_k));
   k::unit_gaussians(3, 1, 0, tokens * experts, g.data());
   k::unit_gaussians(3, 2, 0, tokens * top_k, h.data());
-  std::vector<double> z;
+  Choices c{tokens, experts, top_k, {}, {}, {}};
   for (std::size_t i = 0; i < g.size(); ++i) {
-    z.push_back(std::nearbyint(4 * static_cast<double>(g[i])) / 4 +
+    c.logits.push_back(std::nearbyint(4 * static_cast<double>(g[i])) / 4 +
                 (collapsed && static_cast<std::int64_t>(i) % experts < top_k ? 50 : 0));
   }
   ref::RouteOptions o;
   o.top_k = top_k;
-  const ref::Routed r = ref::route(at::from_blob(z.data(), {tokens, experts}, at::kDouble), o);
-  Choices c{tokens, experts, top_k, {}, {}, {}};
+  const ref::Routed r = ref::route(at::from_blob(c.logits.data(), {tokens, experts}, at::kDouble), o);
   const at::Tensor ids = r.chosen.contiguous(), weights = r.weights.contiguous();
   for (std::int64_t i = 0; i < tokens * top_k; ++i) {
     c.chosen.push_back(i % 9 == 4 ? -1 : static_cast<std::int32_t>(ids.data_ptr<std::int64_t>()[i]));
@@ -114,16 +122,19 @@ struct Dropped {
   std::vector<std::int64_t> kept;
   std::int64_t dropped = -1, lost = -1;
 };
+template <class T = double>
 Dropped drop(const Choices& c, DropOrder order, std::int64_t places, bool renormalise = false) {
   Dropped d;
   d.place.resize(c.chosen.size());
-  d.weights.resize(c.chosen.size());
   d.kept.resize(static_cast<std::size_t>(c.experts));
-  k::DropArgs<double> a;
-  a.chosen = c.chosen.data(), a.weights = c.weights.data(), a.keys = c.keys.data();
+  const std::vector<T> before(c.weights.begin(), c.weights.end()), keys(c.keys.begin(), c.keys.end());
+  std::vector<T> after(before.size());
+  k::DropArgs<T> a;
+  a.chosen = c.chosen.data(), a.weights = before.data(), a.keys = keys.data();
   a.tokens = c.tokens, a.experts = c.experts, a.top_k = c.top_k, a.capacity = places, a.order = order,
   a.renormalise = renormalise;
-  BOOST_REQUIRE(k::drop(a, {d.place.data(), d.weights.data(), d.kept.data(), &d.dropped, &d.lost}) == k::Status::kOk);
+  BOOST_REQUIRE(k::drop(a, {d.place.data(), after.data(), d.kept.data(), &d.dropped, &d.lost}) == k::Status::kOk);
+  d.weights.assign(after.begin(), after.end());
   return d;
 }
 
@@ -168,9 +179,108 @@ BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
         BOOST_CHECK(kept + got.dropped == had);
         for (std::size_t j = 0; j < got.place.size(); ++j)
           BOOST_CHECK(got.weights[j] == (got.place[j] < 0 ? 0.0 : c.weights[j]));
+        // Over the sum of the kept: k - 1 additions and a quotient on either side.
+        const Dropped over = drop(c, kOrders[i], s.capacity, true);
+        const at::Tensor kept_weights = ref::kept_weights(as(c.weights), want, true, 0x1p-52).contiguous();
+        for (std::size_t j = 0; j < over.weights.size(); ++j) {
+          const double w = kept_weights.data_ptr<double>()[j];
+          BOOST_CHECK_SMALL(over.weights[j] - w, 2 * bounds::gamma(static_cast<double>(s.k), 0x1p-53) * w);
+        }
+        // float32 keeps what float64 keeps of the same numbers.
+        Choices narrow = c;
+        for (double& w : narrow.weights) w = static_cast<double>(static_cast<float>(w));
+        BOOST_CHECK(drop<float>(narrow, kOrders[i], s.capacity).place == drop(narrow, kOrders[i], s.capacity).place);
       }
     }
   }
+}
+
+/// The gradient through softmax, drops and renormalisation after them is route_backward()'s without the dropped choices.
+BOOST_AUTO_TEST_CASE(gradients_after_drops_are_those_of_autograd) {
+  const Choices c = choices(60, 16, 4, false);
+  const std::int64_t tokens = c.tokens, top_k = c.top_k;
+  std::vector<float> g(static_cast<std::size_t>(tokens * top_k));
+  k::unit_gaussians(3, 3, 0, tokens * top_k, g.data());
+  const std::vector<double> upstream(g.begin(), g.end());
+  const Dropped dropped = drop(c, DropOrder::kChoices, 4);
+  BOOST_REQUIRE(dropped.dropped > 20 && dropped.lost > 0);
+  Ids left = c.chosen;
+  for (std::size_t i = 0; i < left.size(); ++i) left[i] = dropped.place[i] < 0 ? -1 : left[i];
+  k::RouteBackwardArgs<double> a;
+  a.forward.logits = c.logits.data(), a.forward.tokens = tokens, a.forward.experts = 16, a.forward.top_k = top_k;
+  a.forward.renormalise = true;
+  a.chosen = left.data(), a.weights = upstream.data();
+  std::vector<double> got(c.logits.size());
+  BOOST_REQUIRE(k::route_backward(a, got.data()) == k::Status::kOk);
+
+  at::Tensor z = at::from_blob(const_cast<double*>(c.logits.data()), {tokens, 16}, at::kDouble).clone().set_requires_grad(true);
+  const at::Tensor u = at::from_blob(const_cast<double*>(upstream.data()), {tokens, top_k}, at::kDouble),
+                   chosen = at::tensor(c.chosen, at::kInt).to(at::kLong).reshape({tokens, top_k}).clamp_min(0),
+                   place = at::tensor(dropped.place, at::kInt).to(at::kLong).reshape({tokens, top_k});
+  const at::Tensor p = at::softmax(z, 1), w = p.gather(1, chosen);
+  (ref::kept_weights(w, place, true, 0x1p-52) * u).sum().backward();
+  // What bounds::route_backward_relative() is relative to.
+  const at::Tensor kept = (w * place.ge(0).to(at::kDouble)).detach(), by = kept.sum(1, true).clamp_min(0x1p-52);
+  const at::Tensor each = (u.abs() / by + (u.abs() * kept).sum(1, true) / by / by) * place.ge(0).to(at::kDouble);
+  const at::Tensor of_scores = at::zeros({tokens, 16}, at::kDouble).scatter_add(1, chosen, each), s = p.detach();
+  const at::Tensor size = (s * (of_scores + (of_scores * s).sum(1, true))).contiguous(), want = z.grad().contiguous();
+  const double range = (z.detach().amax(1) - z.detach().amin(1)).max().item<double>();
+  const double relative = 2 * bounds::route_backward_relative(bounds::softmax_relative(16, 0, range, k::Float::kF64), 16, top_k);
+  for (std::size_t i = 0; i < got.size(); ++i)
+    BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i], relative * size.data_ptr<double>()[i] + 1e-300);
+}
+
+BOOST_AUTO_TEST_CASE(what_is_not_finite) {
+  const double inf = std::numeric_limits<double>::infinity(), nan = std::nan("");
+  const Choices c{4, 2, 1, {0, 0, 0, 0}, {0.5, nan, inf, 0.5}, {nan, -inf, 1, nan}};
+  for (const DropOrder order : {DropOrder::kWeights, DropOrder::kBatchPrioritised})
+    BOOST_TEST(drop(c, order, 3).place == (Ids{2, 0, 1, -1}), boost::test_tools::per_element());
+  BOOST_TEST(drop<float>(c, DropOrder::kKeys, 3).place == (Ids{2, 0, 1, -1}), boost::test_tools::per_element());
+  const Choices negative{3, 2, 1, {1, 1, 1}, {-inf, 0.0, -0.0}, {-0.0, 0.0, -inf}};
+  BOOST_TEST(drop(negative, DropOrder::kWeights, 2).place == (Ids{-1, 0, 1}), boost::test_tools::per_element());
+  BOOST_TEST(drop(negative, DropOrder::kKeys, 2).place == (Ids{1, -1, 0}), boost::test_tools::per_element());
+}
+
+/// DeepSpeed 0.18.9: capacities in its float32, and what its gates keep, where, with which weights.
+BOOST_AUTO_TEST_CASE(gates_of_deepspeed) {
+  const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/dispatch.json"));
+  std::size_t apart = 0;
+  for (const auto& c : golden.at("capacities")) {
+    BOOST_TEST(capacity(CapacityForm::kDeepSpeed, c[0], c[1], c[2], c[3], c[4]) == c[5].get<std::int64_t>());
+    apart += capacity(CapacityForm::kMegatron, c[0], c[1], c[2], c[3]) < c[5].get<std::int64_t>() && c[4] == 0;
+  }
+  BOOST_TEST(apart >= 4u);  // more than float64 gives
+  std::size_t seen = 0;
+  for (const auto& g : golden.at("drops")) {
+    const std::string gate = g.at("gate");
+    const auto flat = [&](const char* name) {
+      std::vector<double> v;
+      for (const auto& row : g.at(name)) v.insert(v.end(), row.begin(), row.end());
+      return v;
+    };
+    const std::vector<double> chosen = flat("chosen"), after = flat("after"), places = flat("place");
+    const auto tokens = static_cast<std::int64_t>(g.at("chosen").size());
+    Choices c{tokens, g.at("experts"), static_cast<std::int64_t>(chosen.size()) / tokens, {chosen.begin(), chosen.end()}, flat("before"), {}};
+    DropOrder order = DropOrder::kTokens;
+    bool by_place = true;  // top1gating and "probs" give the places in the order of tokens to those whom something else chose
+    if (gate == "top1gating") {
+      order = DropOrder::kKeys, c.keys = flat("random"), by_place = false;
+      for (double& v : c.keys) v = -v;
+    } else if (gate == "top2gating") {
+      order = DropOrder::kChoices;
+    } else if (gate == "topkgating probs") {  // by the logits, here above the 0 of what is not chosen
+      order = DropOrder::kKeys, c.keys = flat("logits"), by_place = false;
+      for (double& v : c.keys) v = -v;
+    }
+    const Dropped d = drop<float>(c, order, g.at("capacity"), gate != "top1gating");
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      BOOST_CHECK_MESSAGE(by_place ? d.place[i] == places[i] : (d.place[i] < 0) == (places[i] < 0), gate << " at " << i);
+      BOOST_CHECK_SMALL(d.weights[i] - after[i], 2 * bounds::gamma(static_cast<double>(c.top_k), 0x1p-24) * after[i]);
+    }
+    BOOST_CHECK(d.dropped > 0 || gate == "top2gating");
+    ++seen;
+  }
+  BOOST_TEST(seen == 5u);
 }
 
 BOOST_AUTO_TEST_CASE(who_is_dropped) {

@@ -164,6 +164,10 @@ BOOST_AUTO_TEST_CASE(margins_at_the_edges) {
   Doubles out(4);
   BOOST_REQUIRE(k::order_statistics(values.data(), valid.data(), 7, shares.data(), 4, out.data()) == K::kOk);
   BOOST_CHECK(out == (Doubles{1, 2, 3, 5}));
+  const Doubles many = gaussians(1000, 21), each = {0, 0.01, 0.1, 0.3, 0.5, 0.999, 1};
+  out.resize(7);
+  BOOST_REQUIRE(k::order_statistics(many.data(), nullptr, 1000, each.data(), 7, out.data()) == K::kOk);
+  BOOST_CHECK(at::equal(tensor(out, {7}), ref::order_statistics(tensor(many, {1000}), tensor(each, {7}))));
   const double half = 0.5, beyond_one = 1.5;
   BOOST_REQUIRE(k::order_statistics(nullptr, nullptr, 0, &half, 1, out.data()) == K::kOk && std::isnan(out[0]));
   BOOST_CHECK(k::order_statistics(values.data(), nullptr, 7, &beyond_one, 1, out.data()) == K::kBadOption);
@@ -299,6 +303,33 @@ BOOST_AUTO_TEST_CASE(bias_affinity) {
   }
 }
 
+BOOST_AUTO_TEST_CASE(settled_choices) {
+  // Never another; back and forth until the end; another at the start alone; padding.
+  const Ids first = {3, 1, 0, 7,  //
+                     3, 2, 5, 8,  //
+                     3, 1, 5, 7,  //
+                     3, 2, 5, 8};
+  const Mask valid = {1, 1, 1, 0};
+  Longs settled(4, -1);
+  BOOST_REQUIRE(k::count_settled({first.data(), valid.data(), 4, 4}, settled.data()) == K::kOk);
+  BOOST_CHECK(settled == (Longs{1, 1, 0, 1}));
+  for (const std::int64_t checkpoints : {1, 2, 9}) {
+    const std::int64_t tokens = 400;
+    Ids ids;  // choices that get steadier: one of 1 + checkpoints - s experts
+    const Doubles g = gaussians(checkpoints * tokens, 30);
+    for (std::int64_t i = 0; i < checkpoints * tokens; ++i) {
+      const double v = std::fabs(g[static_cast<std::size_t>(i)]) * 100;
+      ids.push_back(static_cast<std::int32_t>(v) % static_cast<std::int32_t>(1 + checkpoints - i / tokens) - 1);
+    }
+    Longs got(static_cast<std::size_t>(checkpoints), -1);
+    BOOST_REQUIRE(k::count_settled({ids.data(), nullptr, checkpoints, tokens}, got.data()) == K::kOk);
+    BOOST_CHECK(at::equal(longs(got, {checkpoints}), ref::count_settled(longs(ids, {checkpoints, tokens}))));
+    BOOST_CHECK(std::accumulate(got.begin(), got.end(), std::int64_t{0}) == tokens);
+  }
+  BOOST_CHECK(k::count_settled({first.data(), nullptr, 0, 4}, settled.data()) == K::kBadShape);
+  BOOST_CHECK(k::count_settled({nullptr, nullptr, 4, 4}, settled.data()) == K::kNullPointer);
+}
+
 // ---- dependence
 
 BOOST_AUTO_TEST_CASE(counts_and_information_agree_with_the_reference) {
@@ -414,6 +445,14 @@ BOOST_AUTO_TEST_CASE(co_activation_rates_and_chance) {
     }
     BOOST_CHECK_CLOSE(row, 3.0, 1e-10);  // k - 1 others, always
   }
+  // N_ij / N_i, and over N_j / T.
+  const at::Tensor n = longs(pairs, {16, 16}).to(at::kDouble), own = n.diagonal();
+  const at::Tensor want_rate = (n / own.unsqueeze(1)).contiguous(), want_lift = (n * 3000 / (own.unsqueeze(1) * own)).contiguous();
+  for (std::size_t i = 0; i < 256; ++i) {
+    if (i % 17 == 0) continue;
+    BOOST_CHECK_SMALL(r[i] - want_rate.data_ptr<double>()[i], 2 * kU * r[i]);
+    BOOST_CHECK_SMALL(l[i] - want_lift.data_ptr<double>()[i], 8 * kU * l[i]);
+  }
   near("lift", mean_lift, chance.lift_chance, 0.01);
   BOOST_CHECK_CLOSE(15 * chance.rate_chance, 3.0, 1e-12);
 }
@@ -443,6 +482,10 @@ BOOST_AUTO_TEST_CASE(scopes_of_load) {
   BOOST_REQUIRE(k::load_scopes(many.data(), steps, micro, experts, &s) == K::kOk);
   BOOST_CHECK(s.micro_max_violation > s.step_max_violation && s.step_max_violation > s.pooled_max_violation);
   BOOST_CHECK(s.micro_cv > s.step_cv && s.step_cv > s.pooled_cv);
+  const auto want = ref::load_scopes(longs(many, {steps, micro, experts}));
+  for (const auto& [name, got] : {std::pair<const char*, double>{"micro_max_violation", s.micro_max_violation}, {"step_max_violation", s.step_max_violation},
+                                  {"pooled_max_violation", s.pooled_max_violation}, {"micro_cv", s.micro_cv}, {"step_cv", s.step_cv}, {"pooled_cv", s.pooled_cv}})
+    near(name, got, want.at(name), bounds::gamma(64, kU));
   // One micro-batch a step, one step: all the same number; it is load_statistics()'s.
   k::LoadStatistics one;
   BOOST_REQUIRE(k::load_statistics(many.data(), experts, 2, tokens, &one) == K::kOk);
@@ -453,6 +496,15 @@ BOOST_AUTO_TEST_CASE(scopes_of_load) {
   BOOST_REQUIRE(k::load_scopes(empty.data(), 1, 2, 2, &s) == K::kOk);
   BOOST_CHECK(s.empty == 2 && std::isnan(s.micro_max_violation) && std::isnan(s.pooled_cv));
   double share = 0;
+  for (const std::int64_t busiest : {1, 5, 64}) {
+    const Longs of_64 = [] {
+      Longs c;
+      for (double v : gaussians(64, 31)) c.push_back(static_cast<std::int64_t>(std::exp(5 + v)));
+      return c;
+    }();
+    BOOST_REQUIRE(k::coverage(of_64.data(), 64, busiest, &share) == K::kOk);
+    near("coverage", share, ref::coverage(longs(of_64, {64}), busiest), 4 * kU);
+  }
   const Longs n = {1, 5, 2, 2};
   BOOST_REQUIRE(k::coverage(n.data(), 4, 1, &share) == K::kOk && share == 0.5);
   BOOST_REQUIRE(k::coverage(n.data(), 4, 4, &share) == K::kOk && share == 1.0);
