@@ -227,12 +227,34 @@ Outputs normalise(const Json& j, const Inputs& in, k::Backend& backend) {
                               {"tokens_divided_twice", N::kTokensDividedTwice},
                               {"tokens_of_rank", N::kTokensOfRank},
                               {"tokens_times_ranks", N::kTokensTimesRanks},
-                              {"tokens_over_ranks", N::kTokensOverRanks}});
+                              {"tokens_over_ranks", N::kTokensOverRanks},
+                              {"sum", N::kSum}});
   Values loss(1);
   check(k::normalise(how, in.get("sums").data(), in.get<std::int64_t>("labels").data(), in.size("sums", 0),
                      in.size("sums", 1), loss.data(), nullptr),
         backend);
   return {{"loss", loss}};
+}
+
+Outputs term_weights(const Json& j, const Inputs& in, k::Backend& backend) {
+  using W = k::TermWeight;
+  const auto how = one_of<W>(j, "how",
+                             {{"mean", W::kMean},
+                              {"summed", W::kSummed},
+                              {"over_tokens", W::kOverTokens},
+                              {"tokens_of_shard", W::kTokensOfShard},
+                              {"tokens_of_sequence", W::kTokensOfSequence},
+                              {"tokens_reduced_twice", W::kTokensReducedTwice},
+                              {"without_context", W::kWithoutContext},
+                              {"all_tokens", W::kAllTokens},
+                              {"divided_twice", W::kDividedTwice},
+                              {"scale_of_last", W::kScaleOfLast},
+                              {"over_expert_ranks", W::kOverExpertRanks}});
+  const k::StepShape step{in.size("labels", 0), in.size("labels", 1), j.value("tp", 1), j.value("cp", 1), j.value("ep", 1), j.value("sequences", 1)};
+  const auto labels = in.get<std::int64_t>("labels");
+  Values weight(labels.size());
+  check(k::term_weights(how, step, in.get<std::int64_t>("tokens").data(), labels.data(), weight.data()), backend);
+  return {{"weight", weight}};
 }
 
 Outputs drop(const Json& j, const Inputs& in, k::Backend& backend) {
@@ -597,7 +619,7 @@ using Operation = Outputs (*)(const Json&, const Inputs&, k::Backend&);
 constexpr std::pair<std::string_view, Operation> kOperations[] = {
     {"gate_logits", gate_logits}, {"route", route}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
     {"balance_loss", balance_loss}, {"z_loss", z_loss}, {"squares", squares}, {"bias_update", bias_update},
-    {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", drop}, {"capacity", capacity},
+    {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", term_weights}, {"drop", drop}, {"capacity", capacity},
     {"expert_choice", expert_choice}, {"noisy_logits", noisy_logits}, {"jitter", jitter}, {"expert_load", expert_load},
     {"routing_statistics", routing_statistics}, {"dequantise", dequantise}, {"lora_merge", lora_merge},
     {"lora_gradient", lora_gradient}, {"permute", permute}, {"moe_layer", moe_layer},
@@ -632,7 +654,7 @@ StoredVectors parse_vectors(std::string_view text) {
   return all;
 }
 
-bool host_only(const StoredVector& v) { return v.operation == "normalise" || v.operation == "squares" || v.operation == "capacity"; }
+bool host_only(const StoredVector& v) { return v.operation == "normalise" || v.operation == "term_weights" || v.operation == "squares" || v.operation == "capacity"; }
 
 std::map<std::string, Values> run_vector(const StoredVector& vector, k::Backend& backend) {
   for (const auto& [name, operation] : kOperations) {

@@ -229,7 +229,7 @@ def wrong_formulas(selftest):
              "expert e from 0: z = 2 sin(0.7 (t + 1)(e + 1) + 1.3 l) + 0.5 cos(0.37 (t + 1) + (e + 1)) + (0.8 if e = 0); ties to the lower index.",
              "Bias b[e] = 0.05 (e - 3.5). Padding: tokens 12 to 15 are token 15 again, and masked. Weights of `router` are those of token 3;",
              "`bias_update` starts from 0 with the counts 2 2 1 4 5 4 7 7 and 7 5 5 3 2 4 3 3; `token_loss` has losses of 1 and 9 over 1 and 3",
-             "labels on one rank, 2 and 3 over 2 and 1 on the other."]
+             "labels on one rank, 2 and 3 over 2 and 1 on the other; router tokens 2, 4, 3 and 1, M = W = 2, tp = 2, cp = 3, ep = 4, 2 sequences."]
     for stem in dict.fromkeys(r["stem"] for r in selftest["rows"]):
         lines += ["", f"## {stem}", "", "| row | formula | seen in | value | digits computed apart |", "|---|---|---|---|---|"]
         lines += [f"| {r['row']} | {r['formula']} | {r['seen_in']} | {digits(r['values'])} | {', '.join(r['published']) or '-'} |"

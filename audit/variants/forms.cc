@@ -641,6 +641,7 @@ std::span<const NormalisationForm> normalisation_forms() {
       {"", "sum of token losses over the labels of the step", k::Normalisation::kTokens},
       {"G1", "mean of each micro-batch, then the mean over them", k::Normalisation::kMeanOfMeans},
       {"G1", "ranks weigh the same, whatever labels they hold", k::Normalisation::kTokensOfRank},
+      {"G12", "not divided by any count of tokens", k::Normalisation::kSum},
   };
   return kForms;
 }

@@ -74,9 +74,48 @@ Status normalise(Normalisation how, const double* sums, const std::int64_t* labe
       if (how == Normalisation::kTokensTimesSteps) factor = m;
       if (how == Normalisation::kTokensDividedTwice) factor = 1 / m;
       if (how == Normalisation::kTokensTimesRanks) factor = w;
-      const double share = labels[i] == 0 ? 0.0 : factor / static_cast<double>(n);
+      const double share = labels[i] == 0                ? 0.0
+                           : how == Normalisation::kSum ? 1.0
+                                                        : factor / static_cast<double>(n);
       if (weight != nullptr) weight[i] = share;
       *loss += share * sums[i];
+    }
+  }
+  return Status::kOk;
+}
+
+Status term_weights(TermWeight how, const StepShape& s, const std::int64_t* tokens, const std::int64_t* labels,
+                    double* weight) {
+  for (const std::int64_t size :
+       {s.ranks, s.micro_batches, s.tensor_parallel, s.context_parallel, s.expert_parallel, s.sequences}) {
+    if (size < 1) return Status::kBadShape;
+  }
+  if (tokens == nullptr || labels == nullptr || weight == nullptr) return Status::kNullPointer;
+  const std::int64_t count = s.ranks * s.micro_batches;
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || labels[i] < 0) return Status::kBadShape;
+    sum += labels[i];
+  }
+  if (sum == 0) return Status::kBadShape;
+  const double m = static_cast<double>(s.micro_batches), mean = 1 / static_cast<double>(count), all = static_cast<double>(sum);
+  const double cp = static_cast<double>(s.context_parallel), shards = static_cast<double>(s.tensor_parallel) * cp;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double t = static_cast<double>(tokens[i]) / all;
+    switch (how) {
+      case TermWeight::kMean: weight[i] = mean; break;
+      case TermWeight::kSummed: weight[i] = 1 / static_cast<double>(s.ranks); break;
+      case TermWeight::kOverTokens: weight[i] = 1 / (m * all); break;
+      case TermWeight::kTokensOfShard: weight[i] = t / shards; break;
+      case TermWeight::kTokensOfSequence: weight[i] = t / static_cast<double>(s.sequences); break;
+      case TermWeight::kTokensReducedTwice: weight[i] = t * shards; break;
+      case TermWeight::kWithoutContext: weight[i] = mean / cp; break;
+      case TermWeight::kAllTokens: weight[i] = t; break;
+      case TermWeight::kDividedTwice: weight[i] = mean / m; break;
+      case TermWeight::kScaleOfLast:
+        weight[i] = static_cast<double>(labels[(i / s.micro_batches + 1) * s.micro_batches - 1]) / all;
+        break;
+      case TermWeight::kOverExpertRanks: weight[i] = mean * static_cast<double>(s.expert_parallel); break;
     }
   }
   return Status::kOk;

@@ -188,22 +188,42 @@ Outputs cross_entropy(const Json& j, const Inputs& in) {
           {"gradient", {gradient(sum, logits) * weight, twice(softmax_roundings(logits.detach()) + 3), weight}}};
 }
 
-/// sums and labels [ranks, micro-batches], by the definitions of kernels/host/token_loss.h.
 Outputs normalise(const Json& j, const Inputs& in) {
-  const at::Tensor s = get(in, "sums"), n = get(in, "labels").to(at::kDouble);
-  const auto steps = static_cast<double>(s.size(1)), ranks = static_cast<double>(s.size(0));
-  const std::string how = j.value("how", std::string("tokens"));
-  at::Tensor loss = s.sum() / n.sum();
-  if (how == "mean_of_means") loss = (s / n).mean();
-  else if (how == "means_summed") loss = (s / n).sum(1).mean();
-  else if (how == "means_divided_twice") loss = (s / n).mean() / steps;
-  else if (how == "tokens_times_steps") loss = loss * steps;
-  else if (how == "tokens_divided_twice") loss = loss / steps;
-  else if (how == "tokens_of_rank") loss = (s.sum(1) / n.sum(1)).mean();
-  else if (how == "tokens_times_ranks") loss = loss * ranks;
-  else if (how == "tokens_over_ranks") loss = loss / ranks;
-  else if (how != "tokens") throw std::runtime_error("no normalisation " + how);
-  return {{"loss", {loss, twice(static_cast<double>(s.numel()) + 4), largest(loss)}}};
+  using N = Normalisation;
+  const auto how = one_of<N>(j, "how",
+                             {{"tokens", N::kTokens},
+                              {"mean_of_means", N::kMeanOfMeans},
+                              {"means_summed", N::kMeansSummed},
+                              {"means_divided_twice", N::kMeansDividedTwice},
+                              {"tokens_times_steps", N::kTokensTimesSteps},
+                              {"tokens_divided_twice", N::kTokensDividedTwice},
+                              {"tokens_of_rank", N::kTokensOfRank},
+                              {"tokens_times_ranks", N::kTokensTimesRanks},
+                              {"tokens_over_ranks", N::kTokensOverRanks},
+                              {"sum", N::kSum}});
+  const at::Tensor loss = normalised(how, get(in, "sums"), get(in, "labels"));
+  return {{"loss", {loss, twice(static_cast<double>(get(in, "sums").numel()) + 4), largest(loss)}}};
+}
+
+/// Options: tp, cp, ep, sequences.
+Outputs weights_of_terms(const Json& j, const Inputs& in) {
+  using W = TermWeight;
+  const auto how = one_of<W>(j, "how",
+                             {{"mean", W::kMean},
+                              {"summed", W::kSummed},
+                              {"over_tokens", W::kOverTokens},
+                              {"tokens_of_shard", W::kTokensOfShard},
+                              {"tokens_of_sequence", W::kTokensOfSequence},
+                              {"tokens_reduced_twice", W::kTokensReducedTwice},
+                              {"without_context", W::kWithoutContext},
+                              {"all_tokens", W::kAllTokens},
+                              {"divided_twice", W::kDividedTwice},
+                              {"scale_of_last", W::kScaleOfLast},
+                              {"over_expert_ranks", W::kOverExpertRanks}});
+  const StepShape step{j.value("tp", 1), j.value("cp", 1), j.value("ep", 1), j.value("sequences", 1)};
+  const at::Tensor terms = leaf(at::ones(get(in, "labels").sizes(), at::kDouble));
+  const at::Tensor weight = gradient(joined_terms(how, step, terms, get(in, "tokens"), get(in, "labels")), terms);
+  return {{"weight", {weight, twice(6), largest(weight)}}};
 }
 
 Outputs dispatch(const Json& j, const Inputs& in) {
@@ -460,7 +480,7 @@ const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations
   static const std::map<std::string, Outputs (*)(const Json&, const Inputs&)> kOperations = {
       {"gate_logits", gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
       {"balance_loss", balance}, {"z_loss", z}, {"squares", squares}, {"bias_update", bias},
-      {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"drop", dispatch}, {"capacity", capacities},
+      {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", weights_of_terms}, {"drop", dispatch}, {"capacity", capacities},
       {"expert_choice", choice_of_experts}, {"noisy_logits", noise}, {"jitter", jittered}, {"expert_load", load_of_choices},
       {"routing_statistics", routing_load}, {"dequantise", dequantise}, {"lora_merge", lora_merging},
       {"lora_gradient", lora_gradients}, {"permute", permutation}, {"moe_layer", layer},

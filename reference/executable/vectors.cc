@@ -210,6 +210,26 @@ void token_rows(Builder& b) {
   row("tokens-of-rank", "tokens_of_rank", "mean over ranks: (10 / 4 + 5 / 3) / 2", "average_tokens_across_devices off", "2.083333333");
   row("tokens-times-ranks", "tokens_times_ranks", "W times right: 30 / 7", "sums of gradients where a mean was expected", "4.285714286");
   row("tokens-over-ranks", "tokens_over_ranks", "right / W: 15 / 14", "labels of all ranks, and a mean on top", "1.071428571");
+  row("G12", "sum", "divided by no count: 15", "verl #6609", "15.000000000");
+  // Weights of the micro-batches' balance losses; tokens t of the router, labels n, N = 7.
+  b.tensor("router tokens", ints({2, 4, 3, 1}).reshape({2, 2}));
+  using Digits = std::vector<std::string>;
+  const auto term = [&](const char* id, const char* how, const char* formula, const char* seen, const Digits& digits) {
+    b.row("token_loss", id, "term_weights", formula, seen, digits, {{"how", how}, {"tp", 2}, {"cp", 3}, {"ep", 4}, {"sequences", 2}},
+          {{"tokens", "router tokens"}, {"labels", "labels"}}, "weight", 0, 4);
+  };
+  const auto all = [](const char* digits) { return Digits(4, digits); };
+  term("right-terms", "mean", "weight of a balance loss: 1 / (M W)", "closed form", all("0.250000000"));
+  term("G2", "summed", "/ M missing", "transformers with num_items_in_batch, NeMo Automodel #3359", all("0.500000000"));
+  term("G3", "over_tokens", "1 / (M N)", "Megatron-LM to 0.11", all("0.071428571"));
+  term("G4", "tokens_of_shard", "t / (tp cp N), tp = 2, cp = 3", "Megatron-LM #1652, #5047", {"0.047619048", "0.095238095", "0.071428571", "0.023809524"});
+  term("G5", "tokens_of_sequence", "t / (S N), S = 2", "Megatron-LM #5798", {"0.142857143", "0.285714286", "0.214285714", "0.071428571"});
+  term("G6", "tokens_reduced_twice", "tp cp t / N", "Megatron-LM #7452", {"1.714285714", "3.428571429", "2.571428571", "0.857142857"});
+  term("G7", "without_context", "1 / (cp M W)", "Megatron-LM #2217", all("0.083333333"));
+  term("G8", "all_tokens", "t / N", "Megatron-LM with masked prompts", {"0.285714286", "0.571428571", "0.428571429", "0.142857143"});
+  term("G9", "divided_twice", "/ M twice", "huggingface/trl #6083", all("0.125000000"));
+  term("G10", "scale_of_last", "n of the rank's last micro-batch / N", "a global scale set before the backward pass", {"0.428571429", "0.428571429", "0.142857143", "0.142857143"});
+  term("G11", "over_expert_ranks", "ep / (M W), ep = 4: of experts' gradients", "expert-data-parallel averages", all("1.000000000"));
   b.tensor("token labels", ints({3, -100, 0, 7, 5, 5, -100, 1, 2, 2, 4, 6, 0, 3, 7, 1}));
   b.vector("token_loss", "cross-entropy", "cross_entropy", "PyTorch cross_entropy, reduction sum, ignore_index -100",
            {{"weight", 1.0 / 14}}, {{"logits", "logits"}, {"labels", "token labels"}});
@@ -465,7 +485,8 @@ Json make_vectors() {
        {{"rows", {"A37"}}, {"why", "the language-model loss that the loss is added to"}},
        {{"rows", {"Z14"}}, {"why", "bfloat16: a relative error of about 2^-8, with no digits of its own"}},
        {{"rows", {"Z16"}}, {"why", "what one rank logs; tokens of other ranks are not in the vector"}},
-       {{"rows", {"Z17"}}, {"why", "logits of the language-model head"}}});
+       {{"rows", {"Z17"}}, {"why", "logits of the language-model head"}},
+       {{"rows", {"G13"}}, {"why", "a coefficient that nobody meant: every weight is wrong"}}});
   return b.file;
 }
 

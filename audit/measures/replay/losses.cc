@@ -103,7 +103,6 @@ void StepLosses::loss_weights(Divided d) {
   for (const v::NormalisationForm& f : v::normalisation_forms())
     formulas.push_back({std::string(f.id), std::string(f.name), {}});
   formulas.push_back({"G0", "divided by num_items_in_batch, which is not the labels of the step", {}});
-  formulas.push_back({"G12", "not divided by any count of tokens", {}});
   for (const Step& s : steps_) {
     if (!s.all_ranks) continue;
     std::map<std::int64_t, std::vector<const MicroBatchRecord*>> by_rank;
@@ -144,7 +143,6 @@ void StepLosses::loss_weights(Divided d) {
           for (std::size_t f = 0; f < values.size(); ++f) formulas[f].values.push_back(values[f][i] * all);
           const double items = divisor(*m, Divided::kItems);
           formulas[values.size()].values.push_back(items != all ? all / items : kNan);
-          formulas[values.size() + 1].values.push_back(all);
         }
         ++i;
       }
