@@ -148,7 +148,7 @@ std::vector<std::string> conditions(Map& m, const std::string& key) {
 /// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
 std::string layer_rule(Map& top, const std::string& key) {
   const YAML::Node node = top.node(key);
-  if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\"}";
+  if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\", {}}";
   if (!node.IsMap()) fail(top.file(), node.Mark(), "'" + key + "' is 'all' or a mapping (docs/add_a_family.md)");
   Map m(top.file(), node);
   auto number = [&](const std::string& key, const std::string& otherwise) {
@@ -159,9 +159,16 @@ std::string layer_rule(Map& top, const std::string& key) {
       fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
+  std::string types = "{}";
+  if (m.has("types")) {
+    const std::string text = m.text("types");
+    const std::size_t equals = text.find('=');
+    if (equals == std::string::npos) fail(m.file(), m.node("types").Mark(), "'types': write config_key=word");
+    types = "{" + quoted(text.substr(0, equals)) + ", " + quoted(text.substr(equals + 1)) + "}";
+  }
   const std::string out = "{" + number("from", "0") + ", " + number("to", "-1") + ", " + number("every", "1") + ", " +
                           number("offset", "-1") + ", " + quoted(m.text_or("dense", "")) + ", " +
-                          quoted(m.text_or("only", "")) + "}";
+                          quoted(m.text_or("only", "")) + ", " + types + "}";
   m.done();
   return out;
 }

@@ -235,7 +235,7 @@ Part part_by_common_names(const Path& path) {
   };
   const std::string_view leaf = tail.back();
   if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
-  if (leaf == "e_score_correction_bias") return Part::kRouter;
+  if (leaf == "e_score_correction_bias" || leaf == "expert_bias") return Part::kRouter;
   if (any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
   if (contains(tail, "experts") || contains(tail, "local_experts")) return Part::kRoutedExpert;
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;

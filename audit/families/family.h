@@ -43,16 +43,18 @@ struct LayerKey {
   std::int64_t fallback;
 };
 
-/// Which layers are MoE: those from `from` to `to` (both included; to < 0: to the last) whose index divided by `every`
-/// leaves `offset` (offset < 0: every - 1), but none that the list `dense` names. A list `only` replaces all of it.
-struct MoeLayerRule {
-  LayerKey from, to, every, offset;
-  std::string_view dense, only;  // config keys of lists; may be ""
-};
-
 /// A config key that has this value. Key "": no condition.
 struct FamilyCondition {
   std::string_view key, value;
+};
+
+/// Which layers are MoE: those from `from` to `to` (both included; to < 0: to the last) whose index divided by `every`
+/// leaves `offset` (offset < 0: every - 1), but none that the list `dense` names. A list `only` replaces all of it, and so
+/// does the list `types.key` of words, one a layer: those with the word `types.value`.
+struct MoeLayerRule {
+  LayerKey from, to, every, offset;
+  std::string_view dense, only;  // config keys of lists; may be ""
+  FamilyCondition types;
 };
 
 /// Everything moe-audit knows of one family that does not depend on the version of the framework; what does depend on

@@ -273,7 +273,7 @@ std::optional<std::vector<std::int64_t>> config_numbers(const Resolver& r, std::
 
 std::string rule_text(const MoeLayerRule& rule) {
   std::string out;
-  for (std::string_view key : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only}) {
+  for (std::string_view key : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only, rule.types.key}) {
     if (!key.empty()) out += (out.empty() ? "" : ", ") + std::string(key);
   }
   return out.empty() ? "all layers are MoE" : "the family's rule on " + out;
@@ -286,12 +286,17 @@ void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t fi
   const std::int64_t named = config_number(r, rule.offset);
   const std::int64_t offset = named < 0 ? every - 1 : named == 1 && every == 1 ? 0 : named;  // a step of 1: every layer
   const auto dense = config_numbers(r, rule.dense), only = config_numbers(r, rule.only);
+  const Node* types = config_value(r, rule.types.key);
   auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return std::find(list.begin(), list.end(), i) != list.end();
   };
   for (std::int64_t i = 0; i < n; ++i) {
     const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == offset;
-    if (only ? names(*only, i) : by_rule && !(dense && names(*dense, i))) layers->push_back(first + i);
+    const auto at = static_cast<std::size_t>(i);
+    if (types && types->is_list() ? at < types->items.size() && types->items[at].text == rule.types.value
+        : only                    ? names(*only, i)
+                                  : by_rule && !(dense && names(*dense, i)))
+      layers->push_back(first + i);
   }
 }
 

@@ -18,7 +18,9 @@ void replay_weight_sums(Context* ctx, const MicroBatchRecord& m, const LayerTens
   if (!read_values(*t.routing_weights, 0, l.tokens * l.top_k, weights.data())) return;
   Row& r = ctx->row("weight_sum", t.layer);
   r.held_to = "1: weights over their sum";
-  const double band = k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(float_of(t.routing_weights->dtype)));
+  // What the family's own epsilon takes from scores that sum to 1e-3 or more is no loss of weight.
+  const double band = k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(float_of(t.routing_weights->dtype))) +
+                      1e3 * ctx->routing->renormalise_eps;
   for (std::int64_t token = 0; token < l.tokens; ++token) {
     if (!l.valid.empty() && !l.valid[static_cast<std::size_t>(token)]) continue;
     double sum = 0, scores = 0;

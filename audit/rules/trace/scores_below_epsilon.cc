@@ -16,7 +16,7 @@ scaling factor. The epsilon that explains it, sum = scores / (scores + epsilon),
 ## Why it matters
 Weights are scores / (sum of scores + 1e-20) (DeepSeek-V3's order). A sigmoid of -46 is 1e-20: tokens whose logits have all
 drifted that low get a fraction of their experts' output, and the balance loss, divided by the same sum, fades with them
-(NVIDIA/Megatron-LM issue 1545). An epsilon of 1e-6 does it at -14.
+(NVIDIA/Megatron-LM issue 1545). An epsilon of 1e-6 (LFM2) does it at -14, and counts from a loss of 1e-3 on.
 
 ## How to fix
 Normalise in the log domain, where no epsilon is needed: the same numbers, and the weights sum to 1.

@@ -65,7 +65,11 @@ FamilyShape shape_of(const Json& root) {
   s.vocabulary = number(c, {"vocab_size"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
-    if (l < number(c, {"first_k_dense_replace", "moe_layer_start_index"})) dense.insert(l);
+    if (c.contains("mlp_layer_types")) {
+      if (c["mlp_layer_types"][l] == "dense") dense.insert(l);
+    } else if (l < number(c, {"first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"})) {
+      dense.insert(l);
+    }
     if (c.contains("mlp_only_layers")) dense.insert(c["mlp_only_layers"].begin(), c["mlp_only_layers"].end());
     if (c.contains("expert_layer_period") && l % c["expert_layer_period"].get<int>() != c["expert_layer_offset"].get<int>())
       dense.insert(l);
@@ -157,7 +161,9 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "hunyuan_v1_moe-tf5", "ernie4_5_moe-tf4", "ernie4_5_moe-tf5", "switch_transformers-tf4",
                                          "switch_transformers-tf5", "nllb_moe-tf4", "nllb_moe-tf5", "flex_olmo-tf4",
                                          "flex_olmo-tf5", "granitemoeshared-tf4", "granitemoeshared-tf5", "minimax-tf4",
-                                         "minimax-tf5"),
+                                         "minimax-tf5", "glm4_moe_lite-tf5", "deepseek_v32-tf5", "glm_moe_dsa-tf5",
+                                         "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
+                                         "granitemoehybrid-tf5", "lfm2_moe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -255,8 +261,16 @@ TEST(Family, LayerRulesFallBackToTheDefaultsOfTheConfigClasses) {
   for (const auto& [version, families] : versions.items()) {
     for (const auto& [name, config] : families.items()) {
       const MoeLayerRule& rule = find_family(name)->moe_layer_rule;
+      if (!rule.types.key.empty()) {  // the class writes out the words that a config may leave out
+        const Json& words = config[std::string(rule.types.key)];
+        for (std::size_t l = 0; l < words.size(); ++l)
+          EXPECT_EQ(words[l] == rule.types.value, static_cast<std::int64_t>(l) >= rule.from.fallback) << version << " " << name << " " << l;
+        EXPECT_GT(words.size(), 2u) << version << " " << name;
+      }
       for (const LayerKey& key : {rule.from, rule.to, rule.every, rule.offset}) {
         if (key.key.empty()) continue;
+        // Before 5.15, the class of glm_moe_dsa has the words alone.
+        if (!rule.types.key.empty() && !config.contains(std::string(key.key))) continue;
         // The class of ernie4_5_moe puts the last layer for the -1 that its signature has.
         const bool last = key.fallback == -1;
         EXPECT_EQ(config[std::string(key.key)], last ? config["num_hidden_layers"].get<std::int64_t>() - 1 : key.fallback) << version << " " << name << " " << key.key;
