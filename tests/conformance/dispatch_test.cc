@@ -177,6 +177,8 @@ BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
         }
         for (std::int32_t e : c.chosen) had += e >= 0;
         BOOST_CHECK(kept + got.dropped == had);
+        const at::Tensor some = at::tensor(c.chosen, at::kInt).reshape({s.tokens, s.k}).ge(0).any(1), none = want.lt(0).all(1);
+        BOOST_CHECK(got.lost == some.logical_and(none).sum().item<std::int64_t>());
         for (std::size_t j = 0; j < got.place.size(); ++j)
           BOOST_CHECK(got.weights[j] == (got.place[j] < 0 ? 0.0 : c.weights[j]));
         // Over the sum of the kept: k - 1 additions and a quotient on either side.
