@@ -271,10 +271,14 @@ Outputs drop(const Json& j, const Inputs& in, k::Backend& backend) {
                                   {"keys", k::DropOrder::kKeys},
                                   {"batch_prioritised", k::DropOrder::kBatchPrioritised}});
   Ids place(chosen.size());
+  Values after(weights.size());
   k::DropResult<double> r;
   r.place = place.data();
+  if (!weights.empty()) a.renormalise = true, r.weights = after.data();
   check(backend.drop(a, r), backend);
-  return {{"place", doubles(place)}};
+  Outputs out = {{"place", doubles(place)}};
+  if (!weights.empty()) out["weights"] = after;
+  return out;
 }
 
 /// cases: tokens, experts, top_k, min_capacity, expert_parallel_size, world_size.
@@ -605,6 +609,13 @@ Outputs agreement(const Json& j, const Inputs& in, k::Backend& backend) {
   return {{"agreement", {s.saturation, s.changed, s.jaccard, s.identical, s.same_first}}};
 }
 
+Outputs count_settled(const Json&, const Inputs& in, k::Backend& backend) {
+  const Ids first = in.get<std::int32_t>("first");
+  std::vector<std::int64_t> settled(static_cast<std::size_t>(in.size("first", 0)));
+  check(backend.count_settled({first.data(), nullptr, in.size("first", 0), in.size("first", 1)}, settled.data()), backend);
+  return {{"settled", doubles(settled)}};
+}
+
 Outputs count_by_label(const Json& j, const Inputs& in, k::Backend& backend) {
   const Ids chosen = in.get<std::int32_t>("chosen"), labels = in.get<std::int32_t>("labels");
   const auto a = count_args(j, in, chosen);
@@ -625,7 +636,7 @@ constexpr std::pair<std::string_view, Operation> kOperations[] = {
     {"lora_gradient", lora_gradient}, {"permute", permute}, {"moe_layer", moe_layer},
     {"importance_loss", importance_loss}, {"load_loss", load_loss}, {"entropy_loss", entropy_loss},
     {"gate_orthogonality", gate_orthogonality}, {"expert_overlap", expert_overlap}, {"score_variance", score_variance},
-    {"routing_margins", routing_margins}, {"agreement", agreement}, {"count_by_label", count_by_label}};
+    {"routing_margins", routing_margins}, {"agreement", agreement}, {"count_settled", count_settled}, {"count_by_label", count_by_label}};
 
 }  // namespace
 

@@ -123,6 +123,9 @@ class Backend {
   virtual Status count_agreement(const AgreementArgs& a, std::int64_t* table, AgreementCounts* counts) {
     return kernels::count_agreement(a, table, counts);
   }
+  virtual Status count_settled(const SettlingArgs& a, std::int64_t* tokens_settled) {
+    return kernels::count_settled(a, tokens_settled);
+  }
   virtual Status count_by_label(const CountArgs<std::int32_t>& a, const std::int32_t* labels, std::int64_t num_labels,
                                 std::int64_t* table, std::int64_t* outside) {
     return kernels::count_by_label(a, labels, num_labels, table, outside);

@@ -446,6 +446,15 @@ class CudaBackend final : public Backend {
     m.out(table, agreement_rows(a) * agreement_columns(a)).out(counts, 1);
     return m.run(&error_, [&] { return cuda::count_agreement(a, table, counts, nullptr); });
   }
+  Status count_settled(const SettlingArgs& args, std::int64_t* tokens_settled) override {
+    if (const Status s = check_settling(args, tokens_settled); s != Status::kOk) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    m.in(a.first, a.checkpoints * a.tokens).in(a.valid, a.tokens);
+    m.out(tokens_settled, a.checkpoints);
+    return m.run(&error_, [&] { return cuda::count_settled(a, tokens_settled, nullptr); });
+  }
   Status count_by_label(const CountArgs<std::int32_t>& args, const std::int32_t* labels, std::int64_t num_labels,
                         std::int64_t* table, std::int64_t* outside) override {
     if (const Status s = check_count_by_label(args, labels, num_labels, table, outside); s != Status::kOk) return s;

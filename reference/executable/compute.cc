@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -233,7 +234,11 @@ Outputs dispatch(const Json& j, const Inputs& in) {
                                         {"weights", DropOrder::kWeights},
                                         {"keys", DropOrder::kKeys},
                                         {"batch_prioritised", DropOrder::kBatchPrioritised}});
-  return {{"place", {drop(get(in, "chosen"), get(in, "weights"), get(in, "keys"), order, j.value("capacity", 4)), 0, 0}}};
+  const at::Tensor weights = get(in, "weights"), place = drop(get(in, "chosen"), weights, get(in, "keys"), order, j.value("capacity", 4));
+  Outputs out = {{"place", {place, 0, 0}}};
+  if (weights.defined())
+    out["weights"] = {kept_weights(weights, place, true, std::numeric_limits<double>::epsilon()), twice(static_cast<double>(weights.size(1))), 1};
+  return out;
 }
 
 Outputs capacities(const Json& j, const Inputs& in) {
@@ -472,6 +477,8 @@ Outputs agree(const Json& j, const Inputs& in) {
   return {{"agreement", {numbers(s, {"saturation", "changed", "jaccard", "identical", "same_first"}),
                          twice(static_cast<double>(get(in, "now").size(0)) + 4), 1}}};
 }
+Outputs settled(const Json&, const Inputs& in) { return {{"settled", {count_settled(get(in, "first")), 0, 0}}}; }
+
 Outputs by_label(const Json& j, const Inputs& in) {
   return {{"table", {count_by_label(get(in, "chosen"), get(in, "labels"), j.value("num_labels", 4), j.value("experts", 8)), 0, 0}}};
 }
@@ -486,7 +493,7 @@ const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations
       {"lora_gradient", lora_gradients}, {"permute", permutation}, {"moe_layer", layer},
       {"importance_loss", importance}, {"load_loss", smooth_load}, {"entropy_loss", entropy},
       {"gate_orthogonality", orthogonality}, {"expert_overlap", overlap}, {"score_variance", variance},
-      {"routing_margins", margins}, {"agreement", agree}, {"count_by_label", by_label}};
+      {"routing_margins", margins}, {"agreement", agree}, {"count_settled", settled}, {"count_by_label", by_label}};
   return kOperations;
 }
 

@@ -328,6 +328,8 @@ void dispatch_vectors(Builder& b) {
   b.vector("routing_metrics", "margins", "routing_margins", "least chosen minus largest other", {}, {{"choice", "logits"}, {"chosen", "chosen"}});
   b.vector("routing_metrics", "agreement", "agreement", "OLMoE, arXiv 2409.02060: router saturation", {{"experts", kE}}, {{"now", "other chosen"}, {"then", "chosen"}});
   b.tensor("domains", ints({0, 1, 2, 3, 0, 1, 2, 3, 3, 3, 0, 0, 1, -1, 2, 9}));
+  b.tensor("first choices", ints({3, 1, 0, 7, 3, 2, 5, 8, 3, 1, 5, 7, 3, 2, 5, 8}).reshape({4, 4}));
+  b.vector("routing_metrics", "settled", "count_settled", "StableMoE, arXiv 2204.08396: last fluctuation", {}, {{"first", "first choices"}});
   b.vector("routing_metrics", "by-domain", "count_by_label", "OLMoE, arXiv 2409.02060: domain specialisation", {{"experts", kE}, {"num_labels", 4}}, {{"chosen", "chosen"}, {"labels", "domains"}});
 }
 
