@@ -65,7 +65,8 @@ at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& valid, bool divide
 at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional,
                        bool centre_step, bool centre_bias) {
   const at::Tensor c = counts.to(at::kDouble), off = c.mean(-1, true) - c;
-  at::Tensor step = (proportional ? off : off.sign()) * rate;
+  const at::Tensor sign = at::where(off.isnan(), off, off.sign());  // LibTorch's sign of a NaN is 0
+  at::Tensor step = (proportional ? off : sign) * rate;
   if (centre_step) step = step - step.mean(-1, true);
   const at::Tensor out = bias.to(at::kDouble) + step;
   return centre_bias ? out - out.mean(-1, true) : out;

@@ -162,6 +162,12 @@ inline double balance_loss_relative(std::int64_t tokens, std::int64_t experts, s
 inline double balance_loss_in_any_order(std::int64_t tokens, std::int64_t experts, std::int64_t sets) {
   return gamma(static_cast<double>(tokens + experts + sets) + 8.0, unit_roundoff(Float::kF64));
 }
+/// What underflow adds to either: half a place for the mean and the product of every expert, which count at most E times, and
+/// two for the share of a set.
+inline double balance_loss_underflow(std::int64_t experts, std::int64_t sets) {
+  const double e = static_cast<double>(experts);
+  return static_cast<double>(sets) * (e * e + 1.0) * smallest(Float::kF64);
+}
 /// Relative error of one element of its gradient: weight 4, share 1, product and quotient 2; then one rounding to f.
 inline double balance_gradient_relative(Float f) { return gamma(7.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)); }
 
@@ -176,6 +182,21 @@ inline double log_sum_exp(std::int64_t experts, double range, double value) {
 /// |z_loss() - exact| from the largest error and magnitude of a token's log-sum-exp: squares, and sums of non-negative terms.
 inline double z_loss(std::int64_t tokens, double lse_error, double largest_lse, double value) {
   return 2.0 * largest_lse * lse_error + lse_error * lse_error + gamma(static_cast<double>(tokens) + 4.0, unit_roundoff(Float::kF64)) * value;
+}
+
+/// |gradient - exact| of z_loss() at a logit, 2 / T lse p: the error of lse, of a softmax, and three roundings (2 / T was one,
+/// two products). share = 2 / T; `gradient` its size.
+inline double z_loss_gradient(std::int64_t experts, double range, double lse_error, double largest_lse, double share, double gradient) {
+  const double p = softmax_relative(experts, 0.0, range, Float::kF64), u = unit_roundoff(Float::kF64);
+  return std::fabs(gradient) * std::expm1(std::log1p(p) + gamma(3.0, u)) + share * lse_error * (1.0 + p) +
+         share * largest_lse * softmax_underflow(Float::kF64) + smallest(Float::kF64);
+}
+
+/// |bias_update() - exact| in float64, counts being integers, whose sum is exact. `size` bounds |bias| + |step|, a proportional
+/// step as rate (mean + count). Bias and step, the mean of the steps and that of the biases make 4 times that at most; means of
+/// E terms take E additions and a division, a step 3 roundings, the differences 3.
+inline double bias_update(std::int64_t experts, double size) {
+  return 4.0 * size * gamma(2.0 * static_cast<double>(experts) + 8.0, unit_roundoff(Float::kF64)) + 4.0 * smallest(Float::kF64);
 }
 
 /// |sum of products - exact| in arithmetic f: one rounding a product, which may underflow, and `additions` at most for any

@@ -221,6 +221,13 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite) {
     o.left[1 * 5 + 2] = bad;
     BOOST_REQUIRE(k::grouped_gemm(o.a) == k::Status::kOk);
     for (std::size_t i = 0; i < 12; ++i) BOOST_CHECK(std::isfinite(o.out[i]) == (i / 3 != 1));
+    Case input = c, weight = c;  // of the gradients: a row of inputs, and a row of the first expert's weights
+    input.product = GroupedProduct::kInput, weight.product = GroupedProduct::kWeight;
+    Operands<double> p(input), q(weight);
+    p.left[1 * 3 + 2] = q.left[1 * 3 + 2] = bad;
+    BOOST_REQUIRE(k::grouped_gemm(p.a) == k::Status::kOk && k::grouped_gemm(q.a) == k::Status::kOk);
+    for (std::size_t i = 0; i < 20; ++i) BOOST_CHECK(std::isfinite(p.out[i]) == (i / 5 != 1));
+    for (std::size_t i = 0; i < 30; ++i) BOOST_CHECK(std::isfinite(q.weight[i]) == (i / 5 != 2));
   }
 }
 

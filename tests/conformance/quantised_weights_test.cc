@@ -5,7 +5,6 @@
 #include "kernels/host/quantised_weights.h"
 
 #include <ATen/ATen.h>
-#include <hwy/targets.h>
 
 #include <algorithm>
 #include <boost/test/unit_test.hpp>
@@ -19,6 +18,7 @@
 #include "audit/inputs/inputs.h"
 #include "audit/text/text.h"
 #include "reference/quantised_weights.h"
+#include "tests/support/on_every_target.h"
 
 namespace {
 
@@ -292,16 +292,11 @@ BOOST_AUTO_TEST_CASE(every_instruction_set_and_the_long_way_agree) {
       wide.push_back(k::dequantised<double>(w, i));
       narrow.push_back(k::dequantised<float>(w, i));
     }
-    for (std::int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-      hwy::SetSupportedTargetsForTest(left & ~(left - 1));
-      hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    sets += moeaudit::test::on_every_target([&] {
       SAME(dequantised<double>(w), wide, k::host_backend());
       SAME(dequantised<float>(w), narrow, k::host_backend());
       SAME(dequantised<double>(w, 1, n - 2), std::vector<double>(wide.begin() + 1, wide.end() - 1), k::host_backend());
-      ++sets;
-    }
-    hwy::SetSupportedTargetsForTest(0);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    });
   }
   BOOST_CHECK(sets >= 10);
 }

@@ -38,7 +38,7 @@ double bound(double logit, double noise, double deviation) {
 }
 
 BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
-  for (const auto& [tokens, experts] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {40, 8}}) {
+  for (const auto& [tokens, experts] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {2, 144}, {2, 384}, {40, 8}}) {
     for (const double eps : {0.0, 1e-2}) {
       const std::int64_t n = tokens * experts;
       const auto logits = gaussians(n, 1, 1), noise = gaussians(n, 2, 1), upstream = gaussians(n, 4, 1);
@@ -61,6 +61,33 @@ BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
         const double expected = slope.data_ptr<double>()[i];
         BOOST_CHECK_SMALL(gradient[i] - expected, 2 * bounds::gamma(7, 0x1p-53) * std::fabs(expected) + bounds::smallest(Float::kF64));
       }
+    }
+  }
+}
+
+/// What is not finite stays in its place, and is what LibTorch makes of it.
+BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_in_its_place) {
+  const std::int64_t n = 12;
+  const auto logits = gaussians(n, 1, 1), noise = gaussians(n, 2, 1), noise_logits = gaussians(n, 3, 1);
+  const auto run = [](const std::vector<double>& l, const std::vector<double>& z, const std::vector<double>& s) {
+    k::NoisyLogitsArgs<double> a;
+    a.logits = l.data(), a.noise = z.data(), a.noise_logits = s.data(), a.tokens = 3, a.experts = 4;
+    std::vector<double> out(12);
+    BOOST_REQUIRE(k::noisy_logits(a, out.data()) == k::Status::kOk);
+    return out;
+  };
+  const auto fine = run(logits, noise, noise_logits);
+  for (const double bad : {HUGE_VAL, -HUGE_VAL, std::nan(""), 5e-324}) {
+    for (int of = 0; of < 3; ++of) {
+      auto l = logits, z = noise, s = noise_logits;
+      (of == 0 ? l : of == 1 ? z : s)[5] = bad;
+      const auto got = run(l, z, s);
+      const at::Tensor want = ref::noisy_logits(tensor(l, 3), tensor(z, 3), tensor(s, 3), 0).contiguous();
+      const double w = want.data_ptr<double>()[5];
+      for (std::size_t i = 0; i < 12; ++i) BOOST_CHECK(i == 5 || got[i] == fine[i]);
+      const double deviation = std::isfinite(s[5]) ? std::log1p(std::exp(s[5])) : 0;
+      BOOST_CHECK_MESSAGE(std::isfinite(w) ? std::fabs(got[5] - w) <= bound(l[5], z[5], deviation) : std::isnan(w) ? std::isnan(got[5]) : got[5] == w,
+                          bad << " in argument " << of << ": " << got[5] << ", not " << w);
     }
   }
 }

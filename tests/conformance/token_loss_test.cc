@@ -87,7 +87,7 @@ void cross_entropy_agrees() {
                            bounds::gamma(static_cast<double>(s.tokens), k::unit_roundoff(k::Float::kF64)) * truth));
     BOOST_CHECK(got.labels == s.tokens - std::count(b.labels.begin(), b.labels.end(), k::kIgnored));
     const at::Tensor gradient = z.grad().contiguous();
-    const double relative = 2 * bounds::softmax_relative(s.words, 0, *high - *low, k::Float::kF64) + 4e-16 +
+    const double relative = 2 * bounds::softmax_relative(s.words, 0, *high - *low, k::Float::kF64) + bounds::gamma(4, k::unit_roundoff(k::Float::kF64)) +
                             (sizeof(T) == 4 ? k::unit_roundoff(k::Float::kF32) : 0);
     for (std::int64_t i = 0; i < s.tokens * s.words; ++i) {
       const double theirs = weight * gradient.data_ptr<double>()[i];

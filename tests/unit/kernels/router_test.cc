@@ -2,7 +2,6 @@
 #include "kernels/host/router.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "kernels/host/gaussian.h"
+#include "tests/support/on_every_target.h"
 
 namespace moeaudit::kernels {
 namespace {
@@ -63,16 +63,10 @@ std::vector<Sum> gate(const std::vector<In>& x, const std::vector<In>& w, const 
 /// Runs f once for every instruction set of this CPU.
 template <class F>
 void on_every_target(F&& f) {
-  int seen = 0;
-  for (std::int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & ~(left - 1));
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  const int seen = test::on_every_target([&] {
     SCOPED_TRACE(host_backend());
     f();
-    ++seen;
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
   EXPECT_GE(seen, 2) << "only one instruction set could be tried";
 }
 

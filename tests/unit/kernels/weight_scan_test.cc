@@ -3,7 +3,6 @@
 #include "kernels/host/weight_scan.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <bit>
 #include <cmath>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "audit/tensors/tensor_store.h"
+#include "tests/support/on_every_target.h"
 
 namespace moeaudit::kernels {
 namespace {
@@ -109,16 +109,10 @@ void expect_same(const ScanResult& got, const ScanResult& want, bool with_hash) 
 
 template <class F>
 void on_every_target(F&& f) {
-  int seen = 0;
-  for (std::int64_t left = hwy::SupportedTargets(); left != 0; left &= left - 1) {
-    hwy::SetSupportedTargetsForTest(left & ~(left - 1));
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  const int seen = test::on_every_target([&] {
     SCOPED_TRACE(host_backend());
     f();
-    ++seen;
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  });
   EXPECT_GE(seen, 2) << "only one instruction set could be tried";
 }
 
