@@ -62,12 +62,14 @@ int run(HealthArguments& a) {
   if (trace) {
     ProgressBar bar(!a.terminal.no_progress);
     a.health.against = against.get();
+    if (!backend) backend = std::make_shared<ReplayBackend>(a.device, kernels::open_cuda, health_seconds(*trace) / a.health.threads);
+    a.health.backend = backend.get();
     a.health.progress = [&](std::string_view stage, double done) { bar(stage, done); };
     std::vector<InputProblem> problems = std::move(report.problems);
     report = measure_health(*trace, a.health);
     report.problems.insert(report.problems.begin(), problems.begin(), problems.end());
-    report.backend = backend ? backend->name_beside_host("routers") : kernels::on_host().name();
-    if (backend) report.warning = backend->warning();
+    report.backend = backend->name_beside_host(kMeasuredOnBackend);
+    report.warning = backend->warning();
   }
   const WriterOptions options = terminal_options(a.terminal);
   if (a.format == "json")

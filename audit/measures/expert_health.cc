@@ -14,6 +14,7 @@
 #include "audit/families/family.h"
 #include "audit/measures/router_inputs.h"
 #include "audit/measures/router_precision.h"
+#include "audit/measures/trace_replay.h"
 #include "audit/tensors/guarded_read.h"
 #include "kernels/host/elementary.h"
 #include "kernels/host/expert_load.h"
@@ -194,6 +195,7 @@ struct Scratch {
   std::vector<std::int32_t> ids, top, runner_up, other_ids;
   std::vector<std::uint8_t> valid, sets, others, usable, flags;  // sets: valid rows of k different experts
   std::vector<float> logits, probabilities, weights;
+  k::Backend* backend = nullptr;
 };
 
 class LayerSums {
@@ -407,8 +409,8 @@ bool LayerSums::add_rows(const Frame& frame, const LayerTensors& t, const LayerT
       piece_->valid[static_cast<std::size_t>(i)] &= piece_->usable[static_cast<std::size_t>(i)];
   }
   std::int64_t outside = 0, tokens = 0;
-  k::count_choices(k::CountArgs<std::int32_t>{piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_},
-                   chunk_.data(), &outside);
+  piece_->backend->count_choices(k::CountArgs<std::int32_t>{piece_->ids.data(), piece_->valid.data(), n, top_k_, experts_},
+                                 chunk_.data(), &outside);
   for (std::size_t e = 0; e < chunk_.size(); ++e) block_[e] += chunk_[e];
   for (const std::uint8_t v : piece_->valid) tokens += v;
   add_tokens(tokens);
@@ -503,7 +505,7 @@ bool LayerSums::add_logits(const TensorView& view, std::int64_t first, std::int6
   result.chosen = piece_->top.data();
   result.runner_up = piece_->runner_up.data();
   result.choice = piece_->probabilities.data();
-  if (k::route(args, result) != k::Status::kOk) return false;
+  if (piece_->backend->route(args, result) != k::Status::kOk) return false;
   if (score_ != Scoring::kSoftmax) {
     for (std::int64_t i = 0; i < n; ++i) {
       float* p = piece_->probabilities.data() + i * e;
@@ -960,7 +962,9 @@ AcrossLayers across(std::string name, const std::vector<LayerHealth>& layers, bo
 
 class Pass {
  public:
-  Pass(const Trace& trace, const HealthOptions& options) : trace_(trace), options_(options) {}
+  Pass(const Trace& trace, const HealthOptions& options) : trace_(trace), options_(options) {
+    for (Scratch& s : scratch_) s.backend = options.backend;
+  }
 
   HealthReport run() {
     const TraceFacts& f = trace_.facts();
@@ -1102,6 +1106,8 @@ class Pass {
 };
 
 }  // namespace
+
+double health_seconds(const Trace& trace) { return 0.2 * host_seconds(trace); }  // measured: docs/bench.md
 
 HealthReport measure_health(const Trace& trace, const HealthOptions& options) { return Pass(trace, options).run(); }
 

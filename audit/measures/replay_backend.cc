@@ -67,5 +67,8 @@ k::Status ReplayBackend::balance_loss(const k::BalanceLossArgs<double>& a, const
 k::Status ReplayBackend::z_loss(const k::ZLossArgs<double>& a, const k::ZLossResult<double>& r) {
   return first_that_can([&](k::Backend& b) { return b.z_loss(a, r); });
 }
+k::Status ReplayBackend::count_choices(const k::CountArgs<std::int32_t>& a, std::int64_t* counts, std::int64_t* outside) {
+  return first_that_can([&](k::Backend& b) { return b.count_choices(a, counts, outside); });
+}
 
 }  // namespace moeaudit

@@ -1,4 +1,4 @@
-// Where a replay of routers, or of a trace, runs: on a CUDA device where that pays, else on the host.
+// Where a replay of routers or of a trace, or the health of a trace, runs: on a CUDA device where that pays, else on the host.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@ namespace moeaudit {
 /// Seconds of work on the host from which Device::kAuto asks for a device: its first call takes up to half of one.
 inline constexpr double kWorthADevice = 1.0;
 
-/// The gate, the route and the losses of routers on a device, and the host for a call that the device does not do. After a device error the
+/// The gate, the route, the losses and the counts of routers on a device, and the host for a call that the device does not do. After a device error the
 /// host does everything, and warning() says so. Device and host give the same bits, so results do not depend on any of
 /// this. Calls may come from several threads.
 class ReplayBackend final : public kernels::Backend {
@@ -38,6 +38,8 @@ class ReplayBackend final : public kernels::Backend {
   kernels::Status balance_loss(const kernels::BalanceLossArgs<double>& a,
                                const kernels::BalanceLossResult<double>& r) override;
   kernels::Status z_loss(const kernels::ZLossArgs<double>& a, const kernels::ZLossResult<double>& r) override;
+  kernels::Status count_choices(const kernels::CountArgs<std::int32_t>& a, std::int64_t* counts,
+                                std::int64_t* outside) override;
 
  private:
   template <class Call>

@@ -6,7 +6,7 @@
 #include "audit/facts/fact_sheet.h"
 #include "audit/measures/expert_health.h"
 #include "audit/measures/measure.h"
-#include "kernels/host/router.h"
+#include "audit/measures/replay_backend.h"
 
 namespace moeaudit {
 namespace {
@@ -64,6 +64,8 @@ void run(MeasureContext& ctx) {
   }
   HealthOptions options;
   options.threads = ctx.threads;
+  ReplayBackend backend(ctx, health_seconds(*ctx.trace) / std::max(ctx.threads, 1));
+  options.backend = &backend;
   if (ctx.trace->facts().expert_parallel.value_or(1) > 1) options.placement.ranks = *ctx.trace->facts().expert_parallel;
   options.progress = ctx.progress;
   HealthReport report = measure_health(*ctx.trace, options);
@@ -83,8 +85,9 @@ void run(MeasureContext& ctx) {
     f.trace_loads.set(std::move(loads), Origin::kMeasured, source);
   f.trace_problems.set(std::move(report.weight_problems), Origin::kMeasured, source);
   ctx.records.push_back(
-      {"trace_loads", std::string("host ") + kernels::host_backend(),
-       std::to_string(report.micro_batches) + " micro-batches of " + std::to_string(report.steps) + " steps"});
+      {"trace_loads", backend.name_beside_host(kMeasuredOnBackend),
+       std::to_string(report.micro_batches) + " micro-batches of " + std::to_string(report.steps) + " steps",
+       backend.warning()});
 }
 
 }  // namespace

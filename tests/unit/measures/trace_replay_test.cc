@@ -1,12 +1,15 @@
-// A replay on a device that works, refuses, fails or is not there, and on several threads: the numbers are the same.
+// A replay, and the health of a trace, on a device that works, refuses, fails or is not there, and on several threads: the numbers are the same.
 #include "audit/measures/trace_replay.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <sstream>
 
+#include "audit/measures/expert_health.h"
 #include "audit/measures/replay_backend.h"
 #include "audit/traces/trace.h"
 #ifdef MOE_AUDIT_HAVE_CUDA
@@ -28,6 +31,16 @@ class TestDevice final : public kernels::Backend {
   Status route(const kernels::RouteArgs<double>& a, const kernels::RouteResult<double>& r) override {
     if (left_.fetch_sub(1) > 0) return Backend::route(a, r);
     for (std::int64_t i = 0; i < a.tokens * a.top_k; ++i) r.chosen[i] = 1;
+    return then_;
+  }
+  Status route(const kernels::RouteArgs<float>& a, const kernels::RouteResult<float>& r) override {
+    if (left_.fetch_sub(1) > 0) return Backend::route(a, r);
+    for (std::int64_t i = 0; i < a.tokens * a.top_k; ++i) r.chosen[i] = 1;
+    return then_;
+  }
+  Status count_choices(const kernels::CountArgs<std::int32_t>& a, std::int64_t* counts, std::int64_t* outside) override {
+    if (left_.fetch_sub(1) > 0) return Backend::count_choices(a, counts, outside);
+    std::fill(counts, counts + a.experts, 7);
     return then_;
   }
   Status balance_loss(const kernels::BalanceLossArgs<double>& a, const kernels::BalanceLossResult<double>& r) override {
@@ -147,6 +160,42 @@ TEST(TraceReplay, AMissingDeviceIsAWarningWhereItWasAskedFor) {
   EXPECT_EQ(replay(kTraces[0], 1, Device::kAuto, open_nothing).warning, "");
 }
 
+struct Measured {
+  std::string numbers, backend, warning;
+};
+/// Every metric of every layer, doubles to the bit.
+Measured health(const std::string& name, Device device, OpenDevice open) {
+  std::vector<InputProblem> faults;
+  const std::unique_ptr<Trace> trace = open_trace(MOE_AUDIT_SOURCE_DIR "/fixtures/traces/" + name, {}, &faults);
+  EXPECT_TRUE(trace) << name;
+  ReplayBackend backend(device, open, 0);
+  HealthOptions options;
+  options.threads = 2, options.backend = &backend;
+  const HealthReport r = measure_health(*trace, options);
+  EXPECT_FALSE(r.layers.empty());
+  std::ostringstream out;
+  for (const LayerHealth& l : r.layers) {
+    for (const std::int64_t n : l.load) out << n << '\n';
+    for (const HealthMetric& m : l.metrics) out << m.name << std::bit_cast<std::uint64_t>(std::isnan(m.value) ? 0 : m.value) << '\n';
+  }
+  return {out.str(), backend.name_beside_host(kMeasuredOnBackend), backend.warning()};
+}
+
+TEST(TraceHealth, OnADeviceThatWorksOrFailsTheSameNumbers) {
+  for (const char* name : kTraces) {
+    const Measured host = health(name, Device::kCpu, open_nothing);
+    EXPECT_EQ(host.backend, kHost);
+    const Measured device = health(name, Device::kCuda, open_test_device<kAlways, Status::kOk>);
+    EXPECT_EQ(device.numbers, host.numbers);
+    EXPECT_EQ(device.backend, kHost + "; routing and counts: cuda Test");
+    EXPECT_EQ(device.warning, "");
+    const Measured failed = health(name, Device::kCuda, open_test_device<3, Status::kLaunchFailed>);
+    EXPECT_EQ(failed.numbers, host.numbers);
+    EXPECT_EQ(failed.backend, kHost + "; routing and counts: cuda Test and " + kHost);
+    EXPECT_EQ(failed.warning, "cuda Test failed (injected); the host did the rest, with the same results");
+  }
+}
+
 #ifdef MOE_AUDIT_HAVE_CUDA
 class TraceReplayCuda : public test::OnCuda {};
 TEST_F(TraceReplayCuda, SameNumbersAsTheHost) {
@@ -156,6 +205,10 @@ TEST_F(TraceReplayCuda, SameNumbersAsTheHost) {
     EXPECT_EQ(device.backend.rfind(kHost + "; routing, balance loss and z-loss: cuda ", 0), 0u) << device.backend;
     EXPECT_EQ(device.backend.find("and host"), std::string::npos) << device.backend;
     EXPECT_EQ(device.warning, "");
+    const Measured on_device = health(name, Device::kCuda, kernels::open_cuda);
+    EXPECT_EQ(on_device.numbers, health(name, Device::kCpu, open_nothing).numbers);
+    EXPECT_EQ(on_device.backend.rfind(kHost + "; routing and counts: cuda ", 0), 0u) << on_device.backend;
+    EXPECT_EQ(on_device.backend.find("and host"), std::string::npos) << on_device.backend;
   }
 }
 #else
