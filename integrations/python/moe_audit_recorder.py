@@ -837,7 +837,7 @@ class Recorder:
             "format": "moe-audit-trace", "version": 1, "recorder": {"name": "moe_audit_recorder.py", "version": VERSION},
             "packages": _packages(),
             "model": {"model_type": config.get("model_type"), "class": type(self._inner()).__name__,
-                      "hidden_size": _deep(config, "hidden_size", "d_model"), "num_experts": first.num_experts, "top_k": first.top_k, "config": config},
+                      "hidden_size": first.hidden_size, "num_experts": first.num_experts, "top_k": first.top_k, "config": config},
             "training": {"framework": "torch", "world_size": self.world_size, "gradient_checkpointing": checkpointing, **self.training},
             "coefficients": {"router_aux_loss_coef": _number(coefficient) if coefficient is not None else _deep(
                                  config, "router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_loss_weight"),

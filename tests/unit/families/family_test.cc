@@ -163,7 +163,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "flex_olmo-tf5", "granitemoeshared-tf4", "granitemoeshared-tf5", "minimax-tf4",
                                          "minimax-tf5", "glm4_moe_lite-tf5", "deepseek_v32-tf5", "glm_moe_dsa-tf5",
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
-                                         "granitemoehybrid-tf5", "lfm2_moe-tf5"),
+                                         "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
+                                         "glm4v_moe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

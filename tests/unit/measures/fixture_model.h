@@ -38,9 +38,10 @@ inline std::vector<std::int64_t> moe_layers_of(const Family& family, const nlohm
 /// What the resolver takes from config.json, as far as measures read it; "family" stays unknown for a model type nobody
 /// described.
 inline nlohmann::json model_facts(const std::string& folder) {
-  const nlohmann::json config = read_json(folder + "/config.json");
+  const nlohmann::json root = read_json(folder + "/config.json");
+  const nlohmann::json& config = root.contains("text_config") ? root["text_config"] : root;
   nlohmann::json facts;
-  const std::string type = config.at("model_type");
+  const std::string type = root.at("model_type");
   facts["model.type"] = type;
   const Family* family = find_family_by_model_type(type);
   if (!family) return facts;
