@@ -43,6 +43,11 @@ TEST(ResolveModel, MoeLayersByTheRuleOfTheFamily) {
                            "mlp_only_layers": [3]})"),
             (Layers{1, 5}));
   EXPECT_EQ(moe_layers(R"({"model_type": "dbrx", "n_layers": 2})"), (Layers{0, 1}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "exaone_moe", "num_hidden_layers": 4, "first_k_dense_replace": 2})"), (Layers{2, 3}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "exaone_moe", "num_hidden_layers": 4, "first_k_dense_replace": 2,
+                           "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]})"),
+            (Layers{0, 2, 3}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "glm4_moe_lite", "num_hidden_layers": 3, "mlp_layer_types": null})"), (Layers{1, 2}));
 }
 
 TEST(ResolveModel, NonsenseInALayerRuleEndsWell) {
@@ -54,6 +59,7 @@ TEST(ResolveModel, NonsenseInALayerRuleEndsWell) {
             (Layers{}));
   EXPECT_EQ(moe_layers(R"({"model_type": "llama4_text", "num_hidden_layers": 2, "moe_layers": ["a", -1, 1e99]})"),
             (Layers{}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "exaone_moe", "num_hidden_layers": 3, "mlp_layer_types": [null, "sparse"]})"), (Layers{1}));
 }
 
 TEST(ResolveModel, AValueOfAnotherKindIsUnknownAndNotTheDefault) {
