@@ -301,4 +301,18 @@ inline double entropy(std::int64_t experts, double range, double value) {
          value * (p + gamma(static_cast<double>(experts) + 4.0, u));
 }
 
+/// |load_statistics() - exact|, relative to 1 + the value: sums of `terms` terms of magnitude at most ln E or 2, a logarithm each.
+/// Of probabilities: as many terms as there are.
+inline double load_statistics(std::int64_t terms) {
+  const double n = static_cast<double>(terms);
+  return gamma(2.0 * n + 16.0, unit_roundoff(Float::kF64)) * 4.0 * std::log(n + 2.0);
+}
+
+/// |noisy_logits() - exact|: a softplus takes 8 roundings (sqrt_softplus_relative() before the root); eps, product and sum one
+/// each. `part` = |noise| deviation.
+inline double noisy_logit(double logit, double part) {
+  const double u = unit_roundoff(Float::kF64);
+  return gamma(8.0 + 3.0, u) * part + u * (std::fabs(logit) + part) + smallest(Float::kF64);
+}
+
 }  // namespace moeaudit::kernels::bounds

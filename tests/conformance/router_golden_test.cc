@@ -234,6 +234,18 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
   const std::vector<double> choice = values(truth.choice), true_weights = values(truth.weights),
                             true_chosen = values(truth.chosen);
 
+  // What two evaluations of a float32 logit may differ by; the same bfloat16 number nearly always, else one place.
+  double logit_error = 0;
+  for (std::size_t i = 0; theirs.empty() && i < ours.size(); ++i) {
+    logit_error = std::max(logit_error, gate == Float::kBF16 ? k::spacing(exact_values[i], gate)
+                                                             : library_logit_error(g, i, exact_values[i], gate) +
+                                                                   bounds::gate(g.hidden, absolute_sum(g, i), gate, false));
+  }
+  double range = 0;
+  for (std::size_t t = 0; t < from.size(); t += static_cast<std::size_t>(g.experts)) {
+    const auto [low, high] = std::minmax_element(from.begin() + static_cast<std::ptrdiff_t>(t), from.begin() + static_cast<std::ptrdiff_t>(t) + g.experts);
+    range = std::max(range, *high - *low);
+  }
   const Float stored = float_of(at(run, "weights_dtype"));
   for (std::int64_t t = 0; t < g.tokens; ++t) {
     std::vector<std::int64_t> lib, kernel, reference;
@@ -243,9 +255,8 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
       reference.push_back(static_cast<std::int64_t>(true_chosen[t * g.top_k + j]));
     }
     // Ties of bfloat16 logits go to the lowest index here, to any index in torch.topk. Otherwise float32 scores of
-    // equal logits are good to a few roundings: 2^-20 is more than softmax_relative() gives for 64 experts and a range
-    // of 16.
-    double reach = bounds::softmax_relative(g.experts, 0, 16, Float::kF32) + (theirs.empty() ? 1e-5 : 0);
+    // equal logits are good to a few roundings.
+    double reach = bounds::softmax_relative(g.experts, gate == Float::kF32 ? logit_error : 0, range, Float::kF32);
     // Scores that live in bfloat16 tie where the exact ones are within one rounding of each other.
     const auto scores = choice.begin() + t * g.experts;
     if (a.tensor_dtype == Float::kBF16 && !a.softmax_after_top_k)
@@ -265,14 +276,11 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
       // Two float32 evaluations in different orders, each within the bound; then theirs is stored in `stored`. Where
       // the scores live in bfloat16, one more rounding of the softmax there. Without their logits, a float32 gate
       // apart.
-      double relative = bounds::softmax_relative(g.experts, 0, 16, Float::kF32);
+      double relative = bounds::softmax_relative(g.experts, 0, range, Float::kF32);
       relative = bounds::scaled_relative(bounds::renormalised_relative(relative, g.top_k, Float::kF32), Float::kF32);
       double bound = 2 * relative * w + (stored == Float::kBF16 ? 0.5 * k::spacing(w * (1 + relative), stored) : 0.0);
       if (a.tensor_dtype == Float::kBF16) bound += k::spacing(w, Float::kBF16);
-      if (theirs.empty()) {
-        const double logit_error = gate == Float::kBF16 ? k::spacing(8.0, gate) : 1e-5;
-        bound += std::expm1(2 * logit_error) * w;
-      }
+      bound += std::expm1(2 * logit_error) * w;
       BOOST_CHECK_MESSAGE(std::fabs(w - theirs_w) <= bound,
                           token << " expert " << kernel[j] << ": " << w << " against " << theirs_w);
     }

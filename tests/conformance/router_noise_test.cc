@@ -31,11 +31,8 @@ at::Tensor tensor(const std::vector<double>& v, std::int64_t rows) {
   return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble).clone();
 }
 
-// softplus: 8 roundings (bounds::sqrt_softplus_relative before the root), on both sides; eps, product and sum one each.
-double bound(double logit, double noise, double deviation) {
-  const double u = 0x1p-53, part = std::fabs(noise) * deviation;
-  return 2 * bounds::gamma(8 + 3, u) * part + 2 * u * (std::fabs(logit) + part) + bounds::smallest(Float::kF64);
-}
+/// On both sides.
+double bound(double logit, double noise, double deviation) { return 2 * bounds::noisy_logit(logit, std::fabs(noise) * deviation); }
 
 BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
   for (const auto& [tokens, experts] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {2, 144}, {2, 384}, {40, 8}}) {

@@ -213,6 +213,36 @@ BOOST_AUTO_TEST_CASE(importance_agrees_with_the_reference) {
   }
 }
 
+/// A gate or a score that is not finite spoils the loss, and nothing as padding; denormals add up exactly.
+BOOST_AUTO_TEST_CASE(gates_and_scores_at_the_edges) {
+  const Shape s{6, 4, 4};
+  Doubles gates = values(ref::scores(tensor(gaussians(24, 3), {6, 4}), ref::Score::kSoftmax));
+  const auto losses = [&s](const Doubles& g, const Mask& valid) {
+    double importance = -7, variance = -7;
+    BOOST_REQUIRE(k::importance_loss(args_of(g, {}, valid, s, {}), {&importance, nullptr, nullptr}) == K::kOk);
+    k::ScoreVarianceArgs<double> a;
+    a.scores = g.data(), a.valid = data(valid), a.tokens = 6, a.experts = 4;
+    BOOST_REQUIRE(k::score_variance(a, {&variance, nullptr, nullptr}) == K::kOk);
+    return std::pair(importance, variance);
+  };
+  const Mask padding = {1, 1, 0, 1, 1, 1};
+  const auto fine = losses(gates, padding);
+  for (const double bad : {std::nan(""), kInf, -kInf}) {
+    Doubles g = gates;
+    g[2 * 4 + 1] = bad;
+    BOOST_CHECK(losses(g, padding) == fine);
+    const auto spoilt = losses(g, {});
+    BOOST_CHECK(!std::isfinite(spoilt.first) && !std::isfinite(spoilt.second));
+  }
+  for (double& g : gates) g = std::ldexp(std::nearbyint(std::ldexp(g, 10)), -1070);  // multiples of 2^-1070
+  Doubles sums(4), by_hand(4);
+  double loss = 0;
+  for (std::size_t i = 0; i < 24; ++i) by_hand[i % 4] += gates[i];
+  k::ImportanceLossArgs<double> a = args_of(gates, {}, {}, s, {k::Variance::kPopulation, 1e-10});
+  BOOST_REQUIRE(k::importance_loss(a, {&loss, sums.data(), nullptr}) == K::kOk);
+  BOOST_CHECK(sums == by_hand && loss == 0.0);  // the squares vanish beside eps
+}
+
 BOOST_AUTO_TEST_CASE(published_values_of_v_moe) {
   // google-research/vmoe at 0b17946f, vmoe/nn/routing_test.py: its inputs, and what it expects to six places.
   const Doubles gates = {.5, .4, .1, .3, .3, .4, .1, .2, .7, .8, .2, .0};
