@@ -65,6 +65,15 @@ Outputs gate_logits(const Json&, const Inputs& in, k::Backend& backend) {
   return {{"logits", logits}};
 }
 
+Outputs rounded_gate_logits(const Json& j, const Inputs& in, k::Backend& backend) {
+  const auto x = in.get<float>("x"), w = in.get<float>("w"), bias = in.get<float>("bias");
+  const k::RoundedGateArgs a{x.data(), w.data(), pointer(bias), in.size("x", 0), in.size("x", 1), in.size("w", 0),
+                             k::Float::kBF16, j.value("stretch", 1)};
+  std::vector<float> logits(static_cast<std::size_t>(a.tokens * a.experts));
+  check(backend.rounded_gate_logits(a, logits.data()), backend);
+  return {{"logits", doubles(logits)}};
+}
+
 k::RouteArgs<double> route_args(const Json& j, const Inputs& in) {
   k::RouteArgs<double> a;
   a.tokens = in.size("logits", 0), a.experts = in.size("logits", 1);
@@ -153,6 +162,8 @@ Outputs balance_loss(const Json& j, const Inputs& in, k::Backend& backend) {
   a.convention.most_devices = j.value("most_devices", 1);
   a.convention.divisor = j.value("all_tokens", false) ? k::Divisor::kAllTokens : k::Divisor::kValidTokens;
   a.convention.over_sets = j.value("sum", false) ? k::OverSets::kSum : k::OverSets::kMean;
+  a.convention.averaged = j.value("over_sum", false) ? k::Averaged::kOverSum : k::Averaged::kAsGiven;
+  a.convention.sum_eps = j.value("sum_eps", 0.0);
   Values loss(1), gradient(j.value("gradient", false) ? p.size() : 0);
   k::BalanceLossResult<double> r;
   r.loss = loss.data();
@@ -195,7 +206,9 @@ Outputs squares(const Json& j, const Inputs& in, k::Backend&) {
 Outputs bias_update(const Json& j, const Inputs& in, k::Backend& backend) {
   const Values bias = in.get("bias"), counts = in.get("counts");
   k::BiasUpdateArgs a;
-  a.bias = bias.data(), a.counts = counts.data(), a.layers = in.size("counts", 0), a.experts = in.size("counts", 1);
+  a.bias = bias.data(), a.counts = counts.data(), a.layers = in.size("bias", 0), a.experts = in.size("bias", 1);
+  if (counts.size() > bias.size()) a.ranks = in.size("counts", 0), a.micro_batches = in.size("counts", 1);
+  if (j.value("counts_bf16", false)) a.counts_dtype = k::Float::kBF16;
   a.rate = j.value("rate", 0.001);
   a.step = j.value("proportional", false) ? k::BiasStep::kProportional : k::BiasStep::kSign;
   a.centre = one_of<k::Centre>(
@@ -628,7 +641,7 @@ Outputs count_by_label(const Json& j, const Inputs& in, k::Backend& backend) {
 
 using Operation = Outputs (*)(const Json&, const Inputs&, k::Backend&);
 constexpr std::pair<std::string_view, Operation> kOperations[] = {
-    {"gate_logits", gate_logits}, {"route", route}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
+    {"gate_logits", gate_logits}, {"rounded_gate_logits", rounded_gate_logits}, {"route", route}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
     {"balance_loss", balance_loss}, {"z_loss", z_loss}, {"squares", squares}, {"bias_update", bias_update},
     {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", term_weights}, {"drop", drop}, {"capacity", capacity},
     {"expert_choice", expert_choice}, {"noisy_logits", noisy_logits}, {"jitter", jitter}, {"expert_load", expert_load},

@@ -16,6 +16,7 @@
 #include "kernels/host/moe_layer.h"
 #include "kernels/host/permute.h"
 #include "kernels/host/quantised_weights.h"
+#include "kernels/host/rounded_gate.h"
 #include "kernels/host/router.h"
 #include "kernels/host/router_backward.h"
 #include "kernels/host/router_noise.h"
@@ -38,6 +39,9 @@ class Backend {
   virtual Status gate_logits(const GateArgs<float, float>& a) { return kernels::gate_logits(a); }
   virtual Status gate_logits(const GateArgs<float, double>& a) { return kernels::gate_logits(a); }
   virtual Status gate_logits(const GateArgs<double, double>& a) { return kernels::gate_logits(a); }
+  virtual Status rounded_gate_logits(const RoundedGateArgs& a, float* logits) {
+    return kernels::rounded_gate_logits(a, logits);
+  }
   virtual Status route(const RouteArgs<float>& a, const RouteResult<float>& r) { return kernels::route(a, r); }
   virtual Status route(const RouteArgs<double>& a, const RouteResult<double>& r) { return kernels::route(a, r); }
   virtual Status route_backward(const RouteBackwardArgs<double>& a, double* d_logits) {

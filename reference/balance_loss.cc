@@ -41,7 +41,9 @@ at::Tensor mask_of(const at::Tensor& valid, std::int64_t tokens) {
 at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chosen, const BalanceLossOptions& o,
                         const at::Tensor& valid, const std::vector<std::int64_t>& offsets, const at::Tensor& counts,
                         const at::Tensor& counted_tokens) {
-  const at::Tensor p = probabilities.to(at::kDouble), mask = mask_of(valid, p.size(0));
+  at::Tensor p = probabilities.to(at::kDouble);
+  if (o.over_sum) p = p / (p.sum(-1, true) + o.sum_eps);
+  const at::Tensor mask = mask_of(valid, p.size(0));
   const std::vector<std::int64_t> ends = offsets.empty() ? std::vector<std::int64_t>{0, p.size(0)} : offsets;
   at::Tensor sum = at::zeros({}, at::kDouble);
   const std::size_t sets = ends.size() - 1;
@@ -62,9 +64,21 @@ at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& valid, bool divide
   return at::where(mask.gt(0), z * z, at::zeros_like(z)).sum() / tokens;
 }
 
+at::Tensor counted(const at::Tensor& counts, at::ScalarType dtype) {
+  const std::vector<std::int64_t> shape = {counts.size(2), counts.size(3)};
+  at::Tensor total = at::zeros(shape, dtype);
+  for (std::int64_t r = 0; r < counts.size(0); ++r) {
+    at::Tensor own = at::zeros(shape, dtype);
+    for (std::int64_t m = 0; m < counts.size(1); ++m) own += counts[r][m].to(dtype);
+    total += own;
+  }
+  return total;
+}
+
 at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional,
                        bool centre_step, bool centre_bias) {
-  const at::Tensor c = counts.to(at::kDouble), off = c.mean(-1, true) - c;
+  const at::Tensor c = counts.is_floating_point() ? counts : counts.to(at::kDouble);
+  const at::Tensor off = (c.sum(-1, true) / c.size(-1) - c).to(at::kDouble);
   const at::Tensor sign = at::where(off.isnan(), off, off.sign());  // LibTorch's sign of a NaN is 0
   at::Tensor step = (proportional ? off : sign) * rate;
   if (centre_step) step = step - step.mean(-1, true);

@@ -22,6 +22,8 @@ struct BalanceLossOptions {
   std::int64_t most_devices = 1;
   bool divide_by_all_tokens = false;  // instead of the valid ones
   bool sum_over_sets = false;         // instead of their mean
+  bool over_sum = false;              // probabilities over the sum of their token's plus sum_eps: arXiv 2412.19437 eq. 19
+  double sum_eps = 0;
   std::int64_t top_k = 1;             // where counts are given without choices
 };
 
@@ -35,9 +37,14 @@ at::Tensor balance_loss(const at::Tensor& probabilities, const at::Tensor& chose
 /// Mean over the valid of T tokens of logsumexp(logits [T, E])^2: ST-MoE, arXiv 2202.08906 equation 5. Differentiable.
 at::Tensor z_loss(const at::Tensor& logits, const at::Tensor& valid = {}, bool divide_by_all_tokens = false);
 
+/// What counters [L, E] of that dtype hold of counts int64 [ranks, micro-batches, L, E]: each rank's after its
+/// micro-batches, then added up over the ranks.
+at::Tensor counted(const at::Tensor& counts, at::ScalarType dtype);
+
 /// bias + rate sign(mean(counts) - counts) or, proportional, bias + rate (mean(counts) - counts), over the last
 /// dimension: arXiv 2408.15664 algorithm 1 and table 3. centre_step: minus the mean of the step; centre_bias: minus the
-/// mean of the result.
+/// mean of the result. Counts of bfloat16 have their mean and distances in bfloat16, as Megatron-LM (moe_utils.py,
+/// get_updated_expert_bias) computes them; all else is float64.
 at::Tensor bias_update(const at::Tensor& bias, const at::Tensor& counts, double rate, bool proportional = false,
                        bool centre_step = false, bool centre_bias = false);
 

@@ -51,6 +51,16 @@ at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   return logits + bias.to(at::kDouble);
 }
 
+at::Tensor rounded_gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias, at::ScalarType dtype,
+                               std::int64_t stretch) {
+  at::Tensor total = at::zeros({x.size(0), w.size(0)}, dtype);
+  for (std::int64_t first = 0; first < x.size(1); first += stretch) {
+    const std::int64_t count = std::min(stretch, x.size(1) - first);
+    total = total + gate_logits(x.narrow(1, first, count), w.narrow(1, first, count)).to(dtype);
+  }
+  return bias.defined() ? total + bias.to(dtype) : total;
+}
+
 at::Tensor scores(const at::Tensor& logits, Score score) {
   const at::Tensor l = logits.to(at::kDouble);
   if (score == Score::kSigmoid) return at::sigmoid(l);

@@ -1,4 +1,4 @@
-// The router in float64 on LibTorch: the truth that kernels/host/router.h answers to.
+// The router in float64 on LibTorch: the truth that kernels/host/router.h and rounded_gate.h answer to.
 //
 // Symbols: T tokens, d hidden, E experts, k chosen per token, G groups. Nothing is averaged; every token stands alone.
 // Framework code is cited as file at commit decba1d2ea4e of transformers (5.16.0.dev0) unless another one is named.
@@ -53,6 +53,11 @@ struct Routed {
 /// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e], i in index order. x [T, d], w [E, d], bias [E] or undefined; any
 /// floating dtype, computed in float64; differentiable. Throws c10::Error on shapes that do not fit.
 at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias = {});
+
+/// The gate that kernels/host/rounded_gate.h answers for: `stretch` products at a time are added up in float64, the rest is
+/// tensors of `dtype`. bias [E] or undefined.
+at::Tensor rounded_gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias, at::ScalarType dtype,
+                               std::int64_t stretch);
 
 /// Scores of all experts, float64 [T, E]; sums over experts run in index order.
 at::Tensor scores(const at::Tensor& logits, Score score);

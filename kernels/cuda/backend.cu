@@ -12,6 +12,7 @@
 #include "kernels/cuda/moe_layer.h"
 #include "kernels/cuda/permute.h"
 #include "kernels/cuda/quantised_weights.h"
+#include "kernels/cuda/rounded_gate.h"
 #include "kernels/cuda/router.h"
 #include "kernels/cuda/router_backward.h"
 #include "kernels/cuda/router_noise.h"
@@ -121,6 +122,14 @@ class CudaBackend final : public Backend {
   Status gate_logits(const GateArgs<float, float>& a) override { return gate(a); }
   Status gate_logits(const GateArgs<float, double>& a) override { return gate(a); }
   Status gate_logits(const GateArgs<double, double>& a) override { return gate(a); }
+  Status rounded_gate_logits(const RoundedGateArgs& args, float* logits) override {
+    if (const Status s = check_rounded_gate(args, logits); s != Status::kOk) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    m.in(a.x, a.tokens * a.hidden).in(a.w, a.experts * a.hidden).in(a.bias, a.experts).out(logits, a.tokens * a.experts);
+    return m.run(&error_, [&] { return cuda::rounded_gate_logits(a, logits, nullptr); });
+  }
   Status route(const RouteArgs<float>& a, const RouteResult<float>& r) override { return route_of(a, r); }
   Status route(const RouteArgs<double>& a, const RouteResult<double>& r) override { return route_of(a, r); }
 
@@ -220,7 +229,8 @@ class CudaBackend final : public Backend {
     const std::lock_guard lock(mutex_);
     Staging m;
     auto a = args;
-    m.in(a.bias, a.layers * a.experts).in(a.counts, a.layers * a.experts).out(bias, a.layers * a.experts);
+    const std::int64_t all = a.layers * a.experts;
+    m.in(a.bias, all).in(a.counts, a.ranks * a.micro_batches * all).out(bias, all);
     return m.run(&error_, [&] { return cuda::bias_update(a, bias, nullptr); });
   }
   Status cross_entropy(const CrossEntropyArgs<double>& args, const CrossEntropyResult<double>& result) override {

@@ -83,11 +83,15 @@ __global__ void add_stretches(BalanceLossArgs<T> a, Scratch s) {
       if (!seen) atomicAdd(s.device_tokens + set * a.convention.devices + d, 1ull);
     }
   }
+  __shared__ double sums[kBalanceRun];
+  for (std::int64_t t = first + threadIdx.x; t < last; t += blockDim.x) sums[t - first] = balance_token(a, t, nullptr).sum;
+  __syncthreads();
   double* out = s.stretch + (set * s.stretches + blockIdx.x) * a.experts;
   for (std::int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
     double sum = 0;
     for (std::int64_t t = first; t < last; ++t) {
-      if (a.valid == nullptr || a.valid[t] != 0) sum += static_cast<double>(a.probabilities[t * a.experts + e]);
+      if (a.valid == nullptr || a.valid[t] != 0)
+        sum += static_cast<double>(a.probabilities[t * a.experts + e]) / sums[t - first];
     }
     out[e] = sum;
   }
@@ -140,11 +144,14 @@ __global__ void write_gradient(BalanceLossArgs<T> a, double share, Scratch s, T*
   const std::int64_t first = r.first + static_cast<std::int64_t>(blockIdx.x) * kBalanceRun;
   if (first >= r.last) return;
   const std::int64_t last = first + kBalanceRun < r.last ? first + kBalanceRun : r.last;
-  const double divisor = s.divisor[set];
+  const double divisor = s.divisor[set], *weight = s.weight + set * a.experts;
+  __shared__ BalanceToken tokens[kBalanceRun];
+  for (std::int64_t t = first + threadIdx.x; t < last; t += blockDim.x) tokens[t - first] = balance_token(a, t, weight);
+  __syncthreads();
   for (std::int64_t i = first * a.experts + threadIdx.x; i < last * a.experts; i += blockDim.x) {
     const std::int64_t t = i / a.experts;
     const bool out = (a.valid != nullptr && a.valid[t] == 0) || divisor == 0.0;
-    gradient[i] = out ? T(0) : static_cast<T>(share * s.weight[set * a.experts + i % a.experts] / divisor);
+    gradient[i] = out ? T(0) : static_cast<T>(balance_gradient(tokens[t - first], share, weight[i % a.experts], divisor));
   }
 }
 
@@ -216,9 +223,8 @@ __global__ void write_z_gradient(ZLossArgs<T> a, const double* largest, const do
   const double divisor =
       static_cast<double>(a.divisor == Divisor::kAllTokens ? a.tokens : static_cast<std::int64_t>(*valid));
   const bool in = a.valid == nullptr || a.valid[t] != 0;
-  gradient[i] = in ? static_cast<T>(2.0 * lse[t] / divisor *
-                                    (exp_exact_order(static_cast<double>(a.logits[i]) - largest[t]) / sum[t]))
-                   : T(0);
+  const double p = exp_exact_order(static_cast<double>(a.logits[i]) - largest[t]) / sum[t];
+  gradient[i] = in ? static_cast<T>(lse[t] / divisor * (2.0 * p)) : T(0);
 }
 
 template <class T>
@@ -241,7 +247,7 @@ Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, C
 
 __global__ void update_layers(BiasUpdateArgs a, double* bias) {
   const std::int64_t l = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (l < a.layers) update_layer(a, a.bias + l * a.experts, a.counts + l * a.experts, bias + l * a.experts);
+  if (l < a.layers) update_layer(a, l, bias + l * a.experts);
 }
 
 }  // namespace

@@ -47,8 +47,9 @@ class Set {
       for (const std::int64_t end = std::min(last_, t + kBalanceRun); t < end; ++t) {
         if (a_.valid != nullptr && a_.valid[t] == 0) continue;
         const T* row = a_.probabilities + t * a_.experts;
+        const double sum = balance_token(a_, t, nullptr).sum;
         for (std::int64_t e = 0; e < a_.experts; ++e)
-          stretch[static_cast<std::size_t>(e)] += static_cast<double>(row[e]);
+          stretch[static_cast<std::size_t>(e)] += static_cast<double>(row[e]) / sum;
       }
       for (std::size_t e = 0; e < mean_.size(); ++e) mean_[e] += stretch[e];
     }
@@ -68,9 +69,13 @@ class Set {
     for (std::int64_t t = first_; t < last_; ++t) {
       const bool out = (a_.valid != nullptr && a_.valid[t] == 0) || divisor() == 0.0;
       T* row = gradient + t * a_.experts;
-      for (std::int64_t e = 0; e < a_.experts; ++e) {
-        row[e] = out ? T(0) : static_cast<T>(share * weight_[static_cast<std::size_t>(e)] / divisor());
+      if (out) {
+        std::fill_n(row, a_.experts, T(0));
+        continue;
       }
+      const BalanceToken token = balance_token(a_, t, weight_.data());
+      for (std::int64_t e = 0; e < a_.experts; ++e)
+        row[e] = static_cast<T>(balance_gradient(token, share, weight_[static_cast<std::size_t>(e)], divisor()));
     }
   }
 

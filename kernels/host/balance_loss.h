@@ -14,7 +14,8 @@ namespace moeaudit::kernels {
 enum class Counted {
   kAllChoices,   // every one of the k; Switch with k = 1 (arXiv 2101.03961 eq. 4 to 6), Megatron-LM, MegaBlocks,
                  // transformers
-  kFirstChoice,  // the first alone, and no k; GShard (arXiv 2006.16668 algorithm 1), DeepSpeed top-1 and top-2, Tutel
+  kFirstChoice,  // the first alone, and no k; GShard (arXiv 2006.16668 algorithm 1, printed without E and as a mean over
+                 // experts: this over E^2), DeepSpeed top-1 and top-2, Tutel
 };
 
 /// What the loss balances.
@@ -24,6 +25,13 @@ enum class Balanced {
              // to 17
   kCommunication,  // sum_d D / (M T) #(tokens with a choice on d) (sum of P_e); DeepSeek-V2, arXiv 2405.04434 eq. 29 to
                    // 31
+};
+
+/// What P_e averages.
+enum class Averaged {
+  kAsGiven,  // `probabilities` themselves
+  kOverSum,  // each over the sum of its token's, in the order of the experts, plus sum_eps: where scores do not add up to 1.
+             // Sigmoid routers: DeepSeek-V3, arXiv 2412.19437 eq. 19; OLMo-core; Megatron-LM with 1e-20
 };
 
 /// Tokens that a mean divides by where a mask takes some out. The masked never count in the sums.
@@ -42,11 +50,13 @@ struct BalanceConvention {
   std::int64_t most_devices = 1;  // M, devices that one token may reach; kCommunication alone
   Divisor divisor = Divisor::kValidTokens;
   OverSets over_sets = OverSets::kMean;
+  Averaged averaged = Averaged::kAsGiven;
+  double sum_eps = 0;
 };
 
 template <class T>
 struct BalanceLossArgs {
-  const T* probabilities = nullptr;  // [tokens, experts]; whatever the family averages: softmax, or sigmoid / its sum
+  const T* probabilities = nullptr;  // [tokens, experts]; whatever the family averages, a softmax or other scores
   const std::int32_t* chosen =
       nullptr;  // [tokens, top_k], best first; negative: the slot was dropped, and counts nowhere
   const std::uint8_t* valid = nullptr;  // [tokens], 0 for padding; null: all are valid
@@ -60,7 +70,8 @@ struct BalanceLossArgs {
   std::int64_t num_sets = 1;
   /// [num_sets, experts] with [num_sets] tokens they were counted over: f comes from these instead of `chosen`, which
   /// may be null. So the global-batch loss (arXiv 2501.11873: f over ranks and micro-batches, P local), counts before
-  /// or after dropping, a running mean. kExperts and kDevices alone.
+  /// or after dropping, a running mean. OLMo-core divides by the labelled tokens of the whole batch and sums: those as
+  /// counted_tokens, and OverSets::kSum. kExperts and kDevices alone.
   const std::int64_t* counts = nullptr;
   const std::int64_t* counted_tokens = nullptr;
   BalanceConvention convention;
@@ -81,7 +92,7 @@ struct BalanceLossResult {
 inline constexpr std::int64_t kBalanceRun = 256;
 
 /// All sums are float64, whatever T; counts are exact. A set without valid tokens is worth 0, and counts among the
-/// sets. NaN probabilities give NaN. kBadShape: sizes, offsets that do not ascend from 0 to tokens, devices that do not
+/// sets. NaN probabilities give NaN, and so does a sum of 0 without sum_eps. kBadShape: sizes, offsets that do not ascend from 0 to tokens, devices that do not
 /// divide the experts; kBadTopK: top_k beyond 1..experts; kBadOption: counts with kCommunication, over_k false with
 /// kFirstChoice; kNullPointer: no probabilities (of more than 0 tokens), neither chosen nor counts, no place for the
 /// loss. An id beyond the experts is kBadShape.
@@ -103,6 +114,27 @@ Status check_balance_loss(const BalanceLossArgs<T>& a, const BalanceLossResult<T
     return Status::kNullPointer;
   if (a.chosen == nullptr && c.balanced == Balanced::kCommunication) return Status::kNullPointer;
   return Status::kOk;
+}
+
+/// What the probabilities of a token are divided by; and, given the weight[e] of P_e in the loss, what that takes from all of
+/// its gradients.
+struct BalanceToken {
+  double sum = 1, along = 0;
+};
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline BalanceToken balance_token(const BalanceLossArgs<T>& a, std::int64_t t, const double* weight) {
+  BalanceToken token;
+  if (a.convention.averaged == Averaged::kAsGiven) return token;
+  const T* row = a.probabilities + t * a.experts;
+  double sum = 0;
+  for (std::int64_t e = 0; e < a.experts; ++e) sum += static_cast<double>(row[e]);
+  token.sum = sum + a.convention.sum_eps;
+  for (std::int64_t e = 0; weight != nullptr && e < a.experts; ++e)
+    token.along += weight[e] * (static_cast<double>(row[e]) / token.sum);
+  return token;
+}
+MOE_AUDIT_HOST_DEVICE inline double balance_gradient(const BalanceToken& token, double share, double weight, double divisor) {
+  return share * (weight - token.along) / (token.sum * divisor);
 }
 
 /// weight[e] of P_e in the loss of one set, from counts of `counted` tokens; f, in one order on both sides.

@@ -139,7 +139,7 @@ Status run(const ZLossArgs<T>& a, const ZLossResult<T>& r, Add add) {
       for (std::int64_t e = 0; e < a.experts; ++e) {
         r.gradient[t * a.experts + e] =
             is_valid(t)
-                ? static_cast<T>(2.0 * lse / divisor * (exp_exact_order(static_cast<double>(row[e]) - largest) / sum))
+                ? static_cast<T>(lse / divisor * (2.0 * (exp_exact_order(static_cast<double>(row[e]) - largest) / sum)))
                 : T(0);
       }
     }

@@ -118,6 +118,11 @@ Outputs gate_backward(const Json&, const Inputs& in) {
           {"d_x", {at::mm(d, w), twice(static_cast<double>(d.size(1))), largest(at::mm(d.abs(), w.abs()))}}};
 }
 
+Outputs rounded_gate(const Json& j, const Inputs& in) {
+  const at::Tensor logits = rounded_gate_logits(get(in, "x"), get(in, "w"), get(in, "bias"), at::kBFloat16, j.value("stretch", 1));
+  return {{"logits", {logits.to(at::kDouble), 0, 0}}};
+}
+
 Outputs balance(const Json& j, const Inputs& in) {
   BalanceLossOptions o;
   o.first_choice_only = j.value("first_choice", false);
@@ -130,6 +135,8 @@ Outputs balance(const Json& j, const Inputs& in) {
   o.most_devices = j.value("most_devices", 1);
   o.divide_by_all_tokens = j.value("all_tokens", false);
   o.sum_over_sets = j.value("sum", false);
+  o.over_sum = j.value("over_sum", false);
+  o.sum_eps = j.value("sum_eps", 0.0);
   o.top_k = j.value("top_k", 2);
   std::vector<std::int64_t> sets;
   if (const at::Tensor s = get(in, "sets"); s.defined()) sets.assign(s.data_ptr<std::int64_t>(), s.data_ptr<std::int64_t>() + s.numel());
@@ -138,11 +145,14 @@ Outputs balance(const Json& j, const Inputs& in) {
            j.value("factor", 1.0);
   };
   const at::Tensor p = leaf(get(in, "probabilities")), loss = loss_of(p);
-  const double sizes = static_cast<double>(p.size(0) + p.size(1)) + static_cast<double>(sets.size());
+  const double over_sum = o.over_sum ? static_cast<double>(p.size(1)) + 2 : 0;
+  const double sizes = static_cast<double>(p.size(0) + p.size(1)) + static_cast<double>(sets.size()) + over_sum;
   Outputs out = {{"loss", {loss.detach(), twice(sizes + 9), largest(loss_of(p.detach().abs()))}}};
   if (!j.value("gradient", false)) return out;
   const at::Tensor slope = gradient(loss, p);
-  out["gradient"] = {slope, twice(9), largest(slope)};
+  // Over the sum: a difference of weights, and E of them times probabilities.
+  out["gradient"] = {slope, twice(o.over_sum ? 2 * over_sum + 12 : 9),
+                     o.over_sum ? static_cast<double>(2 * p.size(1)) / p.detach().sum(-1).min().item<double>() : largest(slope)};
   return out;
 }
 
@@ -170,12 +180,13 @@ Outputs squares(const Json& j, const Inputs& in) {
 }
 
 Outputs bias(const Json& j, const Inputs& in) {
-  const at::Tensor counts = get(in, "counts"), before = get(in, "bias");
+  const at::Tensor before = get(in, "bias"), given = get(in, "counts");
+  const at::Tensor counts = given.dim() == 4 ? counted(given, j.value("counts_bf16", false) ? at::kBFloat16 : at::kDouble) : given;
   const double rate = j.value("rate", 0.001);
   const std::string centre = j.value("centre", std::string("nothing"));
   const bool proportional = j.value("proportional", false);
   const at::Tensor after = bias_update(before, counts, rate, proportional, centre == "step", centre == "bias");
-  const double step = std::fabs(rate) * (proportional ? 2 * largest(counts) : 1);
+  const double step = std::fabs(rate) * (proportional ? 2 * largest(counts.to(at::kDouble)) : 1);
   return {{"bias", {after, twice(2 * static_cast<double>(last(counts)) + 6), 2 * (largest(before) + step)}}};
 }
 
@@ -264,11 +275,9 @@ Outputs choice_of_experts(const Json& j, const Inputs& in) {
 
 Outputs noise(const Json& j, const Inputs& in) {
   const at::Tensor logits = get(in, "logits"), drawn = get(in, "noise"), given = get(in, "raw");
-  const double eps = j.value("eps", 0.0);
-  if (!given.defined()) {
-    const at::Tensor part = drawn * j.value("scale", 0.0);
-    return {{"noisy", {logits + part, twice(2), largest(logits.abs() + part.abs())}}};
-  }
+  const double eps = j.value("eps", 0.0), scale = j.value("scale", 0.0);
+  if (!given.defined())
+    return {{"noisy", {noisy_logits(logits, drawn, given, eps, scale), twice(2), largest(logits.abs() + drawn.abs() * scale)}}};
   const at::Tensor raw = leaf(given), noisy = noisy_logits(logits, drawn, raw, eps);
   const at::Tensor slope = gradient(noisy, raw, get(in, "d_noisy"));
   // A softplus takes 8 roundings, eps, the product and the sum one each; a sigmoid 4, its argument none, two products.
@@ -278,7 +287,7 @@ Outputs noise(const Json& j, const Inputs& in) {
 
 /// The product of two bfloat16 or of values as short is exact in float32, so the one rounding is that to bfloat16.
 Outputs jittered(const Json&, const Inputs& in) {
-  return {{"x", {(get(in, "x") * get(in, "factor")).to(at::kBFloat16).to(at::kDouble), 0, 0}}};
+  return {{"x", {jitter(get(in, "x"), get(in, "factor")).to(at::kBFloat16).to(at::kDouble), 0, 0}}};
 }
 
 at::Tensor numbers(const std::map<std::string, double>& m, const std::vector<const char*>& names) {
@@ -485,7 +494,7 @@ Outputs by_label(const Json& j, const Inputs& in) {
 
 const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations() {
   static const std::map<std::string, Outputs (*)(const Json&, const Inputs&)> kOperations = {
-      {"gate_logits", gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
+      {"gate_logits", gate}, {"rounded_gate_logits", rounded_gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
       {"balance_loss", balance}, {"z_loss", z}, {"squares", squares}, {"bias_update", bias},
       {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", weights_of_terms}, {"drop", dispatch}, {"capacity", capacities},
       {"expert_choice", choice_of_experts}, {"noisy_logits", noise}, {"jitter", jittered}, {"expert_load", load_of_choices},

@@ -164,6 +164,8 @@ void balance_rows(Builder& b) {
   row("A31", "recomputation logged twice: log 2 x, gradient right", "Megatron-LM up to core 0.11", "", one, {{"factor", 2.0}});
   row("A32", "times the world size, W = 2", "transformers #48690", "", one, {{"factor", 2.0}});
   b.vector("balance_loss", "devices", "balance_loss", "DeepSeekMoE, arXiv 2401.06066 equations 15 to 17", {{"balanced", "devices"}, {"devices", 4}, {"gradient", true}}, one);
+  b.vector("balance_loss", "over-sum", "balance_loss", "DeepSeek-V3, arXiv 2412.19437 equations 17 to 20: sigmoid scores over their sum, per sequence",
+           {{"over_sum", true}, {"gradient", true}}, {{"probabilities", "sigmoid"}, {"chosen", "chosen"}, {"sets", "halves"}});
   b.vector("balance_loss", "communication", "balance_loss", "DeepSeek-V2, arXiv 2405.04434 equations 29 to 31", {{"balanced", "communication"}, {"devices", 4}, {"most_devices", 2}, {"gradient", true}}, one);
   row("A35", "divided by all layers, half of which are dense", "Megatron-LM #2197, MegaBlocks, OLMo-core", "", layers, {{"factor", 0.5}});
 }
@@ -257,6 +259,14 @@ void bias_rows(Builder& b) {
   row("B2", "per micro-batch, M = 2 alike: two steps", "torchtitan 0.1", {}, {{"rate", 0.002}});
   row("B14", "u (mean c - c) instead of its sign", "unit error", {}, {{"proportional", true}});
   row("B17", "rate 0", "coefficient missing", {}, {{"rate", 0.0}});
+  // Two ranks with three micro-batches each; the sums end in bits that bfloat16 does not have.
+  at::Tensor parts = at::empty({2, 3, 2, kE}, at::kDouble);
+  for (std::int64_t i = 0; i < parts.numel(); ++i) parts.data_ptr<double>()[i] = static_cast<double>(200 + i * i % 211);
+  b.tensor("counts of micro-batches", parts);
+  const Json in = {{"bias", "zero bias"}, {"counts", "counts of micro-batches"}};
+  b.vector("bias_update", "micro-batches", "bias_update", "counts over ranks and micro-batches", {}, in);
+  b.vector("bias_update", "micro-batches-bf16", "bias_update", "Megatron-LM moe_utils.py get_updated_expert_bias with bfloat16 counters",
+           {{"counts_bf16", true}, {"proportional", true}, {"rate", 1.0}}, in);
 }
 
 void router_vectors(Builder& b) {
@@ -291,6 +301,11 @@ void router_vectors(Builder& b) {
   b.tensor("gate x", spread({5, 150}, 0.1));
   b.tensor("gate w", spread({kE, 150}, 0.7));
   b.vector("router", "gate", "gate_logits", "logits = x W^T + b; 150 is more than one stretch of the sum", {}, {{"x", "gate x"}, {"w", "gate w"}, {"bias", "bias"}});
+  b.tensor("short x", at::round(64 * spread({5, 150}, 0.3)) / 64);
+  b.tensor("short w", at::round(64 * spread({kE, 150}, 0.5)) / 64);
+  for (const int stretch : {1, 50})
+    b.vector("rounded_gate", "stretch-" + std::to_string(stretch), "rounded_gate_logits", "bfloat16 inside the sum: a variant",
+             {{"stretch", stretch}}, {{"x", "short x"}, {"w", "short w"}});
   b.tensor("d weights", spread({kT, kK}, 0.4));
   b.tensor("d weights of 4", spread({kT, 4}, 0.4));
   const char* autograd = "autograd of the reference";

@@ -18,6 +18,7 @@
 #include "kernels/host/bounds.h"
 #include "kernels/host/dispatch.h"
 #include "kernels/host/gaussian.h"
+#include "kernels/host/router_backward.h"
 #include "reference/balance_loss.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
@@ -101,6 +102,8 @@ at::Tensor reference_of(const Routed& r, const k::BalanceConvention& c, const at
   o.most_devices = c.most_devices;
   o.divide_by_all_tokens = c.divisor == k::Divisor::kAllTokens;
   o.sum_over_sets = c.over_sets == k::OverSets::kSum;
+  o.over_sum = c.averaged == k::Averaged::kOverSum;
+  o.sum_eps = c.sum_eps;
   o.top_k = r.top_k;
   const Longs chosen(r.chosen.begin(), r.chosen.end()), valid(r.valid.begin(), r.valid.end());
   const std::int64_t sets = r.sets.empty() ? 1 : static_cast<std::int64_t>(r.sets.size()) - 1;
@@ -209,6 +212,10 @@ BOOST_AUTO_TEST_CASE(values_of_wrong_variants) {
   says("A11: sigmoid without its sum", loss_of(r), 4.259023519);
   r.p = row_normalised(sigmoid);
   says("sigmoid over its sum", loss_of(r), 1.031707853);
+  r.p = sigmoid;
+  c = {};
+  c.averaged = k::Averaged::kOverSum;
+  says("sigmoid, averaged over its sum", loss_of(r, c), 1.031707853);
   r = right;
   r.sets = {0, 8, 16};
   c = {};
@@ -356,10 +363,24 @@ void check(const Routed& r, const k::BalanceConvention& c, const std::string& wh
   const double relative = bounds::balance_loss_relative(r.tokens, r.experts, sets) +
                           bounds::balance_loss_in_any_order(r.tokens, r.experts, sets);
   const double truth = want.item<double>();
-  BOOST_CHECK_MESSAGE(std::fabs(loss - truth) <= relative * truth + 2 * bounds::balance_loss_underflow(r.experts, sets),
+  const double more = c.averaged == k::Averaged::kAsGiven
+                          ? 0.0
+                          : 2 * bounds::gamma(static_cast<double>(r.experts) + 2, k::unit_roundoff(k::Float::kF64));
+  BOOST_CHECK_MESSAGE(std::fabs(loss - truth) <= (relative + more) * truth + 2 * bounds::balance_loss_underflow(r.experts, sets),
                       what << ": " << loss << ", not " << truth);
+  // Over the sum of a token, at most E of them and its eps, a gradient is a difference of two numbers of at most the largest
+  // weight, E k, and a probability counts a sum and a quotient more.
+  double least = 1;
+  for (std::int64_t t = 0; c.averaged == k::Averaged::kOverSum && t < r.tokens; ++t)
+    least = std::min(least, c.sum_eps + std::accumulate(r.p.begin() + t * r.experts, r.p.begin() + (t + 1) * r.experts, 0.0));
+  const double over_sum = c.averaged == k::Averaged::kAsGiven
+                              ? 0.0
+                              : bounds::gamma(2.0 * static_cast<double>(r.experts) + 12, k::unit_roundoff(k::Float::kF64)) * 2 *
+                                    static_cast<double>(r.experts * r.top_k) / least;
   CompareOptions o;
-  o.bound = [](std::size_t, double v) { return 2 * bounds::balance_gradient_relative(k::Float::kF64) * std::fabs(v); };
+  o.bound = [=](std::size_t, double v) {
+    return 2 * bounds::balance_gradient_relative(k::Float::kF64) * std::fabs(v) + 2 * over_sum;
+  };
   const auto compared = compare(Values<double>{{r.tokens, r.experts}, values(want_gradient)},
                                 Values<double>{{r.tokens, r.experts}, gradient}, o);
   BOOST_CHECK_MESSAGE(compared.ok(), what << ": " << compared.report());
@@ -400,15 +421,21 @@ BOOST_AUTO_TEST_CASE(balance_loss_agrees_with_the_reference) {
                         {600, 144, 6},
                         {300, 160, 6},
                         {520, 384, 32}}) {
-    for (int variant = 0; variant < 12; ++variant) {
+    for (int variant = 0; variant < 15; ++variant) {
       Routed r = random_routed(s.tokens, s.experts, s.k, 40 + static_cast<std::uint64_t>(variant));
       k::BalanceConvention c;
+      if (variant >= 12) {
+        c.averaged = k::Averaged::kOverSum;
+        for (double& v : r.p) v = 1 / (1 + std::exp(-8 * v));  // no softmax any more
+      }
+      if (variant == 13) c.sum_eps = 0.75, r.sets = {0, s.tokens / 3, s.tokens / 3, s.tokens};
+      if (variant == 14) c.balanced = k::Balanced::kDevices, c.devices = s.experts % 8 == 0 ? 8 : 1;
       if (variant == 1) c.over_k = false;
       if (variant == 2) c.counted = k::Counted::kFirstChoice;
       if (variant == 3) c.over_sets = k::OverSets::kSum;
       if (variant == 3 || variant == 4 || variant == 5)
         r.sets = {0, s.tokens / 3, s.tokens / 3, s.tokens};  // one is empty
-      if (variant >= 5 && variant < 9) {
+      if ((variant >= 5 && variant < 9) || variant == 13) {
         for (std::int64_t t = 0; t < s.tokens; ++t) r.valid.push_back(t % 3 != 1);
       }
       if (variant == 6) c.divisor = k::Divisor::kAllTokens;
@@ -464,6 +491,115 @@ BOOST_AUTO_TEST_CASE(balance_loss_at_the_edges) {
       BOOST_CHECK(run(w, &other) == run(zero, &other));
     }
   }
+}
+
+/// DeepSeek-V3's loss of every sequence, from the logits of a sigmoid router (arXiv 2412.19437 equations 17 to 20), and back.
+BOOST_AUTO_TEST_CASE(sequence_wise_sigmoid_to_the_logits) {
+  const std::int64_t tokens = 20, experts = 12, top_k = 3;
+  const Doubles logits = [&] {
+    std::vector<float> g(static_cast<std::size_t>(tokens * experts));
+    k::unit_gaussians(71, 1, 0, tokens * experts, g.data());
+    return Doubles(g.begin(), g.end());
+  }();
+  ref::RouteOptions o;
+  o.top_k = top_k, o.score = ref::Score::kSigmoid;
+  const at::Tensor z = tensor(logits, {tokens, experts}).set_requires_grad(true);
+  Routed r{tokens, experts, top_k, {}, {}, {}, {0, 8, tokens}, {}, {}};
+  for (const double e : values(ref::route(z, o).chosen)) r.chosen.push_back(static_cast<std::int32_t>(e));
+  k::BalanceConvention c;
+  c.averaged = k::Averaged::kOverSum;
+  // The equations as printed: f_i = N / (K T) sum_t 1(chosen), P_i = 1 / T sum_t s_it / sum_j s_jt, of each sequence.
+  const auto printed = [&](const Doubles& l) {
+    double loss = 0;
+    for (std::size_t set = 0; set < 2; ++set) {
+      const auto first = r.sets[set], last = r.sets[set + 1];
+      for (std::int64_t e = 0; e < experts; ++e) {
+        double f = 0, p = 0;
+        for (std::int64_t t = first; t < last; ++t) {
+          double sum = 0;
+          for (std::int64_t j = 0; j < experts; ++j) sum += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + j)]));
+          p += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + e)])) / sum / static_cast<double>(last - first);
+          for (std::int64_t j = 0; j < top_k; ++j) f += r.chosen[static_cast<std::size_t>(t * top_k + j)] == e;
+        }
+        loss += f * static_cast<double>(experts) / static_cast<double>(top_k * (last - first)) * p / 2;
+      }
+    }
+    return loss;
+  };
+  r.p = values(ref::scores(z, ref::Score::kSigmoid));
+  double loss = 0;
+  Doubles of_scores(r.p.size()), of_logits(r.p.size());
+  k::BalanceLossResult<double> result;
+  result.loss = &loss, result.gradient = of_scores.data();
+  BOOST_REQUIRE(k::balance_loss(args_of(r, c), result) == k::Status::kOk);
+  const double u = k::unit_roundoff(k::Float::kF64), terms = static_cast<double>(tokens * experts * top_k);
+  BOOST_CHECK_SMALL(loss - printed(logits), 2 * bounds::gamma(terms, u) * loss);
+  k::RouteBackwardArgs<double> back;
+  back.forward.logits = logits.data(), back.forward.tokens = tokens, back.forward.experts = experts;
+  back.forward.top_k = top_k, back.forward.score = k::Score::kSigmoid, back.scores = of_scores.data();
+  BOOST_REQUIRE(k::route_backward(back, of_logits.data()) == k::Status::kOk);
+  const Doubles want = values(gradient_of(reference_of(r, c, ref::scores(z, ref::Score::kSigmoid)), z));
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    BOOST_CHECK_SMALL(of_logits[i] - want[i], bounds::gamma(4.0 * experts + 40, u));  // numbers of at most 1
+    Doubles up = logits, down = logits;
+    up[i] += 1e-5, down[i] -= 1e-5;
+    BOOST_CHECK_SMALL((printed(up) - printed(down)) / 2e-5 - of_logits[i], 1e-9);
+  }
+}
+
+/// The loss of every framework in that framework's own arithmetic, and what the conventions make of it.
+BOOST_AUTO_TEST_CASE(frameworks_in_their_own_arithmetic) {
+  const Routed all = random_routed(24, 8, 2, 90);
+  const at::Tensor p = tensor(all.p, {24, 8});
+  const at::Tensor one_hot = at::one_hot(tensor(Longs(all.chosen.begin(), all.chosen.end()), {24, 2}), 8).to(at::kDouble);
+  const at::Tensor map = one_hot.sum(1), first = one_hot.select(1, 0);
+  const auto half = [](const at::Tensor& t, int i) { return t.narrow(0, 12 * i, 12); };
+  const auto agrees = [](const char* what, const at::Tensor& want, double got) {
+    const double truth = want.item<double>();
+    BOOST_CHECK_MESSAGE(std::fabs(got - truth) <= 2 * bounds::balance_loss_in_any_order(24, 8, 4) * truth,
+                        what << ": " << got << ", not " << truth);
+  };
+  Routed halves = all;
+  halves.sets = {0, 12, 24};
+  agrees("Megatron-LM aux_loss, E / (k T T) sum_e sum_t s c", (p.sum(0) * map.sum(0)).sum() * 8 / (2 * 24 * 24), loss_of(all));
+  const at::Tensor folded = at::cat({half(p, 0), half(p, 1)}, 1), folded_map = at::cat({half(map, 0), half(map, 1)}, 1);
+  agrees("Megatron-LM seq_aux_loss, sequences folded into the experts",
+         (folded.sum(0) * folded_map.sum(0)).sum() * 8 / (2 * 12 * 12) / 2, loss_of(halves));
+  agrees("MegaBlocks, E / (L T k) of two layers' scores and counts side by side",
+         (folded.mean(0) * folded_map.sum(0)).sum() * 8 / (2 * 12 * 2), loss_of(halves));
+  const at::Tensor seen = at::stack({half(map, 0).sum(0), map.sum(0) / 2});  // c_i = sum of counts so far / i
+  Routed running = halves;
+  running.counts.clear();
+  for (const double n : values(at::cat({half(map, 0).sum(0), map.sum(0)}))) running.counts.push_back(static_cast<std::int64_t>(n));
+  running.counted = {12, 24};
+  agrees("Megatron-LM global_aux_loss of two micro-batches",
+         ((half(p, 0).sum(0) * seen[0]).sum() + (half(p, 1).sum(0) * seen[1]).sum()) * 8 / (2 * 12 * 12) / 2, loss_of(running));
+  Routed global = running;
+  std::copy(global.counts.begin() + 8, global.counts.end(), global.counts.begin());
+  global.counted = {24, 24};
+  agrees("Qwen, arXiv 2501.11873: f of the global batch, P of each micro-batch",
+         8 * (map.mean(0) / 2 * (half(p, 0).mean(0) + half(p, 1).mean(0)) / 2).sum(), loss_of(global));
+  k::BalanceConvention c;
+  c.over_k = false;
+  agrees("transformers, a choice a row", (one_hot.mean(0) * p.mean(0).unsqueeze(0)).sum() * 8, loss_of(all, c));
+  c = {};
+  c.counted = k::Counted::kFirstChoice;
+  agrees("DeepSpeed top-2, E^2 mean_e", (p.mean(0) * first.mean(0)).mean() * 64, loss_of(all, c));
+  agrees("GShard as printed, 1 / E sum_e c_e / S m_e", (first.sum(0) / 24 * p.mean(0)).sum() / 8, loss_of(all, c) / 64);
+  Routed groups = all;
+  groups.sets = {0, 6, 12, 18, 24};
+  agrees("Mesh TensorFlow (ST-MoE): mean over groups of E^2 mean_e density proxy",
+         (p.reshape({4, 6, 8}).mean(1) * first.reshape({4, 6, 8}).mean(1)).mean() * 64, loss_of(groups, c));
+  // OLMo-core: micro-batches added up and divided by the labels of the whole batch, 20 of 24 tokens.
+  Routed labelled = halves;
+  for (const double n : values(at::cat({half(map, 0).sum(0), half(map, 1).sum(0)})))
+    labelled.counts.push_back(static_cast<std::int64_t>(n));
+  labelled.counted = {20, 20};
+  c = {};
+  c.over_sets = k::OverSets::kSum;
+  agrees("OLMo-core, E / (total k) of the micro-batches' dots",
+         ((half(p, 0).mean(0) * half(map, 0).sum(0)).sum() + (half(p, 1).mean(0) * half(map, 1).sum(0)).sum()) * 8 / (20 * 2),
+         loss_of(labelled, c));
 }
 
 BOOST_AUTO_TEST_CASE(balance_loss_laws) {

@@ -144,6 +144,38 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_in_its_layer) {
   }
 }
 
+/// Counts of three ranks and four micro-batches in the counters' own dtype, against LibTorch's tensors of that dtype.
+BOOST_AUTO_TEST_CASE(bias_update_over_micro_batches_and_ranks) {
+  const std::int64_t ranks = 3, micro = 4, layers = 2, experts = 96;
+  std::vector<float> g(static_cast<std::size_t>(ranks * micro * layers * experts));
+  k::unit_gaussians(5, 2, 0, static_cast<std::int64_t>(g.size()), g.data());
+  Doubles counts;
+  for (const float v : g) counts.push_back(std::floor(700 + 250 * static_cast<double>(v)));
+  const at::Tensor whole = tensor(counts, {ranks, micro, layers, experts}).to(at::kLong);
+  const Doubles zero(static_cast<std::size_t>(layers * experts));
+  std::vector<Doubles> signs;
+  for (const auto& [dtype, torch] : std::vector<std::pair<k::Float, at::ScalarType>>{
+           {k::Float::kF64, at::kDouble}, {k::Float::kF32, at::kFloat}, {k::Float::kBF16, at::kBFloat16}, {k::Float::kF16, at::kHalf}}) {
+    for (const bool proportional : {false, true}) {
+      k::BiasUpdateArgs a;
+      a.bias = zero.data(), a.counts = counts.data();
+      a.ranks = ranks, a.micro_batches = micro, a.layers = layers, a.experts = experts;
+      a.rate = 1, a.step = proportional ? k::BiasStep::kProportional : k::BiasStep::kSign, a.counts_dtype = dtype;
+      Doubles out(zero.size());
+      BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
+      const Doubles want = values(ref::bias_update(tensor(zero, {layers, experts}), ref::counted(whole, torch), 1, proportional));
+      BOOST_TEST(out == want, boost::test_tools::per_element());
+      if (!proportional) signs.push_back(out);
+    }
+  }
+  BOOST_CHECK(signs[0] == signs[1]);
+  BOOST_CHECK(signs[0] != signs[2]);  // bfloat16 counters turn steps around
+  k::BiasUpdateArgs a;
+  a.bias = zero.data(), a.counts = counts.data(), a.experts = experts, a.ranks = 0;
+  Doubles out(zero.size());
+  BOOST_CHECK(k::bias_update(a, out.data()) == k::Status::kBadShape);
+}
+
 BOOST_AUTO_TEST_CASE(bias_update_in_low_precision) {
   // bfloat16 counters hold integers to 256: 300 and 301 are both 300, and the step of 0.001 is 0.00099945068359375.
   const Doubles zero(4), counts = {300, 301, 299, 300};

@@ -11,6 +11,8 @@
 
 #include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
+#include "kernels/host/router_backward.h"
+#include "reference/router.h"
 #include "reference/router_noise.h"
 
 namespace {
@@ -95,11 +97,68 @@ BOOST_AUTO_TEST_CASE(fixed_deviation_and_float32) {
   a.logits = logits.data(), a.noise = noise.data(), a.tokens = 1, a.experts = 3, a.scale = 1.0 / 3;
   std::vector<float> got(3);
   BOOST_REQUIRE(k::noisy_logits(a, got.data()) == k::Status::kOk);
-  for (int i = 0; i < 3; ++i) BOOST_CHECK_EQUAL(got[i], static_cast<float>(logits[i] + noise[i] * (1.0 / 3)));
+  const at::Tensor want = ref::noisy_logits(tensor({1, -2, 3}, 1), tensor({0.5, 1, -0.25}, 1), {}, 0, 1.0 / 3);
+  for (int i = 0; i < 3; ++i) BOOST_CHECK_EQUAL(got[i], static_cast<float>(want.data_ptr<double>()[i]));
   double upstream = 1, slope = 0;
   BOOST_CHECK(k::noisy_logits_backward(a, &upstream, &slope) == k::Status::kBadOption);
   a.noise = nullptr;
   BOOST_CHECK(k::noisy_logits(a, got.data()) == k::Status::kNullPointer);
+}
+
+// Noisy top-k whole: noise, the k largest, softmax over them (arXiv 1701.06538 equations 3 to 5); gradients of the clean
+// logits and of those of the noise against autograd and central differences.
+BOOST_AUTO_TEST_CASE(noisy_top_k_and_its_gradients) {
+  const std::int64_t tokens = 6, experts = 10, top_k = 3, n = tokens * experts;
+  const auto clean = gaussians(n, 11, 1), noise = gaussians(n, 12, 1), raw = gaussians(n, 13, 1), upstream = gaussians(tokens * top_k, 14, 1);
+  std::vector<double> noisy(static_cast<std::size_t>(n)), weights(upstream.size()), d_clean(noisy), d_raw(noisy);
+  std::vector<std::int32_t> chosen(upstream.size());
+  k::RouteBackwardArgs<double> b;
+  k::RouteArgs<double>& f = b.forward;
+  f.logits = noisy.data(), f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.softmax_after_top_k = true;
+  const auto loss = [&](const std::vector<double>& z, const std::vector<double>& r) {
+    const k::NoisyLogitsArgs<double> a{z.data(), noise.data(), r.data(), tokens, experts, 1e-2, 0};
+    BOOST_REQUIRE(k::noisy_logits(a, noisy.data()) == k::Status::kOk);
+    BOOST_REQUIRE(k::route(f, {chosen.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
+    double sum = 0;
+    for (std::size_t i = 0; i < weights.size(); ++i) sum += weights[i] * upstream[i];
+    return sum;
+  };
+  loss(clean, raw);
+  b.chosen = chosen.data(), b.weights = upstream.data();
+  BOOST_REQUIRE(k::route_backward(b, d_clean.data()) == k::Status::kOk);
+  const k::NoisyLogitsArgs<double> a{clean.data(), noise.data(), raw.data(), tokens, experts, 1e-2, 0};
+  BOOST_REQUIRE(k::noisy_logits_backward(a, d_clean.data(), d_raw.data()) == k::Status::kOk);
+  const at::Tensor z = tensor(clean, tokens).set_requires_grad(true), r = tensor(raw, tokens).set_requires_grad(true);
+  ref::RouteOptions o;
+  o.top_k = top_k, o.softmax_after_top_k = true;
+  (ref::route(ref::noisy_logits(z, tensor(noise, tokens), r, 1e-2), o).weights * tensor(upstream, tokens)).sum().backward();
+  const at::Tensor want_clean = z.grad().contiguous(), want_raw = r.grad().contiguous();
+  for (std::size_t i = 0; i < noisy.size(); ++i) {
+    BOOST_CHECK_SMALL(d_clean[i] - want_clean.data_ptr<double>()[i], 1e-14);  // some 50 roundings of numbers below 2
+    BOOST_CHECK_SMALL(d_raw[i] - want_raw.data_ptr<double>()[i], 1e-14);
+    for (const bool of_raw : {false, true}) {
+      std::vector<double> up = of_raw ? raw : clean, down = up;
+      up[i] += 1e-5, down[i] -= 1e-5;
+      const double slope = of_raw ? loss(clean, up) - loss(clean, down) : loss(up, raw) - loss(down, raw);
+      BOOST_CHECK_SMALL(slope / 2e-5 - (of_raw ? d_raw : d_clean)[i], 1e-9);
+    }
+  }
+}
+
+// In float64 the product of the reference; its gradient is the same function of the upstream.
+BOOST_AUTO_TEST_CASE(jitter_and_its_gradient) {
+  const auto x = gaussians(50, 21, 3), factor = gaussians(50, 22, 0.01), upstream = gaussians(50, 23, 1);
+  std::vector<double> got(50), slope(50);
+  BOOST_REQUIRE(k::jitter(x.data(), factor.data(), 50, Float::kF64, got.data()) == k::Status::kOk);
+  BOOST_REQUIRE(k::jitter(upstream.data(), factor.data(), 50, Float::kF64, slope.data()) == k::Status::kOk);
+  const at::Tensor t = tensor(x, 5).set_requires_grad(true), want = ref::jitter(t, tensor(factor, 5));
+  (want * tensor(upstream, 5)).sum().backward();
+  const at::Tensor product = want.detach().contiguous(), gradient = t.grad().contiguous();
+  for (std::size_t i = 0; i < 50; ++i) {
+    BOOST_CHECK_EQUAL(got[i], product.data_ptr<double>()[i]);
+    BOOST_CHECK_EQUAL(slope[i], gradient.data_ptr<double>()[i]);
+  }
+  BOOST_CHECK(k::jitter(x.data(), factor.data(), -1, Float::kF64, got.data()) == k::Status::kBadShape);
 }
 
 // LibTorch multiplies two bfloat16 tensors as floats and rounds: bit for bit ours, NaN, infinities and subnormals included.

@@ -15,6 +15,7 @@
 
 #include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
+#include "kernels/host/rounded_gate.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
 
@@ -176,6 +177,43 @@ BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
   }
 }
 
+// Rounding inside the sum, the variant: what LibTorch's tensors of the dtype give, bit for bit, and what the gate above does not.
+BOOST_AUTO_TEST_CASE(rounding_inside_the_sum_is_another_gate) {
+  const std::int64_t d = 300, E = 12, T = 9;
+  for (const auto& [f, torch] : std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
+    std::vector<float> x = gaussians(T * d, 12), w = gaussians(E * d, 13, 0.05f), bias = gaussians(E, 14);
+    for (std::vector<float>* v : {&x, &w, &bias}) k::round_values(v->data(), static_cast<std::int64_t>(v->size()), f, v->data());
+    std::vector<double> once = gate<float, double>(x, w, {}, T, d, E);
+    k::round_values(once.data(), T * E, f, once.data());
+    for (const std::int64_t stretch : {std::int64_t{1}, std::int64_t{64}, d}) {
+      for (const bool biased : {false, true}) {
+        std::vector<float> got(static_cast<std::size_t>(T * E));
+        const k::RoundedGateArgs a{x.data(), w.data(), biased ? bias.data() : nullptr, T, d, E, f, stretch};
+        BOOST_REQUIRE(k::rounded_gate_logits(a, got.data()) == k::Status::kOk);
+        const auto want = values(ref::rounded_gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}),
+                                                          biased ? tensor(widened(bias), {E}) : at::Tensor(), torch, stretch));
+        require_ok(compare(Values<double>{{T, E}, want}, Values<float>{{T, E}, got}), std::string(name_of(f)) + " by " + std::to_string(stretch));
+        if (biased) continue;
+        std::size_t differ = 0;
+        for (std::size_t i = 0; i < got.size(); ++i) differ += static_cast<double>(got[i]) != once[i] ? 1 : 0;
+        if (stretch == d) BOOST_CHECK_EQUAL(differ, 0u);
+        if (stretch == 1) BOOST_CHECK_GT(differ, got.size() / 2);
+      }
+    }
+  }
+  // Ones: bfloat16 counts to 256, in three partial sums to 300.
+  const std::vector<float> ones(300, 1.0f);
+  float sum = 0;
+  k::RoundedGateArgs a{ones.data(), ones.data(), nullptr, 1, 300, 1, Float::kBF16, 1};
+  BOOST_REQUIRE(k::rounded_gate_logits(a, &sum) == k::Status::kOk);
+  BOOST_CHECK_EQUAL(sum, 256.0f);
+  a.stretch = 100;
+  BOOST_REQUIRE(k::rounded_gate_logits(a, &sum) == k::Status::kOk);
+  BOOST_CHECK_EQUAL(sum, 300.0f);
+  a.stretch = 0;
+  BOOST_CHECK(k::rounded_gate_logits(a, &sum) == k::Status::kBadShape);
+}
+
 // ---- route
 // ----------------------------------------------------------------------------------------------------------------
 
@@ -206,6 +244,8 @@ std::vector<Case> cases() {
   };
   add("one expert", 1, 1, renormalised);
   add("k = E", 8, 8, renormalised);
+  add("switch, top-1", 64, 1, nothing);
+  add("one choice, sigmoid", 16, 1, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
   add("mixtral", 8, 2, renormalised);
   add("no renormalisation", 60, 4, nothing);
   add("E = 144", 144, 8, renormalised);

@@ -174,6 +174,12 @@ BOOST_AUTO_TEST_CASE(z_loss_at_the_edges) {
   z[6] = std::nan("");
   BOOST_CHECK(std::isnan(z_of(z)));
   BOOST_CHECK(z_of(z, Mask{0}) == 0.0);
+  // The largest float64: its square is infinite, its gradient 2 lse p / T is not for two tokens, and 0 where p is.
+  Doubles huge(16, 0.0), slope;
+  huge[1] = huge[10] = -1.5e308;
+  huge[2] = huge[9] = 1.5e308;
+  BOOST_CHECK(z_of(huge, {}, k::Divisor::kValidTokens, nullptr, &slope) == kInf);
+  for (std::size_t i = 0; i < 16; ++i) BOOST_CHECK_EQUAL(slope[i], i == 2 || i == 9 ? 1.5e308 : 0.0);
   // A shift of every logit is a shift of the log-sum-exp.
   Doubles lse, shifted_lse, a = vector_logits(0), b = a;
   for (double& v : b) v += 3;

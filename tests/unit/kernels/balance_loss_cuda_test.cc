@@ -13,7 +13,9 @@ TEST(BalanceLossCuda, SameBitsAsTheHost) { GTEST_SKIP() << "built without CUDA (
 #include <vector>
 
 #include "kernels/cuda/balance_loss.h"
+#include "kernels/host/bias_update.h"
 #include "kernels/host/gaussian.h"
+#include "kernels/host/z_loss.h"
 #include "tests/support/on_device.h"
 
 namespace moeaudit::kernels {
@@ -33,7 +35,7 @@ std::vector<T> gaussians(std::int64_t n, std::uint64_t stream) {
 
 template <class T>
 void check_balance(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, BalanceConvention convention,
-                   bool masked, const std::string& what) {
+                   bool masked, bool given, const std::string& what) {
   std::vector<T> p = gaussians<T>(tokens * experts, 1);
   for (T& v : p) v = static_cast<T>(std::fabs(static_cast<double>(v)));
   std::vector<std::int32_t> chosen;
@@ -57,11 +59,16 @@ void check_balance(std::int64_t tokens, std::int64_t experts, std::int64_t top_k
       std::vector<char>(cuda::balance_loss_workspace(tokens, experts, convention.devices, 3), 1));
   BalanceLossArgs<T> a;
   a.tokens = tokens, a.experts = experts, a.top_k = top_k, a.num_sets = 3, a.convention = convention;
+  std::vector<std::int64_t> given_counts(static_cast<std::size_t>(rows)), given_tokens = {tokens, 7, 3 * tokens};
+  for (std::size_t i = 0; i < given_counts.size(); ++i) given_counts[i] = static_cast<std::int64_t>(i * i % 97);
+  const OnDevice<std::int64_t> d_given_counts(given_counts), d_given_tokens(given_tokens);
+  if (given) a.counts = given_counts.data(), a.counted_tokens = given_tokens.data();
   a.probabilities = p.data(), a.chosen = chosen.data(), a.valid = masked ? valid.data() : nullptr, a.sets = sets.data();
   ASSERT_EQ(balance_loss(a, {loss.data(), set_loss.data(), counts.data(), mean.data(), gradient.data()}), Status::kOk)
       << what;
   a.probabilities = d_p.data(), a.chosen = d_chosen.data(), a.valid = masked ? d_valid.data() : nullptr,
   a.sets = d_sets.data();
+  if (given) a.counts = d_given_counts.data(), a.counted_tokens = d_given_tokens.data();
   ASSERT_EQ(cuda::balance_loss(a, {d_loss.data(), d_set_loss.data(), d_counts.data(), d_mean.data(), d_gradient.data()},
                                workspace.data(), nullptr),
             Status::kOk)
@@ -83,10 +90,19 @@ TEST_F(BalanceLossCuda, SameBitsAsTheHost) {
       c.most_devices = 2;
       c.divisor = masked ? Divisor::kAllTokens : Divisor::kValidTokens;
       const std::string what = std::string(masked ? "masked " : "") + std::to_string(static_cast<int>(balanced));
-      check_balance<float>(1000, 128, 8, c, masked, what);
-      check_balance<double>(777, 160, 6, c, masked, what);
-      check_balance<double>(2, 4, 1, c, masked, what);
+      check_balance<float>(1000, 128, 8, c, masked, false, what);
+      check_balance<double>(777, 160, 6, c, masked, false, what);
+      check_balance<double>(2, 4, 1, c, masked, false, what);
+      c.averaged = Averaged::kOverSum, c.sum_eps = masked ? 1e-20 : 0.5;
+      check_balance<float>(1000, 128, 8, c, masked, false, what + ", over its sum");
+      check_balance<double>(777, 160, 6, c, masked, balanced != Balanced::kCommunication, what + ", over its sum, given counts");
     }
+    BalanceConvention c;
+    c.over_k = false, c.over_sets = OverSets::kSum;
+    check_balance<double>(777, 160, 6, c, masked, false, "summed, without k");
+    c = {};
+    c.counted = Counted::kFirstChoice;
+    check_balance<float>(300, 60, 4, c, masked, false, "first choice");
   }
 }
 
@@ -120,13 +136,15 @@ TEST_F(BalanceLossCuda, ZLossHasTheBitsOfTheHost) {
 }
 
 TEST_F(BalanceLossCuda, BiasStepHasTheBitsOfTheHost) {
-  const std::int64_t layers = 5, experts = 256;
+  const std::int64_t layers = 5, experts = 256, ranks = 2, micro_batches = 3;
   const std::vector<double> bias = gaussians<double>(layers * experts, 3);
-  std::vector<double> counts = gaussians<double>(layers * experts, 4), out(bias.size(), -7);
+  std::vector<double> counts = gaussians<double>(ranks * micro_batches * layers * experts, 4), out(bias.size(), -7);
   for (double& v : counts) v = std::floor(500 + 90 * v);
   const OnDevice<double> d_bias(bias), d_counts(counts), d_out(out);
   for (const Centre centre : {Centre::kNothing, Centre::kStep, Centre::kBias}) {
     BiasUpdateArgs a;
+    a.ranks = ranks, a.micro_batches = micro_batches;
+    a.step = centre == Centre::kNothing ? BiasStep::kProportional : BiasStep::kSign;
     a.layers = layers, a.experts = experts, a.centre = centre, a.counts_dtype = Float::kBF16,
     a.bias_dtype = Float::kF32;
     a.bias = bias.data(), a.counts = counts.data();
