@@ -73,8 +73,7 @@ Routed route(const at::Tensor& logits, const RouteOptions& o, const at::Tensor& 
   TORCH_CHECK(logits.dim() == 2, "logits must be [T, E]");
   TORCH_CHECK(o.top_k >= 1 && o.top_k <= logits.size(1), "top_k (", o.top_k, ") must lie in 1..E (", logits.size(1),
               ")");
-  TORCH_CHECK(!o.softmax_after_top_k || (o.score == Score::kSoftmax && o.group_score == GroupScore::kNone),
-              "softmax_after_top_k goes with softmax and no groups");
+  TORCH_CHECK(!o.softmax_after_top_k || o.score == Score::kSoftmax, "softmax_after_top_k goes with softmax");
   const at::Tensor l = logits.to(at::kDouble);
   const at::Tensor score = o.softmax_after_top_k ? l : scores(l, o.score);
   Routed out;

@@ -12,8 +12,8 @@ namespace moeaudit::kernels::cuda {
 
 // Calls, not copies: these are rare, and the code around them must stay small enough for the instruction caches.
 static __device__ __noinline__ double rounded_call(double v, Float dtype) { return round_to(v, dtype); }
-static __device__ __noinline__ float sqrt_softplus_call(float v) {
-  return static_cast<float>(sqrt_softplus_exact_order(static_cast<double>(v)));
+static __device__ __noinline__ float sqrt_softplus_call(float v, Float dtype) {
+  return static_cast<float>(sqrt_softplus_in(static_cast<double>(v), dtype));
 }
 template <class T>
 __device__ __forceinline__ T rounded(T v, Float dtype) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
         for (int i = 0; i < V; ++i) v[i] = sigmoid_float(v[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) v[i] = sqrt_softplus_call(v[i]);
+        for (int i = 0; i < V; ++i) v[i] = sqrt_softplus_call(v[i], a.tensor_dtype);
       }
       round_registers(v, a.tensor_dtype);
     }

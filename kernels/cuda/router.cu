@@ -80,7 +80,7 @@ __device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
     } else {
       const T s = a.score == Score::kSigmoid
                       ? sigmoid_of(logits[e])
-                      : static_cast<T>(sqrt_softplus_exact_order(static_cast<double>(logits[e])));
+                      : static_cast<T>(sqrt_softplus_in(static_cast<double>(logits[e]), a.tensor_dtype));
       scores[e] = rounded(s, a.tensor_dtype);
     }
   }

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArg
     const double along = add_registers<P>(with);
     if (softmax) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) d[i] = score[i] * (d[i] - along);
+      for (int i = 0; i < V; ++i) d[i] = in >> i & 1u ? score[i] * (d[i] - along) : 0.0;
     } else if (f.score == Score::kSigmoid) {
 #pragma unroll
       for (int i = 0; i < V; ++i) d[i] = d[i] * (score[i] * (1.0 - score[i]));

@@ -81,9 +81,15 @@ MOE_AUDIT_HOST_DEVICE inline double log1p_exact_order(double y) {
 
 MOE_AUDIT_HOST_DEVICE inline double sigmoid_exact_order(double x) { return 1.0 / (1.0 + exp_exact_order(-x)); }
 
-/// sqrt(softplus(x)); above 20 softplus is x itself, as torch.nn.functional.softplus has it.
-MOE_AUDIT_HOST_DEVICE inline double sqrt_softplus_exact_order(double x) {
-  return std::sqrt(x > 20.0 ? x : log1p_exact_order(exp_exact_order(x)));
+/// ln(1 + e^x); above 20 x itself, as torch.nn.functional.softplus has it (2.1e-9 less).
+MOE_AUDIT_HOST_DEVICE inline double softplus_exact_order(double x) {
+  return x > 20.0 ? x : log1p_exact_order(exp_exact_order(x));
+}
+MOE_AUDIT_HOST_DEVICE inline double sqrt_softplus_exact_order(double x) { return std::sqrt(softplus_exact_order(x)); }
+/// The same of tensors of `dtype`: softplus is one, too, and rounded to it (transformers' sqrtsoftplus is
+/// torch.sqrt(softplus(x))). The root is the caller's to round. kF64: nothing is rounded.
+MOE_AUDIT_HOST_DEVICE inline double sqrt_softplus_in(double x, Float dtype) {
+  return std::sqrt(round_to(softplus_exact_order(x), dtype));
 }
 
 // ---- float32: what a softmax or a sigmoid of float32 logits costs a token is mostly this

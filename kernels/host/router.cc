@@ -621,7 +621,7 @@ template <class T>
 HWY_INLINE void score(const RouteArgs<T>& a, T* v) {
   if (a.score == Score::kSoftmax) return softmax(v, a.experts, a.tensor_dtype);
   if (a.score == Score::kSqrtSoftplus) {
-    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i) v[i] = static_cast<T>(sqrt_softplus_exact_order(v[i]));
+    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i) v[i] = static_cast<T>(sqrt_softplus_in(v[i], a.tensor_dtype));
   }
   for_rows(v, a.experts, [&](auto x) {
     return rounded<T>(a.score == Score::kSigmoid ? sigmoid_lanes(Tag<T>(), x) : x, a.tensor_dtype);
@@ -774,8 +774,7 @@ Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
     return Status::kBadShape;
   if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (a.softmax_after_top_k && (a.score != Score::kSoftmax || a.group_score != GroupScore::kNone))
-    return Status::kBadOption;
+  if (a.softmax_after_top_k && a.score != Score::kSoftmax) return Status::kBadOption;
   if (a.group_score == GroupScore::kNone) return Status::kOk;
   if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups)
     return Status::kBadGroups;

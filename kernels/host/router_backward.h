@@ -29,8 +29,7 @@ struct RouteBackwardArgs {
 
 /// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in kLanes lanes (elementary.h). kBadShape
 /// also for an id beyond the experts; kBadOption for scores with softmax_after_top_k, and for kSqrtSoftplus in a narrow
-/// tensor_dtype, which no framework has; kNullPointer without chosen where
-/// there are weights.
+/// tensor_dtype, whose gradient is not emulated; kNullPointer without chosen where there are weights.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits);
 
@@ -133,7 +132,7 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwar
   const T along = add_lanes(lane);
   for (std::int64_t e = 0; e < f.experts; ++e) {
     const T g = static_cast<T>(d_logits[e]), s = static_cast<T>(score[e]);
-    T out = rounded(softmax ? (g - along) * s : g * (T(1) - s) * s);
+    T out = !is_in(e) ? T(0) : rounded(softmax ? (g - along) * s : g * (T(1) - s) * s);
     if (a.logits != nullptr) out = rounded(out + rounded(static_cast<T>(a.logits[t * f.experts + e])));
     d_logits[e] = static_cast<double>(out);
   }
@@ -194,8 +193,9 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T
   }
   const double along = add_lanes(lane);
   for (std::int64_t e = 0; e < f.experts; ++e) {
-    d_logits[e] = softmax ? score[e] * (d_logits[e] - along)
-                          : d_logits[e] * score_slope(f.score, static_cast<double>(logits[e]), score[e]);
+    d_logits[e] = !is_in(e) ? 0.0  // also where the softmax of the others is no number
+                  : softmax ? score[e] * (d_logits[e] - along)
+                            : d_logits[e] * score_slope(f.score, static_cast<double>(logits[e]), score[e]);
     if (a.logits != nullptr) d_logits[e] += a.logits[t * f.experts + e];
   }
 }

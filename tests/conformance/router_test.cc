@@ -177,6 +177,23 @@ BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
   }
 }
 
+// sqrt(softplus) of tensors in a low precision has one in between: what LibTorch's tensors give.
+BOOST_AUTO_TEST_CASE(sqrt_softplus_rounds_softplus_too) {
+  const std::int64_t E = 16, T = 64;
+  for (const auto& [f, torch] : std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
+    std::vector<float> logits = gaussians(T * E, 15, 6.0f), choice(logits.size()), weights(T);
+    k::round_values(logits.data(), T * E, f, logits.data());
+    std::vector<std::int32_t> chosen(T);
+    k::RouteArgs<float> a;
+    a.logits = logits.data(), a.tokens = T, a.experts = E, a.top_k = 1, a.score = k::Score::kSqrtSoftplus, a.tensor_dtype = f;
+    BOOST_REQUIRE(k::route(a, {chosen.data(), weights.data(), nullptr, choice.data()}) == k::Status::kOk);
+    // LibTorch 1.13 has neither in float16 on a CPU: each in float32, and rounded.
+    const at::Tensor l = tensor(widened(logits), {T, E}).to(at::kFloat);
+    const at::Tensor soft = at::softplus(l, 1, 20).to(torch).to(at::kFloat), want = at::sqrt(soft).to(torch);
+    require_ok(compare(Values<double>{{T, E}, values(want.to(at::kDouble))}, Values<float>{{T, E}, choice}), name_of(f));
+  }
+}
+
 // Rounding inside the sum, the variant: what LibTorch's tensors of the dtype give, bit for bit, and what the gate above does not.
 BOOST_AUTO_TEST_CASE(rounding_inside_the_sum_is_another_gate) {
   const std::int64_t d = 300, E = 12, T = 9;
@@ -265,6 +282,9 @@ std::vector<Case> cases() {
   add("node-limited, three of a group", 64, 9, grouped(ref::GroupScore::kTopShareSum, 4, 3, ref::Score::kSigmoid, false), true);
   add("node-limited, fewer choices than nodes", 64, 2, grouped(ref::GroupScore::kTopShareSum, 8, 4, ref::Score::kSoftmax, false));
   add("multiplied bias", 64, 8, [](ref::RouteOptions& o) { o.bias_multiplies = true, o.renormalise = true, o.renormalise_eps = 1e-20; }, true);
+  add("groups of logits, softmax after", 64, 6, [](ref::RouteOptions& o) {  // Megatron-LM without pre-softmax
+    o.softmax_after_top_k = true, o.group_score = ref::GroupScore::kTop2Sum, o.groups = 8, o.top_groups = 3;
+  });
   add("all groups kept", 16, 4, grouped(ref::GroupScore::kMax, 4, 4, ref::Score::kSigmoid, false));
   return all;
 }

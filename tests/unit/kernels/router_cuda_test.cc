@@ -77,8 +77,8 @@ void check_all() {
         check(a, 37, score != Score::kSoftmax, what);
         a.group_mask_is_zero = true;
         if (groups > 1) check(a, 5, true, what + ", zero mask");
-        if (score == Score::kSoftmax && groups == 1) {
-          a.softmax_after_top_k = true, a.renormalise = false;
+        if (score == Score::kSoftmax) {
+          a.softmax_after_top_k = true, a.renormalise = false, a.group_mask_is_zero = false;
           check(a, 37, false, what + ", softmax after top-k");
         }
       }
@@ -112,7 +112,9 @@ TEST_F(RouterCuda, EveryRegisterWidth) {
         check(a, 19, true, what + ", groups");
         a.group_mask_is_zero = true;
         check(a, 19, true, what + ", groups, zero mask");
-        a.group_mask_is_zero = false;
+        a.group_mask_is_zero = false, a.softmax_after_top_k = true, a.score = Score::kSoftmax;
+        check(a, 19, false, what + ", groups, softmax after");
+        a.softmax_after_top_k = false, a.score = Score::kSigmoid;
       }
       a.group_score = GroupScore::kNone, a.bias_multiplies = true, a.weights_dtype = Float::kBF16;
       check(a, 19, true, what + ", multiplied bias, weights in bfloat16");

@@ -310,7 +310,7 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
     scores = softmax_by_the_book(logits, a.tensor_dtype);
   } else if (!a.softmax_after_top_k) {
     for (T& x : scores)
-      x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_exact_order(x)),
+      x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_in(x, a.tensor_dtype)),
                   a.tensor_dtype);
   }
   *choice = scores;
@@ -424,6 +424,9 @@ TEST(Route, WrittenOrderOnEveryTarget) {
       both([](auto& a) { a.renormalise = true; });
       both([](auto& a) { a.softmax_after_top_k = true, a.weights_dtype = Float::kBF16; });
       both([](auto& a) { a.renormalise = true, a.scaling = 1.5, a.tensor_dtype = Float::kBF16; });
+      both([&](auto& a) {
+        a.softmax_after_top_k = true, a.group_score = GroupScore::kMax, a.groups = s.groups, a.top_groups = s.top_groups;
+      });
       both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.renormalise = true, a.renormalise_eps = 1e-20f; });
       both([&](auto& a) {
         biased(a), a.bias_multiplies = true, a.score = Score::kSqrtSoftplus, a.tensor_dtype = Float::kF16;
