@@ -58,7 +58,8 @@ class Backend {
     return kernels::expert_choice_backward(tokens_of, d_weights, tokens, experts, capacity, d_scores);
   }
   virtual Status noisy_logits(const NoisyLogitsArgs<double>& a, double* out) { return kernels::noisy_logits(a, out); }
-  virtual Status noisy_logits_backward(const NoisyLogitsArgs<double>& a, const double* upstream, double* d_noise_logits) {
+  virtual Status noisy_logits_backward(const NoisyLogitsArgs<double>& a, const double* upstream,
+                                       double* d_noise_logits) {
     return kernels::noisy_logits_backward(a, upstream, d_noise_logits);
   }
   virtual Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out) {
@@ -89,7 +90,8 @@ class Backend {
     return kernels::lora_gradient(a, r);
   }
   virtual Status permute(const PermuteArgs& a, const Permutation& r) { return kernels::permute(a, r); }
-  virtual Status combine(const Permutation& p, const RowShape& s, const double* rows, const double* weights, double* y) {
+  virtual Status combine(const Permutation& p, const RowShape& s, const double* rows, const double* weights,
+                         double* y) {
     return kernels::combine(p, s, rows, weights, y);
   }
   virtual Status combine_backward(const Permutation& p, const RowShape& s, const double* rows, const double* weights,

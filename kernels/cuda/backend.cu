@@ -1,8 +1,7 @@
-#include "kernels/cuda/backend.h"
-
 #include <mutex>
 #include <vector>
 
+#include "kernels/cuda/backend.h"
 #include "kernels/cuda/balance_loss.h"
 #include "kernels/cuda/dispatch.h"
 #include "kernels/cuda/expert_choice.h"
@@ -71,7 +70,8 @@ class Staging {
     Status status = ok() ? launch() : Status::kLaunchFailed;
     if (status == Status::kOk) error_ = cudaDeviceSynchronize();
     for (const Result& r : results_) {
-      if (status == Status::kOk && ok() && r.size > 0) error_ = cudaMemcpy(r.host, r.device, r.size, cudaMemcpyDeviceToHost);
+      if (status == Status::kOk && ok() && r.size > 0)
+        error_ = cudaMemcpy(r.host, r.device, r.size, cudaMemcpyDeviceToHost);
     }
     if (!ok()) status = Status::kLaunchFailed;
     if (status == Status::kLaunchFailed) *error = cudaGetErrorString(ok() ? cudaGetLastError() : error_);
@@ -127,7 +127,10 @@ class CudaBackend final : public Backend {
     const std::lock_guard lock(mutex_);
     Staging m;
     auto a = args;
-    m.in(a.x, a.tokens * a.hidden).in(a.w, a.experts * a.hidden).in(a.bias, a.experts).out(logits, a.tokens * a.experts);
+    m.in(a.x, a.tokens * a.hidden)
+        .in(a.w, a.experts * a.hidden)
+        .in(a.bias, a.experts)
+        .out(logits, a.tokens * a.experts);
     return m.run(&error_, [&] { return cuda::rounded_gate_logits(a, logits, nullptr); });
   }
   Status route(const RouteArgs<float>& a, const RouteResult<float>& r) override { return route_of(a, r); }
@@ -209,8 +212,7 @@ class CudaBackend final : public Backend {
     m.in(a.sets, a.num_sets + 1).in(a.counts, a.num_sets * a.experts).in(a.counted_tokens, a.num_sets);
     m.out(r.loss, 1).out(r.set_loss, a.num_sets).out(r.counts, a.num_sets * a.experts);
     m.out(r.mean_probability, a.num_sets * a.experts).out(r.gradient, a.tokens * a.experts);
-    void* workspace =
-        m.workspace(balance_loss_workspace(a.tokens, a.experts, a.convention.devices, a.num_sets));
+    void* workspace = m.workspace(balance_loss_workspace(a.tokens, a.experts, a.convention.devices, a.num_sets));
     return m.run(&error_, [&] { return cuda::balance_loss(a, r, workspace, nullptr); });
   }
   Status z_loss(const ZLossArgs<double>& args, const ZLossResult<double>& result) override {
@@ -279,8 +281,7 @@ class CudaBackend final : public Backend {
     const std::lock_guard lock(mutex_);
     Staging m;
     auto w = weights;
-    const std::int64_t scales =
-        w.matrices * blocks_of(w.rows, w.row_block) * blocks_of(w.columns, w.column_block);
+    const std::int64_t scales = w.matrices * blocks_of(w.rows, w.row_block) * blocks_of(w.columns, w.column_block);
     m.in(w.codes, two_a_byte(w.code) ? (count + 1) / 2 : count).in(w.table, 16 * 4);
     m.in(w.scales, scales * size_of(w.scale_type)).in(w.nested_map, 256 * 4);
     m.in(w.nested_absmax, blocks_of(scales, w.nested_block) * 4).out(out, count);
@@ -336,8 +337,7 @@ class CudaBackend final : public Backend {
     Permutation d = placed(p, s, m);
     m.in(rows, s.rows * s.hidden).in(weights, s.tokens * s.top_k).in(d_y, s.tokens * s.hidden);
     m.out(d_rows, s.rows * s.hidden).out(d_weights, s.tokens * s.top_k);
-    return m.run(&error_,
-                 [&] { return cuda::combine_backward(d, s, rows, weights, d_y, d_rows, d_weights, nullptr); });
+    return m.run(&error_, [&] { return cuda::combine_backward(d, s, rows, weights, d_y, d_rows, d_weights, nullptr); });
   }
   Status moe_layer(const MoeLayerArgs<double>& args, const MoeLayerState<double>& state, double* y) override {
     if (const Status s = check_moe_layer(args, state, y); s != Status::kOk) return s;
@@ -550,7 +550,8 @@ std::unique_ptr<Backend> open_backend(std::string* why_not) {
   cudaDeviceProp properties{};
   if (error == cudaSuccess && devices > 0) error = cudaGetDeviceProperties(&properties, 0);
   if (error == cudaSuccess && devices > 0) return std::make_unique<CudaBackend>(properties.name);
-  *why_not = std::string("no CUDA device: ") + (error != cudaSuccess ? cudaGetErrorString(error) : "the driver counts none");
+  *why_not =
+      std::string("no CUDA device: ") + (error != cudaSuccess ? cudaGetErrorString(error) : "the driver counts none");
   cudaGetLastError();  // the runtime keeps it otherwise
   return nullptr;
 }

@@ -84,7 +84,8 @@ __global__ void add_stretches(BalanceLossArgs<T> a, Scratch s) {
     }
   }
   __shared__ double sums[kBalanceRun];
-  for (std::int64_t t = first + threadIdx.x; t < last; t += blockDim.x) sums[t - first] = balance_token(a, t, nullptr).sum;
+  for (std::int64_t t = first + threadIdx.x; t < last; t += blockDim.x)
+    sums[t - first] = balance_token(a, t, nullptr).sum;
   __syncthreads();
   double* out = s.stretch + (set * s.stretches + blockIdx.x) * a.experts;
   for (std::int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
@@ -151,7 +152,8 @@ __global__ void write_gradient(BalanceLossArgs<T> a, double share, Scratch s, T*
   for (std::int64_t i = first * a.experts + threadIdx.x; i < last * a.experts; i += blockDim.x) {
     const std::int64_t t = i / a.experts;
     const bool out = (a.valid != nullptr && a.valid[t] == 0) || divisor == 0.0;
-    gradient[i] = out ? T(0) : static_cast<T>(balance_gradient(tokens[t - first], share, weight[i % a.experts], divisor));
+    gradient[i] =
+        out ? T(0) : static_cast<T>(balance_gradient(tokens[t - first], share, weight[i % a.experts], divisor));
   }
 }
 
@@ -238,10 +240,12 @@ Status launch(const ZLossArgs<T>& a, const ZLossResult<T>& r, void* workspace, C
   double *sum = largest + a.tokens, *lse = sum + a.tokens, *stretch = lse + a.tokens;
   if (cudaMemsetAsync(valid, 0, sizeof *valid, stream) != cudaSuccess) return Status::kLaunchFailed;
   if (blocks > 0)
-    queue(log_sum_exps<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, largest, sum, lse, r.log_sum_exp, valid);
+    queue(log_sum_exps<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, largest, sum, lse, r.log_sum_exp,
+          valid);
   queue(add_squares<T>, 1, 1024, 0, stream, a, lse, stretch, valid, r.loss);
   if (r.gradient != nullptr && elements > 0)
-    queue(write_z_gradient<T>, static_cast<unsigned>(elements), kThreads, 0, stream, a, largest, sum, lse, valid, r.gradient);
+    queue(write_z_gradient<T>, static_cast<unsigned>(elements), kThreads, 0, stream, a, largest, sum, lse, valid,
+          r.gradient);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

@@ -105,8 +105,8 @@ __global__ void clear(T* values, std::int64_t count) {
 }
 
 /// An expert takes a token once, so that no two threads meet.
-__global__ void scatter(const std::int32_t* tokens_of, const double* d_weights, std::int64_t tokens, std::int64_t experts,
-                        std::int64_t capacity, double* d_scores) {
+__global__ void scatter(const std::int32_t* tokens_of, const double* d_weights, std::int64_t tokens,
+                        std::int64_t experts, std::int64_t capacity, double* d_scores) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= experts * capacity) return;
   const std::int32_t t = tokens_of[i];
@@ -118,7 +118,8 @@ Status launch(const ExpertChoiceArgs<T>& a, const ExpertChoiceResult<T>& r, void
   if (const Status status = check_expert_choice(a, r); status != Status::kOk || a.tokens == 0) return status;
   if (workspace == nullptr) return Status::kNullPointer;
   if (r.taken != nullptr)
-    queue(clear<std::int32_t>, static_cast<unsigned>(parts(a.tokens, kThreads)), kThreads, 0, stream, r.taken, a.tokens);
+    queue(clear<std::int32_t>, static_cast<unsigned>(parts(a.tokens, kThreads)), kThreads, 0, stream, r.taken,
+          a.tokens);
   queue(choose<T>, static_cast<unsigned>(a.experts), kThreads, 0, stream, a, r, static_cast<std::int32_t*>(workspace));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
@@ -140,12 +141,14 @@ Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_wei
                               std::int64_t experts, std::int64_t capacity, double* d_scores, CUstream_st* stream) {
   if (tokens < 0 || experts < 1 || capacity < 0) return Status::kBadShape;
   if (tokens == 0) return Status::kOk;
-  if (d_scores == nullptr || (capacity > 0 && (tokens_of == nullptr || d_weights == nullptr))) return Status::kNullPointer;
+  if (d_scores == nullptr || (capacity > 0 && (tokens_of == nullptr || d_weights == nullptr)))
+    return Status::kNullPointer;
   const std::int64_t all = parts(tokens * experts, kThreads), slots = parts(experts * capacity, kThreads);
   if (all > 2147483647 || slots > 2147483647) return Status::kBadShape;
   queue(clear<double>, static_cast<unsigned>(all), kThreads, 0, stream, d_scores, tokens * experts);
   if (slots > 0)
-    queue(scatter, static_cast<unsigned>(slots), kThreads, 0, stream, tokens_of, d_weights, tokens, experts, capacity, d_scores);
+    queue(scatter, static_cast<unsigned>(slots), kThreads, 0, stream, tokens_of, d_weights, tokens, experts, capacity,
+          d_scores);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 

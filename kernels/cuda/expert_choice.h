@@ -12,9 +12,9 @@ namespace moeaudit::kernels::cuda {
 /// Bytes of device memory that expert_choice() needs as `workspace`, aligned to 4.
 std::size_t expert_choice_workspace(std::int64_t experts, std::int64_t capacity);
 
-/// Queues the work on `stream` and returns. A block an expert: it finds the lowest key that is in by counting digits (whole
-/// numbers, so in any order), collects the tokens in their order and ranks them: the host's tokens in the host's order.
-/// `taken` is counted in whole numbers. kLaunchFailed if the runtime refuses.
+/// Queues the work on `stream` and returns. A block an expert: it finds the lowest key that is in by counting digits
+/// (whole numbers, so in any order), collects the tokens in their order and ranks them: the host's tokens in the host's
+/// order. `taken` is counted in whole numbers. kLaunchFailed if the runtime refuses.
 Status expert_choice(const ExpertChoiceArgs<float>& args, const ExpertChoiceResult<float>& result, void* workspace,
                      CUstream_st* stream);
 Status expert_choice(const ExpertChoiceArgs<double>& args, const ExpertChoiceResult<double>& result, void* workspace,

@@ -42,7 +42,9 @@ Status launch(const CountArgs<Id>& a, std::int64_t* counts, std::int64_t* outsid
       cudaMemsetAsync(outside, 0, sizeof *outside, stream) != cudaSuccess)
     return Status::kLaunchFailed;
   if (blocks == 0) return Status::kOk;
-  queue(count_block<Id>, static_cast<unsigned>(blocks), kCountThreads, static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned), stream, a, reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
+  queue(count_block<Id>, static_cast<unsigned>(blocks), kCountThreads,
+        static_cast<std::size_t>(a.experts + 1) * sizeof(unsigned), stream, a,
+        reinterpret_cast<unsigned long long*>(counts), reinterpret_cast<unsigned long long*>(outside));
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -127,7 +129,7 @@ Status co_activation(const CountArgs<std::int32_t>& args, std::int64_t* together
   if (cudaMemsetAsync(together, 0, bytes, stream) != cudaSuccess) return Status::kLaunchFailed;
   if (blocks > 0)
     queue(add_pairs, static_cast<unsigned>(blocks), kThreads, 0, stream, args,
-                                                                      reinterpret_cast<unsigned long long*>(together));
+          reinterpret_cast<unsigned long long*>(together));
   return launched();
 }
 

@@ -1,4 +1,5 @@
-// What the launches of all kernels share: one form for them, so that tests/emulator can run the same sources on the host.
+// What the launches of all kernels share: one form for them, so that tests/emulator can run the same sources on the
+// host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,8 @@ __host__ __device__ inline std::int64_t parts(std::int64_t n, std::int64_t part)
 
 /// Queues kernel(args...) on `stream`; what went wrong shows in cudaGetLastError().
 template <class... P, class... A>
-void queue(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, CUstream_st* stream, const A&... args) {
+void queue(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, CUstream_st* stream,
+           const A&... args) {
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
 }
 /// `name`: the shared memory that the launch asked for, as an array of T.

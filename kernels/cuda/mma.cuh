@@ -1,6 +1,6 @@
-// What products on tensor cores are made of (sm_80 and later): copies into shared memory that run by themselves, matrices
-// of 8 by 8 from shared memory into registers, and mma of bfloat16 with float32 sums. PTX ISA 8.0, sections 9.7.8.24,
-// 9.7.13.4 and 9.7.13.4.15.
+// What products on tensor cores are made of (sm_80 and later): copies into shared memory that run by themselves,
+// matrices of 8 by 8 from shared memory into registers, and mma of bfloat16 with float32 sums. PTX ISA 8.0,
+// sections 9.7.8.24, 9.7.13.4 and 9.7.13.4.15.
 #pragma once
 
 #include <cstdint>

@@ -136,7 +136,8 @@ struct DeviceOps {
                 std::int64_t width, const T* before, T* activated) {
     if (!fits(rows)) return;
     in_packs<T>(width, {before, activated}, [&](auto v) {
-      queue(activate_rows<T, v>, static_cast<unsigned>(rows), kThreads, 0, stream, f, offsets, experts, width, before, activated);
+      queue(activate_rows<T, v>, static_cast<unsigned>(rows), kThreads, 0, stream, f, offsets, experts, width, before,
+            activated);
     });
     launched();
   }
@@ -145,7 +146,7 @@ struct DeviceOps {
     if (!fits(rows)) return;
     in_packs<T>(width, {before, d_activated, d_before}, [&](auto v) {
       queue(activate_rows_backward<T, v>, static_cast<unsigned>(rows), kThreads, 0, stream, f, offsets, experts, width,
-                                                                                         before, d_activated, d_before);
+            before, d_activated, d_before);
     });
     launched();
   }

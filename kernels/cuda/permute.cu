@@ -199,7 +199,8 @@ Status permute(const PermuteArgs& a, const Permutation& r, void* workspace, CUst
   if (chunks > 0) {
     if (cudaMemsetAsync(workspace, 0, permute_workspace(a.tokens, a.experts, a.top_k), stream) != cudaSuccess)
       return Status::kLaunchFailed;
-    queue(count_chunks, static_cast<unsigned>(parts(slots, kThreads)), kThreads, 0, stream, a, reinterpret_cast<unsigned long long*>(first));
+    queue(count_chunks, static_cast<unsigned>(parts(slots, kThreads)), kThreads, 0, stream, a,
+          reinterpret_cast<unsigned long long*>(first));
   }
   queue(first_rows, 1, 1024, 0, stream, a, chunks, first, r.offsets);
   if (chunks > 0) queue(hand_out, static_cast<unsigned>(chunks), 32, 0, stream, a, first, r);

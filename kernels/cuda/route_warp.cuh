@@ -1,6 +1,6 @@
-// Tokens routed by a warp with their scores in registers, 32 / P tokens at a time: P lanes share a token, and lane p of them
-// holds experts p, p + P, ..., V in all. Few experts then fill a warp as well as many do. What route() and the fused gate
-// share. The order of every sum is kernels/host/router.h's, whatever P.
+// Tokens routed by a warp with their scores in registers, 32 / P tokens at a time: P lanes share a token, and lane p of
+// them holds experts p, p + P, ..., V in all. Few experts then fill a warp as well as many do. What route() and the
+// fused gate share. The order of every sum is kernels/host/router.h's, whatever P.
 #pragma once
 
 #include <type_traits>
@@ -32,8 +32,8 @@ inline bool fits_registers(const RouteArgs<float>& a) {
   return a.experts <= 12 * kLanes && a.top_k <= kLanes && (!grouped || (a.experts / a.groups == kLanes));
 }
 
-/// exp_of_non_positive(x) for x >= kNear, where the result is far from the smallest numbers: 2^k goes into the exponent at
-/// once. The same bits.
+/// exp_of_non_positive(x) for x >= kNear, where the result is far from the smallest numbers: 2^k goes into the exponent
+/// at once. The same bits.
 inline constexpr float kNear = -60.0f;
 __device__ __forceinline__ float exp_near(float x) {
   float shifted = 0;
@@ -69,9 +69,9 @@ __device__ __forceinline__ void softmax_registers(float (&v)[V], Here here, Floa
     for (int i = 0; i < V; ++i) v[i] = exp_of_non_positive(v[i]);  // of -inf: 0
   }
   const float sum = add_registers<P>(v);
-  // With the correctly rounded reciprocal y, v y is within a place of the quotient v / sum, and one exact remainder sets
-  // it right (Markstein, IA-64 and Elementary Functions, theorem 8.3), unless the remainder underflows, which kNear rules
-  // out, or the significand of the sum is all ones. A third of what `/` costs.
+  // With the correctly rounded reciprocal y, v y is within a place of the quotient v / sum, and one exact remainder
+  // sets it right (Markstein, IA-64 and Elementary Functions, theorem 8.3), unless the remainder underflows, which
+  // kNear rules out, or the significand of the sum is all ones. A third of what `/` costs.
   if (near && (__float_as_uint(sum) & 0x7fffffu) != 0x7fffffu) {
     const float y = 1.0f / sum;
 #pragma unroll
@@ -231,7 +231,8 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
   }
   if (r.weights == nullptr) return;
   if (a.softmax_after_top_k) {
-    softmax_registers<P>(weight, [&](int c) { return lane + P * c < k; }, a.tensor_dtype);
+    softmax_registers<P>(
+        weight, [&](int c) { return lane + P * c < k; }, a.tensor_dtype);
     sum = 0;
 #pragma unroll
     for (int c = 0; c < kKept; ++c) {

@@ -1,5 +1,5 @@
-// From logits to chosen experts: float32 with up to 384 experts in registers, several tokens a warp (route_warp.cuh); the
-// rest one warp a token, with its scores and choices in shared memory.
+// From logits to chosen experts: float32 with up to 384 experts in registers, several tokens a warp (route_warp.cuh);
+// the rest one warp a token, with its scores and choices in shared memory.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/launch.h"

@@ -21,10 +21,10 @@ Status gate_logits(const GateArgs<float, double>& args, CUstream_st* stream);
 enum class TensorCores { kWarp, kWarpgroup };
 bool warpgroups_present();
 
-/// The gate in bfloat16 on tensor cores: exact products, float32 sums. Products are added 16 at a time in ascending order
-/// of `hidden`; the order within 16 is the hardware's, so results are the same in every run of one device model, but are
-/// not the host's bits: bounds::tensor_core_dot() bounds the difference. `hidden` must be a multiple of 8, x and w
-/// aligned to 16 bytes (else kBadShape, or a fault of the device).
+/// The gate in bfloat16 on tensor cores: exact products, float32 sums. Products are added 16 at a time in ascending
+/// order of `hidden`; the order within 16 is the hardware's, so results are the same in every run of one device model,
+/// but are not the host's bits: bounds::tensor_core_dot() bounds the difference. `hidden` must be a multiple of 8, x
+/// and w aligned to 16 bytes (else kBadShape, or a fault of the device).
 struct TensorCoreGateArgs {
   const std::uint16_t* x = nullptr;  // bfloat16 [tokens, hidden]
   const std::uint16_t* w = nullptr;  // bfloat16 [experts, hidden], not packed
@@ -34,8 +34,8 @@ struct TensorCoreGateArgs {
 };
 Status gate_logits(const TensorCoreGateArgs& args, float* logits, CUstream_st* stream);
 
-/// Gate and route() in one pass over x; the logits are written where `logits` is given. `route` without its logits, tokens
-/// and experts; its results are those that route() gives from the same logits, bit for bit. kBadShape beyond
+/// Gate and route() in one pass over x; the logits are written where `logits` is given. `route` without its logits,
+/// tokens and experts; its results are those that route() gives from the same logits, bit for bit. kBadShape beyond
 /// kMostFusedExperts, 32 choices, or groups of another size than 32.
 inline constexpr std::int64_t kMostFusedExperts = 256;
 Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, const RouteResult<float>& routed,

@@ -40,8 +40,8 @@ __device__ __noinline__ double score_slope_call(Score score, double logit, doubl
   return score_slope(score, logit, value);
 }
 
-/// exp_exact_order(x) for kNear <= x <= 0, where the result is far from the smallest numbers: 2^k goes into the exponent at
-/// once. The same bits.
+/// exp_exact_order(x) for kNear <= x <= 0, where the result is far from the smallest numbers: 2^k goes into the
+/// exponent at once. The same bits.
 constexpr double kNear = -600.0;
 __device__ __forceinline__ double exp_near(double x) {
   double shifted = 0;
@@ -90,10 +90,13 @@ __device__ __forceinline__ void softmax_in_registers(const T (&logit)[V], unsign
 __device__ __forceinline__ void put(double v, double* to) { *to = v; }
 __device__ __forceinline__ void put(double v, __nv_bfloat16* to) { *to = __double2bfloat16(v); }
 
-/// route_backward_token() in registers, P lanes a token. Rows of d_logits are `stride` apart, with zeros beyond the experts.
+/// route_backward_token() in registers, P lanes a token. Rows of d_logits are `stride` apart, with zeros beyond the
+/// experts.
 template <int P, int V, class T, class Out>
-__global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArgs<T> a, Out* d_logits, std::int64_t stride) {
-  constexpr int kTokens = kLanes / P, kKept = (P * V < kLanes ? P * V : kLanes) / P;  // choice j: lane j mod P, register j / P
+__global__ void __launch_bounds__(kThreads)
+    tokens_in_registers(RouteBackwardArgs<T> a, Out* d_logits, std::int64_t stride) {
+  constexpr int kTokens = kLanes / P,
+                kKept = (P * V < kLanes ? P * V : kLanes) / P;  // choice j: lane j mod P, register j / P
   __shared__ double exchange[kThreads / kLanes][kTokens][P * V + 1];
   const RouteArgs<T>& f = a.forward;
   const int lane = threadIdx.x % P, experts = static_cast<int>(f.experts), k = static_cast<int>(f.top_k);
@@ -209,8 +212,8 @@ __global__ void __launch_bounds__(kThreads) tokens_in_registers(RouteBackwardArg
 template <int P, int V, class T, class Out>
 void launch_registers(const RouteBackwardArgs<T>& a, Out* d_logits, std::int64_t stride, CUstream_st* stream) {
   const std::int64_t blocks = parts(a.forward.tokens, kThreads / P);
-  queue(tokens_in_registers<P, V, T, Out>, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0, stream,
-        a, d_logits, stride);
+  queue(tokens_in_registers<P, V, T, Out>, static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), kThreads, 0,
+        stream, a, d_logits, stride);
 }
 
 /// Whether it took the work.
@@ -275,7 +278,8 @@ Status launch(const GateBackwardArgs<T>& a, double* d_w, double* d_x, CUstream_s
   if (some && (a.d_logits == nullptr || (d_w != nullptr && a.x == nullptr) || (d_x != nullptr && a.w == nullptr)))
     return Status::kNullPointer;
   if (d_w != nullptr)
-    queue(gate_weights<T>, dim3(static_cast<unsigned>(parts(a.hidden, kThreads)), static_cast<unsigned>(a.experts)), kThreads, 0, stream, a, d_w);
+    queue(gate_weights<T>, dim3(static_cast<unsigned>(parts(a.hidden, kThreads)), static_cast<unsigned>(a.experts)),
+          kThreads, 0, stream, a, d_w);
   if (d_x != nullptr && inputs > 0) queue(gate_inputs<T>, static_cast<unsigned>(inputs), kThreads, 0, stream, a, d_x);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
@@ -293,7 +297,8 @@ Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits, v
 }
 Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_logits, CUstream_st* stream) {
   // Only whether it is there: it holds another type.
-  if (const Status status = check_route_backward(args, reinterpret_cast<double*>(d_logits)); status != Status::kOk) return status;
+  if (const Status status = check_route_backward(args, reinterpret_cast<double*>(d_logits)); status != Status::kOk)
+    return status;
   if (args.forward.tokens == 0) return Status::kOk;
   if (!try_registers(args, reinterpret_cast<__nv_bfloat16*>(d_logits), padded_experts(args.forward.experts), stream))
     return Status::kBadShape;

@@ -11,12 +11,13 @@ struct CUstream_st;  // cudaStream_t is a pointer to it; callers need no CUDA he
 
 namespace moeaudit::kernels::cuda {
 
-/// Bytes of device memory, aligned to 8, that route_backward() needs as `workspace`; it may be null for up to 384 experts
-/// and 32 choices in the exact formulas, which fit into registers.
+/// Bytes of device memory, aligned to 8, that route_backward() needs as `workspace`; it may be null for up to 384
+/// experts and 32 choices in the exact formulas, which fit into registers.
 std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 
-/// Queue the work on `stream` and return. A token a warp or a thread, an element a thread: every sum in the host's order, so the
-/// bits are the host's. Ids beyond the experts are the caller's fault here. kLaunchFailed if the runtime refuses.
+/// Queue the work on `stream` and return. A token a warp or a thread, an element a thread: every sum in the host's
+/// order, so the bits are the host's. Ids beyond the experts are the caller's fault here. kLaunchFailed if the runtime
+/// refuses.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits, void* workspace, CUstream_st* stream);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits, void* workspace, CUstream_st* stream);
 /// route_backward() with each of its results rounded once to bfloat16, as TensorCoreGateBackwardArgs takes them: rows
@@ -26,9 +27,10 @@ constexpr std::int64_t padded_experts(std::int64_t experts) { return (experts + 
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream);
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x, CUstream_st* stream);
 
-/// The gate's gradients in bfloat16 on tensor cores, as a bfloat16 gate has them: d_logits rounded once to bfloat16, float32
-/// sums; d_w float32 [experts, hidden], stretches of tokens added in their order; d_x bfloat16 [tokens, hidden]. Either may
-/// be null. The conditions of TensorCoreGateArgs (router.h), and at most 256 experts; `workspace` aligned to 256 bytes.
+/// The gate's gradients in bfloat16 on tensor cores, as a bfloat16 gate has them: d_logits rounded once to bfloat16,
+/// float32 sums; d_w float32 [experts, hidden], stretches of tokens added in their order; d_x bfloat16 [tokens,
+/// hidden]. Either may be null. The conditions of TensorCoreGateArgs (router.h), and at most 256 experts; `workspace`
+/// aligned to 256 bytes.
 struct TensorCoreGateBackwardArgs {
   const double* d_logits = nullptr;  // [tokens, experts]
   const std::uint16_t* x = nullptr;  // bfloat16 [tokens, hidden]; for d_w

@@ -1,5 +1,5 @@
-// The gate: logits from inputs, exactly in the host's order, or on tensor cores with the routing in the same kernel; and
-// the gradients of the latter.
+// The gate: logits from inputs, exactly in the host's order, or on tensor cores with the routing in the same kernel;
+// and the gradients of the latter.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -80,7 +80,8 @@ Status launch_in_order(const GateArgs<In, Sum>& a, CUstream_st* stream) {
   if (a.x == nullptr || a.packed == nullptr || a.logits == nullptr) return Status::kNullPointer;
   const std::int64_t across = parts(a.tokens, kSide), down = parts(a.experts, kSide);
   if (across > 2147483647 || down > 65535) return Status::kBadShape;
-  queue(gate_in_order<In, Sum>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kGateThreads, 0, stream, a);
+  queue(gate_in_order<In, Sum>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kGateThreads, 0,
+        stream, a);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }
 
@@ -91,14 +92,17 @@ Matrix matrix(const std::uint16_t* data, std::int64_t rows, std::int64_t columns
 }
 
 template <int kExperts>
-using WarpGate = Tile<128, kExperts, kExperts == 256 ? 2 : 4, kExperts == 64 ? 2 : kExperts < 64 ? 1 : kExperts / 64, true, true>;
+using WarpGate = Tile < 128,
+      kExperts, kExperts == 256 ? 2 : 4, kExperts == 64 ? 2 : kExperts<64 ? 1 : kExperts / 64, true, true>;
 template <int kExperts>
 using WarpgroupGate = WarpgroupTile<128, kExperts, true, true, kExperts == 256 ? 4 : 3, kExperts == 256 ? 1 : 0>;
 
-/// 128 tokens and kExperts experts a block, by a tile T. With kRoutes all experts must be one block's, and each warp routes
-/// tokens of the tile.
+/// 128 tokens and kExperts experts a block, by a tile T. With kRoutes all experts must be one block's, and each warp
+/// routes tokens of the tile.
 template <class T, int kExperts, bool kRoutes>
-__global__ void __launch_bounds__(T::kThreads, kExperts < 64 ? 3 : kExperts <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(T::kThreads, kExperts < 64     ? 3
+                                               : kExperts <= 128 ? 2
+                                                                 : 1)
     gate_tiles(TensorCoreGateArgs a, RouteArgs<float> route, RouteResult<float> routed, float* logits) {
   MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * 128;
@@ -155,10 +159,10 @@ template <bool kRoutes>
 Status launch_tiles_for(const TensorCoreGateArgs& a, const RouteArgs<float>& route, const RouteResult<float>& routed,
                         float* logits, CUstream_st* stream) {
   const bool warpgroups = a.cores == TensorCores::kWarpgroup;  // up to 32 experts it is the inputs that take the time
-  const auto call = a.experts <= 16                 ? launch_tiles<WarpGate<16>, 16, kRoutes>
-                    : a.experts <= 32               ? launch_tiles<WarpGate<32>, 32, kRoutes>
-                    : a.experts <= 64 && warpgroups ? launch_tiles<WarpgroupGate<64>, 64, kRoutes>
-                    : a.experts <= 64               ? launch_tiles<WarpGate<64>, 64, kRoutes>
+  const auto call = a.experts <= 16                  ? launch_tiles<WarpGate<16>, 16, kRoutes>
+                    : a.experts <= 32                ? launch_tiles<WarpGate<32>, 32, kRoutes>
+                    : a.experts <= 64 && warpgroups  ? launch_tiles<WarpgroupGate<64>, 64, kRoutes>
+                    : a.experts <= 64                ? launch_tiles<WarpGate<64>, 64, kRoutes>
                     : a.experts <= 128 && warpgroups ? launch_tiles<WarpgroupGate<128>, 128, kRoutes>
                     : a.experts <= 128               ? launch_tiles<WarpGate<128>, 128, kRoutes>
                     : warpgroups                     ? launch_tiles<WarpgroupGate<256>, 256, kRoutes>
@@ -167,9 +171,7 @@ Status launch_tiles_for(const TensorCoreGateArgs& a, const RouteArgs<float>& rou
 }
 
 /// Whether the device has what is asked for.
-bool present(TensorCores cores) {
-  return cores == TensorCores::kWarp || warpgroups_present();
-}
+bool present(TensorCores cores) { return cores == TensorCores::kWarp || warpgroups_present(); }
 
 Status check(const TensorCoreGateArgs& a) {
   if (a.tokens < 0 || a.hidden < 1 || a.experts < 1 || a.hidden % 8 != 0 || parts(a.tokens, 128) > 2147483647 ||
@@ -194,9 +196,9 @@ __global__ void narrow(const double* from, std::int64_t tokens, std::int64_t exp
 using WarpWeights = Tile<128, 128, 2, 2, false, false>;
 using WarpgroupWeights = WarpgroupTile<128, 128, false, false, 3, 0>;
 
-/// d_x [tokens, hidden] = d_logits [tokens, experts] w [experts, hidden] for up to kExperts experts: 128 tokens a block, 64
-/// columns at a time. It is writing d_x that takes the time, so the tile leaves by whole rows of 128 bytes, and w's next
-/// columns are under way meanwhile.
+/// d_x [tokens, hidden] = d_logits [tokens, experts] w [experts, hidden] for up to kExperts experts: 128 tokens a
+/// block, 64 columns at a time. It is writing d_x that takes the time, so the tile leaves by whole rows of 128 bytes,
+/// and w's next columns are under way meanwhile.
 template <int kExperts>
 struct InputTile {
   static constexpr int kThreads = 256, kTokens = 128, kColumns = 64;
@@ -207,8 +209,8 @@ struct InputTile {
 
 /// 64 columns of kTokens rows from shared memory to d_x, by 256 threads.
 template <int kTokens, int kStride>
-__device__ __forceinline__ void store_columns(const __nv_bfloat16* from, std::int64_t token, std::int64_t tokens, std::int64_t at,
-                                              std::int64_t hidden, __nv_bfloat16* d_x) {
+__device__ __forceinline__ void store_columns(const __nv_bfloat16* from, std::int64_t token, std::int64_t tokens,
+                                              std::int64_t at, std::int64_t hidden, __nv_bfloat16* d_x) {
   const int thread = threadIdx.x, column = thread % 8 * 8;
 #pragma unroll
   for (int i = 0; i < kTokens / 32; ++i) {
@@ -293,12 +295,14 @@ struct InputWarpgroups {
 };
 
 template <int kExperts>
-__global__ void __launch_bounds__(256, 2) input_warpgroups(Matrix d_logits, Matrix w, std::int64_t hidden, __nv_bfloat16* d_x) {
+__global__ void __launch_bounds__(256, 2)
+    input_warpgroups(Matrix d_logits, Matrix w, std::int64_t hidden, __nv_bfloat16* d_x) {
   MOE_AUDIT_DYNAMIC_SHARED(char, shared);
   using T = InputWarpgroups<kExperts>;
   const std::uint32_t begin = shared_address(shared), ws = (begin + T::kAlign - 1) / T::kAlign * T::kAlign;
   auto* out = reinterpret_cast<__nv_bfloat16*>(shared + (ws - begin) + 2 * T::kWBytes);
-  const int thread = threadIdx.x, lane = thread % 32, first_row = thread / 32 * 16 + lane / 4, first_column = lane % 4 * 2;
+  const int thread = threadIdx.x, lane = thread % 32, first_row = thread / 32 * 16 + lane / 4,
+            first_column = lane % 4 * 2;
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * T::kTokens;
   std::uint32_t g[kExperts / 16][4];
 #pragma unroll
@@ -317,7 +321,8 @@ __global__ void __launch_bounds__(256, 2) input_warpgroups(Matrix d_logits, Matr
     for (int i = 0; i < kExperts * T::kColumns / 8 / T::kThreads; ++i) {
       const int row = thread / 8 + i * (T::kThreads / 8), column = thread % 8 * 8;
       const bool inside = row < w.rows && at + column < hidden;
-      copy_16(ws + buffer * T::kWBytes + T::WPlace::at(row, column), inside ? w.data + row * w.stride + at + column : w.data, inside);
+      copy_16(ws + buffer * T::kWBytes + T::WPlace::at(row, column),
+              inside ? w.data + row * w.stride + at + column : w.data, inside);
     }
     end_copies();
   };
@@ -342,7 +347,8 @@ __global__ void __launch_bounds__(256, 2) input_warpgroups(Matrix d_logits, Matr
     for (int j = 0; j < 8; ++j) {
       __nv_bfloat16* to = out + first_row * T::kOutStride + j * 8 + first_column;
       *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(sum[4 * j], sum[4 * j + 1]);
-      *reinterpret_cast<__nv_bfloat162*>(to + 8 * T::kOutStride) = __floats2bfloat162_rn(sum[4 * j + 2], sum[4 * j + 3]);
+      *reinterpret_cast<__nv_bfloat162*>(to + 8 * T::kOutStride) =
+          __floats2bfloat162_rn(sum[4 * j + 2], sum[4 * j + 3]);
     }
     __syncthreads();
     store_columns<T::kTokens, T::kOutStride>(out, token, d_logits.rows, at, hidden, d_x);
@@ -350,17 +356,18 @@ __global__ void __launch_bounds__(256, 2) input_warpgroups(Matrix d_logits, Matr
 }
 
 template <class T>
-Status launch_inputs(void (*kernel)(Matrix, Matrix, std::int64_t, __nv_bfloat16*), const Matrix& d_logits, const Matrix& w,
-                     std::int64_t hidden, __nv_bfloat16* d_x, CUstream_st* stream) {
+Status launch_inputs(void (*kernel)(Matrix, Matrix, std::int64_t, __nv_bfloat16*), const Matrix& d_logits,
+                     const Matrix& w, std::int64_t hidden, __nv_bfloat16* d_x, CUstream_st* stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) != cudaSuccess)
     return Status::kLaunchFailed;
-  queue(kernel, static_cast<unsigned>(parts(d_logits.rows, T::kTokens)), T::kThreads, T::kSharedBytes, stream, d_logits, w, hidden, d_x);
+  queue(kernel, static_cast<unsigned>(parts(d_logits.rows, T::kTokens)), T::kThreads, T::kSharedBytes, stream, d_logits,
+        w, hidden, d_x);
   return Status::kOk;
 }
 
 template <int kExperts>
-Status launch_inputs(TensorCores cores, const Matrix& d_logits, const Matrix& w, std::int64_t hidden, __nv_bfloat16* d_x,
-                     CUstream_st* stream) {
+Status launch_inputs(TensorCores cores, const Matrix& d_logits, const Matrix& w, std::int64_t hidden,
+                     __nv_bfloat16* d_x, CUstream_st* stream) {
   return cores == TensorCores::kWarpgroup
              ? launch_inputs<InputWarpgroups<kExperts>>(input_warpgroups<kExperts>, d_logits, w, hidden, d_x, stream)
              : launch_inputs<InputTile<kExperts>>(input_tiles<kExperts>, d_logits, w, hidden, d_x, stream);
@@ -368,10 +375,12 @@ Status launch_inputs(TensorCores cores, const Matrix& d_logits, const Matrix& w,
 
 /// Block (run of hidden, run of experts, stretch of tokens): a partial d_w.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 2) weight_tiles(Matrix d_logits, Matrix x, std::int64_t experts, std::int64_t hidden,
-                                                               std::int64_t stretch, float* partial) {
+__global__ void __launch_bounds__(T::kThreads, 2)
+    weight_tiles(Matrix d_logits, Matrix x, std::int64_t experts, std::int64_t hidden, std::int64_t stretch,
+                 float* partial) {
   MOE_AUDIT_DYNAMIC_SHARED(char, shared);
-  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * 128, expert = static_cast<std::int64_t>(blockIdx.y) * 128;
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * 128,
+                     expert = static_cast<std::int64_t>(blockIdx.y) * 128;
   const std::int64_t first = blockIdx.z * stretch, end = first + stretch < x.rows ? first + stretch : x.rows;
   T tile;
   tile.run(d_logits, x, expert, at, first, end, shared);
@@ -383,9 +392,10 @@ __global__ void __launch_bounds__(T::kThreads, 2) weight_tiles(Matrix d_logits, 
 }
 
 template <class T>
-Status launch_weights(const Matrix& d_logits, const Matrix& x, std::int64_t experts, std::int64_t hidden, std::int64_t stretch,
-                      float* partial, CUstream_st* stream) {
-  if (cudaFuncSetAttribute(weight_tiles<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) != cudaSuccess)
+Status launch_weights(const Matrix& d_logits, const Matrix& x, std::int64_t experts, std::int64_t hidden,
+                      std::int64_t stretch, float* partial, CUstream_st* stream) {
+  if (cudaFuncSetAttribute(weight_tiles<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) !=
+      cudaSuccess)
     return Status::kLaunchFailed;
   const dim3 grid(static_cast<unsigned>(parts(hidden, 128)), static_cast<unsigned>(parts(experts, 128)),
                   static_cast<unsigned>(parts(x.rows, stretch)));
@@ -415,7 +425,8 @@ bool warpgroups_present() {
   int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
 #else
   return false;
 #endif
@@ -446,7 +457,8 @@ Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, co
 
 std::size_t gate_backward_workspace(std::int64_t tokens, std::int64_t hidden, std::int64_t experts) {
   if (tokens < 1) return 0;
-  return aligned(2 * tokens * padded_experts(experts)) + aligned(4 * parts(tokens, stretch_of(tokens)) * experts * hidden);
+  return aligned(2 * tokens * padded_experts(experts)) +
+         aligned(4 * parts(tokens, stretch_of(tokens)) * experts * hidden);
 }
 
 Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint16_t* d_x, void* workspace,
@@ -478,13 +490,16 @@ Status gate_backward(const TensorCoreGateBackwardArgs& a, float* d_w, std::uint1
     if (status != Status::kOk) return status;
   }
   if (d_w != nullptr) {
-    const std::int64_t stretch = stretch_of(a.tokens), stretches = parts(a.tokens, stretch), elements = a.experts * a.hidden;
+    const std::int64_t stretch = stretch_of(a.tokens), stretches = parts(a.tokens, stretch),
+                       elements = a.experts * a.hidden;
     auto* partial = reinterpret_cast<float*>(static_cast<char*>(workspace) + aligned(2 * a.tokens * stride));
-    const auto call = a.cores == TensorCores::kWarpgroup ? launch_weights<WarpgroupWeights> : launch_weights<WarpWeights>;
-    const Status status = call(g, matrix(a.x, a.tokens, a.hidden, a.hidden), a.experts, a.hidden, stretch, partial, stream);
+    const auto call =
+        a.cores == TensorCores::kWarpgroup ? launch_weights<WarpgroupWeights> : launch_weights<WarpWeights>;
+    const Status status =
+        call(g, matrix(a.x, a.tokens, a.hidden, a.hidden), a.experts, a.hidden, stretch, partial, stream);
     if (status != Status::kOk) return status;
     queue(add_stretches, static_cast<unsigned>(parts(elements, 256)), 256, 0, stream, partial, elements,
-                                                                                  static_cast<int>(stretches), d_w);
+          static_cast<int>(stretches), d_w);
   }
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
 }

@@ -48,8 +48,10 @@ Status launch(Status status, std::int64_t count, F f, CUstream_st* stream) {
 template <class T>
 Status launch_jitter(const T* x, const T* factor, std::int64_t count, Float dtype, T* out, CUstream_st* stream) {
   const bool missing = count > 0 && (x == nullptr || factor == nullptr || out == nullptr);
-  return launch(count < 0 ? Status::kBadShape : missing ? Status::kNullPointer : Status::kOk, count,
-                Jittered<T>{x, factor, dtype, out}, stream);
+  return launch(count < 0 ? Status::kBadShape
+                : missing ? Status::kNullPointer
+                          : Status::kOk,
+                count, Jittered<T>{x, factor, dtype, out}, stream);
 }
 
 }  // namespace
@@ -73,7 +75,8 @@ Status noisy_logits_backward(const NoisyLogitsArgs<double>& a, const double* ups
 Status jitter(const float* x, const float* factor, std::int64_t count, Float dtype, float* out, CUstream_st* stream) {
   return launch_jitter(x, factor, count, dtype, out, stream);
 }
-Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out, CUstream_st* stream) {
+Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out,
+              CUstream_st* stream) {
   return launch_jitter(x, factor, count, dtype, out, stream);
 }
 

@@ -7,7 +7,8 @@ struct CUstream_st;  // cudaStream_t is a pointer to it; callers need no CUDA he
 
 namespace moeaudit::kernels::cuda {
 
-/// Queue the work on `stream` and return. An element a thread, by the same inline functions as on the host: the same bits.
+/// Queue the work on `stream` and return. An element a thread, by the same inline functions as on the host: the same
+/// bits.
 Status noisy_logits(const NoisyLogitsArgs<float>& args, float* out, CUstream_st* stream);
 Status noisy_logits(const NoisyLogitsArgs<double>& args, double* out, CUstream_st* stream);
 Status noisy_logits_backward(const NoisyLogitsArgs<float>& args, const double* upstream, double* d_noise_logits,

@@ -1,11 +1,11 @@
-// One tile of a bfloat16 matrix product on tensor cores, by one block: C = A B with float32 sums. What the fused gate, its
-// gradients and other products of bfloat16 share.
+// One tile of a bfloat16 matrix product on tensor cores, by one block: C = A B with float32 sums. What the fused gate,
+// its gradients and other products of bfloat16 share.
 //
 // An operand lies in memory with its rows along m (or n) and k next to each other ("k next"), or with its rows along k.
-// Rows beyond the matrices count as zero; so must columns up to the next multiple of 8. Stretches of 64 along k go through shared memory, kStages of
-// them at a time by cp.async; within a stretch the products are added 16 at a time by mma, in ascending k, so the sums have
-// the same order in every launch. Inside one mma the order is the hardware's (bounds::tensor_core_dot()).
-// Leading dimensions must be multiples of 8 and the pointers aligned to 16 bytes.
+// Rows beyond the matrices count as zero; so must columns up to the next multiple of 8. Stretches of 64 along k go
+// through shared memory, kStages of them at a time by cp.async; within a stretch the products are added 16 at a time by
+// mma, in ascending k, so the sums have the same order in every launch. Inside one mma the order is the hardware's
+// (bounds::tensor_core_dot()). Leading dimensions must be multiples of 8 and the pointers aligned to 16 bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,9 +22,9 @@ struct Matrix {
   std::int64_t rows, columns;
 };
 
-/// Brings stretches of 64 along k of an operand into shared memory, one after the other: kRows by kColumns elements of it, at
-/// Place::at(row, column) bytes from the start of a stage. A thread always fetches the same column of chunks (16 bytes each)
-/// of rows a fixed step apart, so nothing but a pointer moves.
+/// Brings stretches of 64 along k of an operand into shared memory, one after the other: kRows by kColumns elements of
+/// it, at Place::at(row, column) bytes from the start of a stage. A thread always fetches the same column of chunks (16
+/// bytes each) of rows a fixed step apart, so nothing but a pointer moves.
 template <int kThreads, int kRows, int kColumns, bool kKNext, class Place>
 struct Fetcher {
   static constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks, kTimes = (kRows + kStep - 1) / kStep;
@@ -74,9 +74,9 @@ struct Tile {
   static constexpr int kAElements = kARows * kAStride, kBElements = kBRows * kBStride;
   static constexpr int kCStride = kN + 8;  // rows of share() begin 8 banks apart
   static constexpr int kStagesBytes = kStages * (kAElements + kBElements) * 2, kCBytes = kM * kCStride * 4;
-  static constexpr int kSharedBytes = kStagesBytes;                                            // of run() alone
+  static constexpr int kSharedBytes = kStagesBytes;                                          // of run() alone
   static constexpr int kSharedBytesWithC = kStagesBytes > kCBytes ? kStagesBytes : kCBytes;  // of run() and share()
-  static constexpr int kWarpM = kM / kWarpsM / 16, kWarpN = kN / kWarpsN / 16;  // in squares of 16
+  static constexpr int kWarpM = kM / kWarpsM / 16, kWarpN = kN / kWarpsN / 16;               // in squares of 16
 
   /// This thread's part of C: pairs of columns.
   float sum[kWarpM][2 * kWarpN][4] = {};
@@ -113,17 +113,20 @@ struct Tile {
       wait_copies<kStages - 2>();
       __syncthreads();  // the stretch is there for all, and all are done with the one that is overwritten next
       fetch();
-      const std::uint32_t as = base + stage * kAElements * 2, bs = base + (kStages * kAElements + stage * kBElements) * 2;
+      const std::uint32_t as = base + stage * kAElements * 2,
+                          bs = base + (kStages * kAElements + stage * kBElements) * 2;
       stage = stage + 1 == kStages ? 0 : stage + 1;
       // The matrices of the next 16 along k are under way while the present ones are multiplied.
       std::uint32_t fa[2][kWarpM][4], fb[2][kWarpN][4];
       const auto matrices = [&](int k, int buffer) {
 #pragma unroll
         for (int i = 0; i < kWarpM; ++i)
-          load_matrices<!kAKNext>(as + 2 * (a_at + (kAKNext ? i * 16 * kAStride + k : k * kAStride + i * 16)), fa[buffer][i]);
+          load_matrices<!kAKNext>(as + 2 * (a_at + (kAKNext ? i * 16 * kAStride + k : k * kAStride + i * 16)),
+                                  fa[buffer][i]);
 #pragma unroll
         for (int j = 0; j < kWarpN; ++j)
-          load_matrices<!kBKNext>(bs + 2 * (b_at + (kBKNext ? j * 16 * kBStride + k : k * kBStride + j * 16)), fb[buffer][j]);
+          load_matrices<!kBKNext>(bs + 2 * (b_at + (kBKNext ? j * 16 * kBStride + k : k * kBStride + j * 16)),
+                                  fb[buffer][j]);
       };
       matrices(0, 0);
 #pragma unroll

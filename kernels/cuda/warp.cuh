@@ -44,7 +44,9 @@ __device__ double warp_log_sum_exp(const T* logits, std::int64_t count, double* 
 // ---- several tokens a warp: P lanes share one, and lane p of them holds experts p, p + P, ...
 
 /// The lanes that share a token where `most` experts are the most: as many as leave 8 to a lane.
-constexpr int lanes_for(int most) { return most <= 8 ? 1 : most <= 16 ? 2 : most <= 32 ? 4 : most <= 64 ? 8 : most <= 128 ? 16 : kLanes; }
+constexpr int lanes_for(int most) {
+  return most <= 8 ? 1 : most <= 16 ? 2 : most <= 32 ? 4 : most <= 64 ? 8 : most <= 128 ? 16 : kLanes;
+}
 
 // Of the P lanes that share a token; every one of them gets the result.
 template <int P>

@@ -1,5 +1,5 @@
-// tensor_core_tile.cuh's Tile, with the same conditions, by wgmma: four warps own 64 rows of C and multiply straight from
-// shared memory, at twice the rate of mma. Compute capability 9.0 alone.
+// tensor_core_tile.cuh's Tile, with the same conditions, by wgmma: four warps own 64 rows of C and multiply straight
+// from shared memory, at twice the rate of mma. Compute capability 9.0 alone.
 #pragma once
 
 #include "kernels/cuda/tensor_core_tile.cuh"
@@ -57,7 +57,8 @@ struct WarpgroupTile {
 #pragma unroll
       for (int k = 0; k < kK; k += 16) {
         // 16 further along k: 32 bytes in each row, or 16 rows.
-        const std::uint32_t a_k = kAKNext ? 2 * k : k * APlace::kRowBytes, b_k = kBKNext ? 2 * k : k * BPlace::kRowBytes;
+        const std::uint32_t a_k = kAKNext ? 2 * k : k * APlace::kRowBytes,
+                            b_k = kBKNext ? 2 * k : k * BPlace::kRowBytes;
         const std::uint64_t am = matrix_descriptor(a_at + stage * kABytes + a_k, APlace::kPanelBytes);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -86,7 +87,8 @@ struct WarpgroupTile {
       for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
         for (int j = 0; j < kWide / 8; ++j)
-          f(row + half * 8, column + piece * kWide + j * 8, sum[piece][4 * j + 2 * half], sum[piece][4 * j + 2 * half + 1]);
+          f(row + half * 8, column + piece * kWide + j * 8, sum[piece][4 * j + 2 * half],
+            sum[piece][4 * j + 2 * half + 1]);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Products on the tensor cores of compute capability 9.0 by four warps at once, with operands straight from shared memory:
-// wgmma (PTX ISA 8.0, sections 9.7.14.4 and 9.7.14.5). Only sm_90a has it; elsewhere these are empty, and
+// Products on the tensor cores of compute capability 9.0 by four warps at once, with operands straight from shared
+// memory: wgmma (PTX ISA 8.0, sections 9.7.14.4 and 9.7.14.5). Only sm_90a has it; elsewhere these are empty, and
 // warpgroups_present() says so before anything is launched.
 #pragma once
 
@@ -13,9 +13,9 @@
 
 namespace moeaudit::kernels::cuda {
 
-/// An operand's tile in shared memory: rows of 64 bfloat16 (128 bytes), panels of 64 columns one after the other, from a
-/// multiple of 1024 bytes on. Within eight rows, chunk c (16 bytes) of row r lies where chunk c ^ r would: the hardware's
-/// 128-byte swizzle.
+/// An operand's tile in shared memory: rows of 64 bfloat16 (128 bytes), panels of 64 columns one after the other, from
+/// a multiple of 1024 bytes on. Within eight rows, chunk c (16 bytes) of row r lies where chunk c ^ r would: the
+/// hardware's 128-byte swizzle.
 template <int kRows>
 struct SwizzledRows {
   static constexpr int kRowBytes = 128, kEqualRows = 8, kPanelBytes = kRows * kRowBytes;
@@ -24,8 +24,9 @@ struct SwizzledRows {
   }
 };
 
-/// How the hardware is told of a matrix in such a tile that begins at `address`. Eight rows are 1024 bytes from the next
-/// eight; where the rows run along k, panels of 64 columns are panel_bytes apart (else no matrix leaves its panel).
+/// How the hardware is told of a matrix in such a tile that begins at `address`. Eight rows are 1024 bytes from the
+/// next eight; where the rows run along k, panels of 64 columns are panel_bytes apart (else no matrix leaves its
+/// panel).
 __device__ __forceinline__ std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t panel_bytes) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   return kSwizzle128 | std::uint64_t{1024 / 16} << 32 | std::uint64_t{panel_bytes / 16 & 0x3fffu} << 16 |
@@ -59,12 +60,12 @@ __device__ __forceinline__ void wait_products() {
 #endif
 }
 
-#define MOE_AUDIT_EIGHT(i)                                                                                      \
+#define MOE_AUDIT_EIGHT(i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 
-// Thread t of the four warps has, of d, row t / 32 * 16 + t % 32 / 4 and columns 8 j + t % 4 * 2 and the next in 4 j and
-// 4 j + 1, eight rows further down in 4 j + 2 and 4 j + 3.
+// Thread t of the four warps has, of d, row t / 32 * 16 + t % 32 / 4 and columns 8 j + t % 4 * 2 and the next in 4 j
+// and 4 j + 1, eight rows further down in 4 j + 2 and 4 j + 3.
 
 /// d[64, 64] += a b, both in shared memory.
 template <bool kAKNext, bool kBKNext>
@@ -90,7 +91,8 @@ __device__ __forceinline__ void warpgroup_multiply_add(std::uint64_t a, std::uin
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
       "}, %64, %65, 1, 1, 1, %66, %67;\n"
-      : MOE_AUDIT_EIGHT(0), MOE_AUDIT_EIGHT(8), MOE_AUDIT_EIGHT(16), MOE_AUDIT_EIGHT(24), MOE_AUDIT_EIGHT(32), MOE_AUDIT_EIGHT(40), MOE_AUDIT_EIGHT(48), MOE_AUDIT_EIGHT(56)
+      : MOE_AUDIT_EIGHT(0), MOE_AUDIT_EIGHT(8), MOE_AUDIT_EIGHT(16), MOE_AUDIT_EIGHT(24), MOE_AUDIT_EIGHT(32),
+        MOE_AUDIT_EIGHT(40), MOE_AUDIT_EIGHT(48), MOE_AUDIT_EIGHT(56)
       : "l"(a), "l"(b), "n"(!kAKNext), "n"(!kBKNext));
 #endif
 }

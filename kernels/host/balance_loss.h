@@ -14,8 +14,8 @@ namespace moeaudit::kernels {
 enum class Counted {
   kAllChoices,   // every one of the k; Switch with k = 1 (arXiv 2101.03961 eq. 4 to 6), Megatron-LM, MegaBlocks,
                  // transformers
-  kFirstChoice,  // the first alone, and no k; GShard (arXiv 2006.16668 algorithm 1, printed without E and as a mean over
-                 // experts: this over E^2), DeepSpeed top-1 and top-2, Tutel
+  kFirstChoice,  // the first alone, and no k; GShard (arXiv 2006.16668 algorithm 1, printed without E and as a mean
+                 // over experts: this over E^2), DeepSpeed top-1 and top-2, Tutel
 };
 
 /// What the loss balances.
@@ -30,8 +30,8 @@ enum class Balanced {
 /// What P_e averages.
 enum class Averaged {
   kAsGiven,  // `probabilities` themselves
-  kOverSum,  // each over the sum of its token's, in the order of the experts, plus sum_eps: where scores do not add up to 1.
-             // Sigmoid routers: DeepSeek-V3, arXiv 2412.19437 eq. 19; OLMo-core; Megatron-LM with 1e-20
+  kOverSum,  // each over the sum of its token's, in the order of the experts, plus sum_eps: where scores do not add up
+             // to 1. Sigmoid routers: DeepSeek-V3, arXiv 2412.19437 eq. 19; OLMo-core; Megatron-LM with 1e-20
 };
 
 /// Tokens that a mean divides by where a mask takes some out. The masked never count in the sums.
@@ -92,10 +92,10 @@ struct BalanceLossResult {
 inline constexpr std::int64_t kBalanceRun = 256;
 
 /// All sums are float64, whatever T; counts are exact. A set without valid tokens is worth 0, and counts among the
-/// sets. NaN probabilities give NaN, and so does a sum of 0 without sum_eps. kBadShape: sizes, offsets that do not ascend from 0 to tokens, devices that do not
-/// divide the experts; kBadTopK: top_k beyond 1..experts; kBadOption: counts with kCommunication, over_k false with
-/// kFirstChoice; kNullPointer: no probabilities (of more than 0 tokens), neither chosen nor counts, no place for the
-/// loss. An id beyond the experts is kBadShape.
+/// sets. NaN probabilities give NaN, and so does a sum of 0 without sum_eps. kBadShape: sizes, offsets that do not
+/// ascend from 0 to tokens, devices that do not divide the experts; kBadTopK: top_k beyond 1..experts; kBadOption:
+/// counts with kCommunication, over_k false with kFirstChoice; kNullPointer: no probabilities (of more than 0 tokens),
+/// neither chosen nor counts, no place for the loss. An id beyond the experts is kBadShape.
 Status balance_loss(const BalanceLossArgs<float>& args, const BalanceLossResult<float>& result);
 Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result);
 
@@ -116,13 +116,14 @@ Status check_balance_loss(const BalanceLossArgs<T>& a, const BalanceLossResult<T
   return Status::kOk;
 }
 
-/// What the probabilities of a token are divided by; and, given the weight[e] of P_e in the loss, what that takes from all of
-/// its gradients.
+/// What the probabilities of a token are divided by; and, given the weight[e] of P_e in the loss, what that takes from
+/// all of its gradients.
 struct BalanceToken {
   double sum = 1, along = 0;
 };
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline BalanceToken balance_token(const BalanceLossArgs<T>& a, std::int64_t t, const double* weight) {
+MOE_AUDIT_HOST_DEVICE inline BalanceToken balance_token(const BalanceLossArgs<T>& a, std::int64_t t,
+                                                        const double* weight) {
   BalanceToken token;
   if (a.convention.averaged == Averaged::kAsGiven) return token;
   const T* row = a.probabilities + t * a.experts;
@@ -133,7 +134,8 @@ MOE_AUDIT_HOST_DEVICE inline BalanceToken balance_token(const BalanceLossArgs<T>
     token.along += weight[e] * (static_cast<double>(row[e]) / token.sum);
   return token;
 }
-MOE_AUDIT_HOST_DEVICE inline double balance_gradient(const BalanceToken& token, double share, double weight, double divisor) {
+MOE_AUDIT_HOST_DEVICE inline double balance_gradient(const BalanceToken& token, double share, double weight,
+                                                     double divisor) {
   return share * (weight - token.along) / (token.sum * divisor);
 }
 

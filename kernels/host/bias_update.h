@@ -18,7 +18,7 @@ enum class Centre {
 };
 
 struct BiasUpdateArgs {
-  const double* bias = nullptr;  // [layers, experts], before the step
+  const double* bias = nullptr;    // [layers, experts], before the step
   const double* counts = nullptr;  // [ranks, micro_batches, layers, experts], tokens an expert got; or their sums
   std::int64_t ranks = 1, micro_batches = 1;
   std::int64_t layers = 1;
@@ -26,17 +26,18 @@ struct BiasUpdateArgs {
   double rate = 0.001;
   BiasStep step = BiasStep::kSign;
   Centre centre = Centre::kNothing;
-  /// What the counters are stored in: a rank's own after every micro-batch, the sum over ranks after every rank, the sum
-  /// over experts, their mean and the distance from it. bfloat16 holds integers to 256.
+  /// What the counters are stored in: a rank's own after every micro-batch, the sum over ranks after every rank, the
+  /// sum over experts, their mean and the distance from it. bfloat16 holds integers to 256.
   Float counts_dtype = Float::kF64;
   Float step_dtype = Float::kF64;  // what the step is rounded to: in bfloat16 0.001 is 0.00099945068359375
   Float bias_dtype = Float::kF64;  // what the bias is stored in
 };
 
-/// bias [layers, experts], may be args.bias. Ranks, their micro-batches and the experts of a layer are added up in their
-/// order, in float64. The step is the same where the bias multiplies the scores, from 1 on, as where it is added to them
-/// from 0 on (arXiv 2408.15664 table 3 has both): which of the two is the router's affair (router.h, bias_multiplies). An
-/// expert at the mean does not move. kBadShape, kNullPointer; kBadOption for a rate that is not finite.
+/// bias [layers, experts], may be args.bias. Ranks, their micro-batches and the experts of a layer are added up in
+/// their order, in float64. The step is the same where the bias multiplies the scores, from 1 on, as where it is added
+/// to them from 0 on (arXiv 2408.15664 table 3 has both): which of the two is the router's affair (router.h,
+/// bias_multiplies). An expert at the mean does not move. kBadShape, kNullPointer; kBadOption for a rate that is not
+/// finite.
 Status bias_update(const BiasUpdateArgs& args, double* bias);
 Status check_bias_update(const BiasUpdateArgs& args, const double* bias);
 

@@ -47,10 +47,11 @@ inline double gate_in_index_order(std::int64_t hidden, double absolute) {
          0.5 * static_cast<double>(hidden) * smallest(Float::kF64);
 }
 
-/// |computed - exact| of a dot product of `length` bfloat16 or float16 numbers on tensor cores with float32 sums. absolute =
-/// sum |a_i b_i|. Products are exact; an mma of 16 adds them and the running sum after aligning all 17 to the largest and
-/// cutting them off, and cuts the result off at float32 (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA
-/// tensor cores, PeerJ CS 2021): 18 errors of at most one place, 2^-23, of what has been added so far.
+/// |computed - exact| of a dot product of `length` bfloat16 or float16 numbers on tensor cores with float32 sums.
+/// absolute = sum |a_i b_i|. Products are exact; an mma of 16 adds them and the running sum after aligning all 17 to
+/// the largest and cutting them off, and cuts the result off at float32 (Fasi, Higham, Mikaitis, Pranesh, Numerical
+/// behavior of NVIDIA tensor cores, PeerJ CS 2021): 18 errors of at most one place, 2^-23, of what has been added so
+/// far.
 inline double tensor_core_dot(std::int64_t length, double absolute) {
   const double steps = std::ceil(static_cast<double>(length) / 16.0);
   return gamma(18.0 * steps, 0x1p-23) * absolute + 18.0 * steps * smallest(Float::kF32);
@@ -110,21 +111,24 @@ inline double scaled_relative(double weight, Float f) {
 
 /// Error of one logit's gradient, of route_backward() and of autograd over the same operations, relative to `size`: the
 /// sum of the magnitudes of its terms,
-///   g_c     = scaling |u_c|, renormalised scaling (|u_c| / D + sum_j |u_j| s_j / D^2), D = sum_j s_j + eps; 0 for what was
+///   g_c     = scaling |u_c|, renormalised scaling (|u_c| / D + sum_j |u_j| s_j / D^2), D = sum_j s_j + eps; 0 for what
+///   was
 ///             not chosen; plus |d loss / d s_c| of a loss of the scores
-///   size[e] = s_e (g_e + sum_f g_f s_f) for a softmax, g_e s_e (1 + s_e) for a sigmoid (1 - s_e as two terms), g_e times the
+///   size[e] = s_e (g_e + sum_f g_f s_f) for a softmax, g_e s_e (1 + s_e) for a sigmoid (1 - s_e as two terms), g_e
+///   times the
 ///             slope for a square root of softplus, whose sigmoid is no less exact than its value
-/// `score` is the relative error of a score, which goes into a term at most 5 times: once in the sum over j, twice as D, and
-/// twice in the slope. Roundings: k additions for the sum over j and for each D; its product, two quotients, a difference,
-/// scaling and the sum with the other loss (6); E additions, two products and a difference for a softmax, three for a slope;
-/// one more where a gradient of the logits is added last.
+/// `score` is the relative error of a score, which goes into a term at most 5 times: once in the sum over j, twice as
+/// D, and twice in the slope. Roundings: k additions for the sum over j and for each D; its product, two quotients, a
+/// difference, scaling and the sum with the other loss (6); E additions, two products and a difference for a softmax,
+/// three for a slope; one more where a gradient of the logits is added last.
 inline double route_backward_relative(double score, std::int64_t experts, std::int64_t top_k) {
-  return std::expm1(5.0 * std::log1p(score) +
-                    gamma(3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + 10.0, unit_roundoff(Float::kF64)));
+  return std::expm1(
+      5.0 * std::log1p(score) +
+      gamma(3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + 10.0, unit_roundoff(Float::kF64)));
 }
 
-/// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a piece,
-/// of the tree over the accumulators, and of the pieces.
+/// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a
+/// piece, of the tree over the accumulators, and of the pieces.
 inline double scan_additions(Stored type, std::int64_t count) {
   const std::int64_t size = stored_size(type), lanes = type == Stored::kF64 ? 8 : 16;
   const auto parts = [](std::int64_t n, std::int64_t part) { return (n + part - 1) / part; };
@@ -150,57 +154,65 @@ inline double sum_in_any_order(std::int64_t count, double roundings, double abso
          0.5 * static_cast<double>(count) * smallest(Float::kF64);
 }
 
-/// Relative error of balance_loss() from non-negative probabilities, all of it float64: additions within a stretch, of the
-/// stretches, over the experts and the sets; one division for a mean, 4 roundings for a weight, 1 for their product, 2 for
-/// the share of a set.
+/// Relative error of balance_loss() from non-negative probabilities, all of it float64: additions within a stretch, of
+/// the stretches, over the experts and the sets; one division for a mean, 4 roundings for a weight, 1 for their
+/// product, 2 for the share of a set.
 inline double balance_loss_relative(std::int64_t tokens, std::int64_t experts, std::int64_t sets) {
   const double stretches = std::ceil(static_cast<double>(tokens) / static_cast<double>(kBalanceRun));
-  const double adds = static_cast<double>(std::min(tokens, kBalanceRun)) + stretches + static_cast<double>(experts + sets);
+  const double adds =
+      static_cast<double>(std::min(tokens, kBalanceRun)) + stretches + static_cast<double>(experts + sets);
   return gamma(adds + 8.0, unit_roundoff(Float::kF64));
 }
 /// The same for sums in any order.
 inline double balance_loss_in_any_order(std::int64_t tokens, std::int64_t experts, std::int64_t sets) {
   return gamma(static_cast<double>(tokens + experts + sets) + 8.0, unit_roundoff(Float::kF64));
 }
-/// What underflow adds to either: half a place for the mean and the product of every expert, which count at most E times, and
-/// two for the share of a set.
+/// What underflow adds to either: half a place for the mean and the product of every expert, which count at most E
+/// times, and two for the share of a set.
 inline double balance_loss_underflow(std::int64_t experts, std::int64_t sets) {
   const double e = static_cast<double>(experts);
   return static_cast<double>(sets) * (e * e + 1.0) * smallest(Float::kF64);
 }
 /// Relative error of one element of its gradient: weight 4, share 1, product and quotient 2; then one rounding to f.
-inline double balance_gradient_relative(Float f) { return gamma(7.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f)); }
+inline double balance_gradient_relative(Float f) {
+  return gamma(7.0, unit_roundoff(Float::kF64)) + gamma(1.0, unit_roundoff(f));
+}
 
-/// |log_sum_exp() - exact| for finite logits within `range` of their largest, all float64: the sum has the relative error of
-/// an exponential (2 roundings, and that of l - m in the exponent) and of its additions (never more than E, whatever the lanes), which the logarithm turns into an
-/// absolute one; the logarithm itself 4 roundings of log(sum) <= log E; the last addition one.
+/// |log_sum_exp() - exact| for finite logits within `range` of their largest, all float64: the sum has the relative
+/// error of an exponential (2 roundings, and that of l - m in the exponent) and of its additions (never more than E,
+/// whatever the lanes), which the logarithm turns into an absolute one; the logarithm itself 4 roundings of log(sum) <=
+/// log E; the last addition one.
 inline double log_sum_exp(std::int64_t experts, double range, double value) {
   const double u = unit_roundoff(Float::kF64);
-  return gamma(2.0 + static_cast<double>(experts), u) + 2.0 * range * u + 4.0 * u * std::log(static_cast<double>(experts) + 1.0) +
-         2.0 * u * std::fabs(value);
+  return gamma(2.0 + static_cast<double>(experts), u) + 2.0 * range * u +
+         4.0 * u * std::log(static_cast<double>(experts) + 1.0) + 2.0 * u * std::fabs(value);
 }
-/// |z_loss() - exact| from the largest error and magnitude of a token's log-sum-exp: squares, and sums of non-negative terms.
+/// |z_loss() - exact| from the largest error and magnitude of a token's log-sum-exp: squares, and sums of non-negative
+/// terms.
 inline double z_loss(std::int64_t tokens, double lse_error, double largest_lse, double value) {
-  return 2.0 * largest_lse * lse_error + lse_error * lse_error + gamma(static_cast<double>(tokens) + 4.0, unit_roundoff(Float::kF64)) * value;
+  return 2.0 * largest_lse * lse_error + lse_error * lse_error +
+         gamma(static_cast<double>(tokens) + 4.0, unit_roundoff(Float::kF64)) * value;
 }
 
-/// |gradient - exact| of z_loss() at a logit, 2 / T lse p: the error of lse, of a softmax, and three roundings (2 / T was one,
-/// two products). share = 2 / T; `gradient` its size.
-inline double z_loss_gradient(std::int64_t experts, double range, double lse_error, double largest_lse, double share, double gradient) {
+/// |gradient - exact| of z_loss() at a logit, 2 / T lse p: the error of lse, of a softmax, and three roundings (2 / T
+/// was one, two products). share = 2 / T; `gradient` its size.
+inline double z_loss_gradient(std::int64_t experts, double range, double lse_error, double largest_lse, double share,
+                              double gradient) {
   const double p = softmax_relative(experts, 0.0, range, Float::kF64), u = unit_roundoff(Float::kF64);
   return std::fabs(gradient) * std::expm1(std::log1p(p) + gamma(3.0, u)) + share * lse_error * (1.0 + p) +
          share * largest_lse * softmax_underflow(Float::kF64) + smallest(Float::kF64);
 }
 
-/// |bias_update() - exact| in float64, counts being integers, whose sum is exact. `size` bounds |bias| + |step|, a proportional
-/// step as rate (mean + count). Bias and step, the mean of the steps and that of the biases make 4 times that at most; means of
-/// E terms take E additions and a division, a step 3 roundings, the differences 3.
+/// |bias_update() - exact| in float64, counts being integers, whose sum is exact. `size` bounds |bias| + |step|, a
+/// proportional step as rate (mean + count). Bias and step, the mean of the steps and that of the biases make 4 times
+/// that at most; means of E terms take E additions and a division, a step 3 roundings, the differences 3.
 inline double bias_update(std::int64_t experts, double size) {
-  return 4.0 * size * gamma(2.0 * static_cast<double>(experts) + 8.0, unit_roundoff(Float::kF64)) + 4.0 * smallest(Float::kF64);
+  return 4.0 * size * gamma(2.0 * static_cast<double>(experts) + 8.0, unit_roundoff(Float::kF64)) +
+         4.0 * smallest(Float::kF64);
 }
 
-/// |sum of products - exact| in arithmetic f: one rounding a product, which may underflow, and `additions` at most for any
-/// of them. absolute = the sum of the magnitudes of the products.
+/// |sum of products - exact| in arithmetic f: one rounding a product, which may underflow, and `additions` at most for
+/// any of them. absolute = the sum of the magnitudes of the products.
 inline double sum_of_products(std::int64_t terms, double additions, double absolute, Float f) {
   return gamma(additions + 1.0, unit_roundoff(f)) * absolute + 0.5 * static_cast<double>(terms) * smallest(f);
 }
@@ -210,22 +222,24 @@ inline double lane_additions(std::int64_t count) {
   return std::ceil(static_cast<double>(count) / kLanes) - 1.0 + static_cast<double>(kLanes - 1);
 }
 
-/// Additions that a term of grouped_gemm() goes through: in its stretch, of the stretches, and three for alpha, `add` and bias.
+/// Additions that a term of grouped_gemm() goes through: in its stretch, of the stretches, and three for alpha, `add`
+/// and bias.
 inline double grouped_gemm_additions(std::int64_t terms) {
   return static_cast<double>(std::min(terms, kGateRun)) + std::ceil(static_cast<double>(terms) / kGateRun) + 1.0;
 }
-/// One sum of products on tensor cores, bfloat16 to float32. Products are exact; a step adds 16 of them and what was there
-/// before, aligned to the largest and cut off below its last place, 2^-23 of it (Fasi, Higham, Mikaitis, Pranesh, Numerical
-/// behavior of NVIDIA tensor cores, 2021: truncation, no fixed order): 17 terms a step, each cut by at most 2^-23 of the
-/// largest, which is no more than the sum of the magnitudes; one more rounding where alpha, `add` or a bias follow.
+/// One sum of products on tensor cores, bfloat16 to float32. Products are exact; a step adds 16 of them and what was
+/// there before, aligned to the largest and cut off below its last place, 2^-23 of it (Fasi, Higham, Mikaitis, Pranesh,
+/// Numerical behavior of NVIDIA tensor cores, 2021: truncation, no fixed order): 17 terms a step, each cut by at most
+/// 2^-23 of the largest, which is no more than the sum of the magnitudes; one more rounding where alpha, `add` or a
+/// bias follow.
 inline double tensor_core_sum(std::int64_t terms, double absolute) {
   return gamma(17.0 * std::ceil(static_cast<double>(terms) / 16.0) + 3.0, 1.0 / 8388608.0) * absolute;
 }
 
-/// What activation_curve() is off by. d phi / d z stays within 1.13 (kSilu 1.10, at alpha z = 2.4; kGeluTanh 1.13), its own
-/// slope within 1.13 max(1, alpha) (at most alpha / 2 and 0.8); for the two of max(z, 0) see the code. A sigmoid
-/// counts 4 roundings, its argument 6, each of which moves it by no more than |argument| of them; the products 3 more. 1 - s
-/// is off by one unit of 1, which the bound without the factor 1 - s covers.
+/// What activation_curve() is off by. d phi / d z stays within 1.13 (kSilu 1.10, at alpha z = 2.4; kGeluTanh 1.13), its
+/// own slope within 1.13 max(1, alpha) (at most alpha / 2 and 0.8); for the two of max(z, 0) see the code. A sigmoid
+/// counts 4 roundings, its argument 6, each of which moves it by no more than |argument| of them; the products 3 more.
+/// 1 - s is off by one unit of 1, which the bound without the factor 1 - s covers.
 struct CurveError {
   double value, slope;
 };
@@ -301,15 +315,15 @@ inline double entropy(std::int64_t experts, double range, double value) {
          value * (p + gamma(static_cast<double>(experts) + 4.0, u));
 }
 
-/// |load_statistics() - exact|, relative to 1 + the value: sums of `terms` terms of magnitude at most ln E or 2, a logarithm each.
-/// Of probabilities: as many terms as there are.
+/// |load_statistics() - exact|, relative to 1 + the value: sums of `terms` terms of magnitude at most ln E or 2, a
+/// logarithm each. Of probabilities: as many terms as there are.
 inline double load_statistics(std::int64_t terms) {
   const double n = static_cast<double>(terms);
   return gamma(2.0 * n + 16.0, unit_roundoff(Float::kF64)) * 4.0 * std::log(n + 2.0);
 }
 
-/// |noisy_logits() - exact|: a softplus takes 8 roundings (sqrt_softplus_relative() before the root); eps, product and sum one
-/// each. `part` = |noise| deviation.
+/// |noisy_logits() - exact|: a softplus takes 8 roundings (sqrt_softplus_relative() before the root); eps, product and
+/// sum one each. `part` = |noise| deviation.
 inline double noisy_logit(double logit, double part) {
   const double u = unit_roundoff(Float::kF64);
   return gamma(8.0 + 3.0, u) * part + u * (std::fabs(logit) + part) + smallest(Float::kF64);

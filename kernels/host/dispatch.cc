@@ -66,9 +66,14 @@ Status capacity(const CapacityArgs& a, std::int64_t* places) {
   const double ep = static_cast<double>(a.expert_parallel_size);
   switch (a.form) {
     case CapacityForm::kMegatron: *places = whole(std::ceil(t * k / e * a.factor)); break;
-    case CapacityForm::kDeepSpeed: *places = std::max(whole(std::ceil(static_cast<float>(t / e) * static_cast<float>(a.factor * k))), a.min_capacity); break;
+    case CapacityForm::kDeepSpeed:
+      *places =
+          std::max(whole(std::ceil(static_cast<float>(t / e) * static_cast<float>(a.factor * k))), a.min_capacity);
+      break;
     case CapacityForm::kMegaBlocks: *places = whole(a.factor * (k * t * ep / e)); break;
-    case CapacityForm::kOlmoCore: *places = a.expert_parallel_size * ((whole(a.factor * (k * t / e)) + 7) / 8 * 8); break;
+    case CapacityForm::kOlmoCore:
+      *places = a.expert_parallel_size * ((whole(a.factor * (k * t / e)) + 7) / 8 * 8);
+      break;
     case CapacityForm::kTutel:
       *places = a.top_k * whole(a.factor * static_cast<double>((a.tokens + a.experts - 1) / a.experts));
       break;

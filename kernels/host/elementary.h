@@ -12,10 +12,12 @@
 namespace moeaudit::kernels {
 
 namespace exp_double {
-inline constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
+inline constexpr double kMagic =
+    6755399441055744.0;  // 1.5 * 2^52: rounds to an integer, which then sits in the low bits
 
-/// e^x = p 2^k for x in [-746, 710]: returns p, within (0.7, 1.5); *shifted is k + kMagic. x = k ln 2 + r with |r| <= ln(2)/2
-/// and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor sum to r^13 leaves r^14/14! < 5e-18.
+/// e^x = p 2^k for x in [-746, 710]: returns p, within (0.7, 1.5); *shifted is k + kMagic. x = k ln 2 + r with |r| <=
+/// ln(2)/2 and ln 2 split in two parts so that k * high is exact (Cody and Waite); the Taylor sum to r^13 leaves
+/// r^14/14! < 5e-18.
 MOE_AUDIT_HOST_DEVICE inline double significand(double x, double* shifted) {
   *shifted = x * 1.4426950408889634 + kMagic;
   const double k = *shifted - kMagic;
@@ -36,8 +38,8 @@ MOE_AUDIT_HOST_DEVICE inline double significand(double x, double* shifted) {
 }
 }  // namespace exp_double
 
-/// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double). 2^k goes in as
-/// two factors so that results below 2^-1022 round once.
+/// e^x within 1 unit in the last place (tests/unit/kernels/elementary_test.cc holds it against long double). 2^k goes
+/// in as two factors so that results below 2^-1022 round once.
 MOE_AUDIT_HOST_DEVICE inline double exp_exact_order(double x) {
   double shifted = 0;
   const double p = exp_double::significand(x < -746.0 ? -746.0 : (x > 710.0 ? 710.0 : x), &shifted);
@@ -108,8 +110,8 @@ inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: rounds to an intege
 inline constexpr float kLowest = -104.0f;     // e^-104 is less than half of the smallest float32
 inline constexpr float kLog2e = 1.44269502f, kLn2High = 0.693147182f, kLn2Low = -1.90465421e-9f;
 
-/// e^x = p 2^k for x in [kLowest, 0]: returns p; *shifted is k + kMagic. x = k ln 2 + r, Taylor to r^7 (r^8/8! < 6e-9, a
-/// tenth of a unit in the last place).
+/// e^x = p 2^k for x in [kLowest, 0]: returns p; *shifted is k + kMagic. x = k ln 2 + r, Taylor to r^7 (r^8/8! < 6e-9,
+/// a tenth of a unit in the last place).
 MOE_AUDIT_HOST_DEVICE inline float significand(float x, float* shifted) {
   *shifted = fused(x, kLog2e, kMagic);
   const float k = *shifted - kMagic;
@@ -125,8 +127,8 @@ MOE_AUDIT_HOST_DEVICE inline float significand(float x, float* shifted) {
 }
 }  // namespace exp_float
 
-/// e^x for x <= 0, within 1 unit in the last place (elementary_test.cc). 2^k goes in as two factors so that results below
-/// 2^-126 round once. NaN stays NaN.
+/// e^x for x <= 0, within 1 unit in the last place (elementary_test.cc). 2^k goes in as two factors so that results
+/// below 2^-126 round once. NaN stays NaN.
 MOE_AUDIT_HOST_DEVICE inline float exp_of_non_positive(float x) {
   float shifted = 0;
   const float p = exp_float::significand(x < exp_float::kLowest ? exp_float::kLowest : x, &shifted);
@@ -151,12 +153,12 @@ MOE_AUDIT_HOST_DEVICE inline double sigmoid_of(double x) { return sigmoid_exact_
 
 // ---- sums over experts or words
 
-/// Lanes of such a sum: value i belongs to lane i mod kLanes, a lane adds its values in their order, from 0. What a warp
-/// does at once, and the host with vectors of any width.
+/// Lanes of such a sum: value i belongs to lane i mod kLanes, a lane adds its values in their order, from 0. What a
+/// warp does at once, and the host with vectors of any width.
 inline constexpr int kLanes = 32;
 
-/// The sum of the lanes by halving: lane i takes lane i + 16, then lane i + 8, and so on, as the butterfly of a warp does. Where
-/// only the first `used` hold anything, and nothing negative, the others need not be added.
+/// The sum of the lanes by halving: lane i takes lane i + 16, then lane i + 8, and so on, as the butterfly of a warp
+/// does. Where only the first `used` hold anything, and nothing negative, the others need not be added.
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline T add_lanes(T* lane, int used = kLanes) {
   for (int step = kLanes / 2; step > 0; step /= 2) {

@@ -19,13 +19,13 @@ Status run(const ExpertChoiceArgs<T>& a, const ExpertChoiceResult<T>& r) {
     candidates.clear();
     for (std::int64_t t = 0; t < a.tokens; ++t) {
       if (a.valid != nullptr && a.valid[t] == 0) continue;
-      candidates.push_back({choice_key(static_cast<double>(a.scores[t * a.experts + e])), static_cast<std::int32_t>(t)});
+      candidates.push_back(
+          {choice_key(static_cast<double>(a.scores[t * a.experts + e])), static_cast<std::int32_t>(t)});
     }
     const auto count = std::min(a.capacity, static_cast<std::int64_t>(candidates.size()));
-    std::partial_sort(candidates.begin(), candidates.begin() + count, candidates.end(),
-                      [](const Candidate& x, const Candidate& y) {
-                        return x.key != y.key ? x.key > y.key : x.token < y.token;
-                      });
+    std::partial_sort(
+        candidates.begin(), candidates.begin() + count, candidates.end(),
+        [](const Candidate& x, const Candidate& y) { return x.key != y.key ? x.key > y.key : x.token < y.token; });
     for (std::int64_t i = 0; i < a.capacity; ++i) {
       const std::int32_t t = i < count ? candidates[static_cast<std::size_t>(i)].token : -1;
       r.tokens[e * a.capacity + i] = t;
@@ -41,7 +41,8 @@ Status run(const ExpertChoiceArgs<T>& a, const ExpertChoiceResult<T>& r) {
 std::int64_t expert_choice_capacity(std::int64_t tokens, std::int64_t experts, double factor) {
   if (tokens < 1 || experts < 1 || !(factor > 0)) return 0;
   const double capacity = static_cast<double>(tokens) * factor / static_cast<double>(experts);
-  return capacity >= static_cast<double>(tokens) ? tokens : std::max<std::int64_t>(1, static_cast<std::int64_t>(capacity));
+  return capacity >= static_cast<double>(tokens) ? tokens
+                                                 : std::max<std::int64_t>(1, static_cast<std::int64_t>(capacity));
 }
 
 Status expert_choice(const ExpertChoiceArgs<float>& args, const ExpertChoiceResult<float>& result) {
@@ -55,7 +56,8 @@ Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_wei
                               std::int64_t experts, std::int64_t capacity, double* d_scores) {
   if (tokens < 0 || experts < 1 || capacity < 0) return Status::kBadShape;
   if (tokens == 0) return Status::kOk;
-  if (d_scores == nullptr || (capacity > 0 && (tokens_of == nullptr || d_weights == nullptr))) return Status::kNullPointer;
+  if (d_scores == nullptr || (capacity > 0 && (tokens_of == nullptr || d_weights == nullptr)))
+    return Status::kNullPointer;
   std::fill(d_scores, d_scores + tokens * experts, 0.0);
   for (std::int64_t e = 0; e < experts; ++e) {
     for (std::int64_t i = 0; i < capacity; ++i) {

@@ -1,7 +1,8 @@
 // Expert choice: every expert takes the tokens that score highest with it. Host kernels.
 //
-// Symbols: T tokens, E experts, C capacity. Zhou et al., Mixture-of-Experts with Expert Choice Routing, arXiv 2202.09368
-// section 3.2: S = softmax(x W) over the experts; G, I = top-k of S transposed, with k = T c / E for a capacity factor c.
+// Symbols: T tokens, E experts, C capacity. Zhou et al., Mixture-of-Experts with Expert Choice Routing, arXiv
+// 2202.09368 section 3.2: S = softmax(x W) over the experts; G, I = top-k of S transposed, with k = T c / E for a
+// capacity factor c.
 #pragma once
 
 #include <bit>
@@ -24,19 +25,19 @@ struct ExpertChoiceArgs {
 
 template <class T>
 struct ExpertChoiceResult {
-  std::int32_t* tokens = nullptr;  // [experts, capacity], best first, the lower token first among equals, NaN largest; -1
-                                   // where there are too few valid tokens
-  T* weights = nullptr;            // [experts, capacity], or null: their scores; 0 where there is none
-  std::int32_t* taken = nullptr;   // [tokens], or null: by how many experts; 0: no expert sees this token
+  std::int32_t* tokens = nullptr;  // [experts, capacity], best first, the lower token first among equals, NaN largest;
+                                   // -1 where there are too few valid tokens
+  T* weights = nullptr;           // [experts, capacity], or null: their scores; 0 where there is none
+  std::int32_t* taken = nullptr;  // [tokens], or null: by how many experts; 0: no expert sees this token
 };
 
-/// Each expert stands alone, nothing is added up. kBadShape: sizes, capacity beyond 1..tokens (0 tokens: any), more than
-/// 2^31 - 1 tokens; kNullPointer.
+/// Each expert stands alone, nothing is added up. kBadShape: sizes, capacity beyond 1..tokens (0 tokens: any), more
+/// than 2^31 - 1 tokens; kNullPointer.
 Status expert_choice(const ExpertChoiceArgs<float>& args, const ExpertChoiceResult<float>& result);
 Status expert_choice(const ExpertChoiceArgs<double>& args, const ExpertChoiceResult<double>& result);
 
-/// d_scores [tokens, experts] = the gradient of the weights where they were taken from, 0 elsewhere; route_backward() takes
-/// it on to the logits. kBadShape also for a token beyond the last.
+/// d_scores [tokens, experts] = the gradient of the weights where they were taken from, 0 elsewhere; route_backward()
+/// takes it on to the logits. kBadShape also for a token beyond the last.
 Status expert_choice_backward(const std::int32_t* tokens_of, const double* d_weights, std::int64_t tokens,
                               std::int64_t experts, std::int64_t capacity, double* d_scores);
 

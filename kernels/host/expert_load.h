@@ -55,8 +55,9 @@ struct LoadStatistics {
   double gini = 0;                // sum_i (2 i - E - 1) q_(i) / E, q ascending: 0 even, (E - 1) / E all on one
   std::int64_t idle = 0;          // experts with n_e = 0
   std::int64_t below_tenth = 0;   // experts with u_e < 0.1, the idle included
-  std::int64_t below_permille = 0, below_half_percent = 0;  // q_e < 0.001 and < 0.005: MoEWatch's dead and cold, whatever
-                                                            // E; beyond 200 experts an even load is below the second
+  std::int64_t below_permille = 0,
+               below_half_percent = 0;  // q_e < 0.001 and < 0.005: MoEWatch's dead and cold, whatever
+                                        // E; beyond 200 experts an even load is below the second
   // What independent tokens of a perfectly even router would show, so that the rest is excess:
   double max_violation_floor = 0;  // sqrt(2 ln E (E / k) (1 - k / E) / T)
   double cv_floor = 0;             // sqrt((E / k) (1 - k / E) / T)

@@ -222,8 +222,8 @@ inline constexpr std::int64_t kNf4Block = 64;
 
 /// out = w through NF4 and back: runs of 64 consecutive elements (of the row-major matrix; the last run may be shorter)
 /// share the scale s = max |w|, kept in float32; each w / s goes to the nearest of the 16 values, the lower one when it
-/// lies halfway; out = value * s. A run of zeros stays zero. That is bitsandbytes on a CPU; its CUDA kernel has w * (1 / s),
-/// which may round to the other side of halfway. Double quantisation of the scales is not modelled.
+/// lies halfway; out = value * s. A run of zeros stays zero. That is bitsandbytes on a CPU; its CUDA kernel has w * (1
+/// / s), which may round to the other side of halfway. Double quantisation of the scales is not modelled.
 void nf4_round_trip(const float* w, std::int64_t count, float* out);
 
 /// out = w through the row-wise int8 of LLM.int8() (Dettmers et al., arXiv:2208.07339) and back: s = max |row|,

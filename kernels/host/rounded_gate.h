@@ -1,5 +1,5 @@
-// A gate whose sum is rounded on the way: what a narrow accumulator, or partial sums stored in a narrow dtype, make of the
-// logits. A variant to compare with, never what gate_logits() does (one rounding, at the output). Host kernels.
+// A gate whose sum is rounded on the way: what a narrow accumulator, or partial sums stored in a narrow dtype, make of
+// the logits. A variant to compare with, never what gate_logits() does (one rounding, at the output). Host kernels.
 #pragma once
 
 #include <cstdint>

@@ -621,7 +621,8 @@ template <class T>
 HWY_INLINE void score(const RouteArgs<T>& a, T* v) {
   if (a.score == Score::kSoftmax) return softmax(v, a.experts, a.tensor_dtype);
   if (a.score == Score::kSqrtSoftplus) {
-    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i) v[i] = static_cast<T>(sqrt_softplus_in(v[i], a.tensor_dtype));
+    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i)
+      v[i] = static_cast<T>(sqrt_softplus_in(v[i], a.tensor_dtype));
   }
   for_rows(v, a.experts, [&](auto x) {
     return rounded<T>(a.score == Score::kSigmoid ? sigmoid_lanes(Tag<T>(), x) : x, a.tensor_dtype);

@@ -79,15 +79,17 @@ void round_values(const double* in, std::int64_t count, Float dtype, double* out
 
 enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
 /// kMax: device-limited routing (DeepSeek-V2, arXiv 2405.04434 section 2.2.2; modeling_deepseek_v2.py). kTop2Sum:
-/// modeling_deepseek_v3.py. kTopShareSum: the sum of the top_k / top_groups best, rounded down but at least one: node-limited
-/// routing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2, K_r / M; Megatron-LM moe_utils.py group_limited_topk).
+/// modeling_deepseek_v3.py. kTopShareSum: the sum of the top_k / top_groups best, rounded down but at least one:
+/// node-limited routing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2, K_r / M; Megatron-LM moe_utils.py
+/// group_limited_topk).
 enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 
 /// For each token:
 ///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) | sqrt(softplus(logits[e]))
 ///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
 ///             | score[e] * correction_bias[e]         with bias_multiplies
-///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its best (GroupScore), of choice;
+///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its best (GroupScore), of
+///   choice;
 ///               the top_groups best keep their experts, the choice of the others becomes -inf (or 0)
 ///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger
 ///   than
@@ -95,8 +97,9 @@ enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 ///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
 ///               times scaling; rounded to weights_dtype
 /// With softmax_after_top_k the choice is the logit itself and the weights are the softmax over the chosen ones.
-/// Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is the type of the
-/// arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in the frameworks.
+/// Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is the type of
+/// the arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in the
+/// frameworks.
 template <class T>
 struct RouteArgs {
   const T* logits = nullptr;           // [tokens, experts]

@@ -17,7 +17,8 @@ template <class T>
 struct RouteBackwardArgs {
   /// As route() had them. With a tensor_dtype narrower than T the gradients are those of a framework whose tensors have
   /// it: every operation computes in T and each of its results, a gradient like a value, is rounded once (PyTorch's
-  /// autograd: derivatives.yaml of div, sum, gather, softmax and sigmoid). Otherwise they are those of the exact formulas.
+  /// autograd: derivatives.yaml of div, sum, gather, softmax and sigmoid). Otherwise they are those of the exact
+  /// formulas.
   RouteArgs<T> forward;
   const std::int32_t* chosen = nullptr;  // [tokens, top_k], of route(); negative: dropped, no gradient from it
   const double* weights = nullptr;       // [tokens, top_k], d loss / d weights of route(); or null
@@ -27,9 +28,10 @@ struct RouteBackwardArgs {
       nullptr;  // [tokens, experts], d loss / d logits from elsewhere (a z-loss), added last; or null
 };
 
-/// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in kLanes lanes (elementary.h). kBadShape
-/// also for an id beyond the experts; kBadOption for scores with softmax_after_top_k, and for kSqrtSoftplus in a narrow
-/// tensor_dtype, whose gradient is not emulated; kNullPointer without chosen where there are weights.
+/// d_logits [tokens, experts] = d loss / d logits. Everything is float64, sums over experts in kLanes lanes
+/// (elementary.h). kBadShape also for an id beyond the experts; kBadOption for scores with softmax_after_top_k, and for
+/// kSqrtSoftplus in a narrow tensor_dtype, whose gradient is not emulated; kNullPointer without chosen where there are
+/// weights.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits);
 

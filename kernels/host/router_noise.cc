@@ -12,7 +12,8 @@ Status run(const NoisyLogitsArgs<T>& a, T* out) {
 template <class T>
 Status run_backward(const NoisyLogitsArgs<T>& a, const double* upstream, double* out) {
   const Status status = check_noisy_logits_backward(a, upstream, out);
-  for (std::int64_t i = 0; status == Status::kOk && i < a.tokens * a.experts; ++i) out[i] = noise_slope(a, i, upstream[i]);
+  for (std::int64_t i = 0; status == Status::kOk && i < a.tokens * a.experts; ++i)
+    out[i] = noise_slope(a, i, upstream[i]);
   return status;
 }
 template <class T>

@@ -1,5 +1,5 @@
-// The noise that routers are trained with, from given numbers: noisy logits and jittered inputs, and their gradients. Host
-// kernels. The draw itself belongs to the framework; given its numbers, everything here is exact.
+// The noise that routers are trained with, from given numbers: noisy logits and jittered inputs, and their gradients.
+// Host kernels. The draw itself belongs to the framework; given its numbers, everything here is exact.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@
 namespace moeaudit::kernels {
 
 /// out[t, e] = logits[t, e] + noise[t, e] deviation[t, e], with
-///   deviation = softplus(noise_logits[t, e]) + eps   Shazeer et al., arXiv 1701.06538 equation 4 (eps 0); tensor2tensor
+///   deviation = softplus(noise_logits[t, e]) + eps   Shazeer et al., arXiv 1701.06538 equation 4 (eps 0);
+///   tensor2tensor
 ///               expert_utils.py noisy_top_k_gating and its ports have eps = noise_epsilon = 1e-2
 ///             | scale                                 without noise_logits: V-MoE's fixed 1 / E (arXiv 2106.05974)
 /// `noise` is a draw of the standard normal. Computed in float64, rounded once to T. At evaluation there is none of it.
@@ -26,15 +27,16 @@ struct NoisyLogitsArgs {
 Status noisy_logits(const NoisyLogitsArgs<float>& args, float* out);
 Status noisy_logits(const NoisyLogitsArgs<double>& args, double* out);
 
-/// d_noise_logits = upstream noise sigmoid(noise_logits), in float64; d_logits is the upstream itself. kBadOption without
-/// noise_logits.
+/// d_noise_logits = upstream noise sigmoid(noise_logits), in float64; d_logits is the upstream itself. kBadOption
+/// without noise_logits.
 Status noisy_logits_backward(const NoisyLogitsArgs<float>& args, const double* upstream, double* d_noise_logits);
 Status noisy_logits_backward(const NoisyLogitsArgs<double>& args, const double* upstream, double* d_noise_logits);
 
-/// out[i] = x[i] factor[i], rounded once to `dtype`: input jitter, with a factor of uniform(1 - e, 1 + e) for every element
-/// of the hidden states. Switch (arXiv 2101.03961 table 4: the copy that the router sees); transformers' mixtral, phimoe and
-/// switch_transformers with router_jitter_noise multiply the hidden states themselves, so that the experts see them, too.
-/// Its gradient is the upstream times factor: the same function. In place is allowed. kBadShape, kNullPointer.
+/// out[i] = x[i] factor[i], rounded once to `dtype`: input jitter, with a factor of uniform(1 - e, 1 + e) for every
+/// element of the hidden states. Switch (arXiv 2101.03961 table 4: the copy that the router sees); transformers'
+/// mixtral, phimoe and switch_transformers with router_jitter_noise multiply the hidden states themselves, so that the
+/// experts see them, too. Its gradient is the upstream times factor: the same function. In place is allowed. kBadShape,
+/// kNullPointer.
 Status jitter(const float* x, const float* factor, std::int64_t count, Float dtype, float* out);
 Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out);
 
@@ -58,7 +60,8 @@ MOE_AUDIT_HOST_DEVICE inline T jittered(T x, T factor, Float dtype) {
 template <class T>
 Status check_noisy_logits(const NoisyLogitsArgs<T>& a, const void* out) {
   if (a.tokens < 0 || a.experts < 1) return Status::kBadShape;
-  return a.tokens > 0 && (a.logits == nullptr || a.noise == nullptr || out == nullptr) ? Status::kNullPointer : Status::kOk;
+  return a.tokens > 0 && (a.logits == nullptr || a.noise == nullptr || out == nullptr) ? Status::kNullPointer
+                                                                                       : Status::kOk;
 }
 template <class T>
 Status check_noisy_logits_backward(const NoisyLogitsArgs<T>& a, const double* upstream, const double* out) {

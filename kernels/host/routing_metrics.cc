@@ -359,7 +359,8 @@ Status placement_load(const PlacementArgs& a, double* loads, Placement* out) {
     out->idle_ranks += load[size(r)] == 0;
     if (m == 0) continue;
     const double variance = std::max(0.0, squares[size(r)] / experts - m / experts * (m / experts));
-    const double relative = a.experts == 1 ? 0.0 : (experts - k) * experts * variance * experts / (k * (experts - 1) * m * m);
+    const double relative =
+        a.experts == 1 ? 0.0 : (experts - k) * experts * variance * experts / (k * (experts - 1) * m * m);
     const double floor = a.tokens == 0 ? 0.0 : z * std::sqrt(relative / static_cast<double>(a.tokens));
     out->even_router = std::max(out->even_router, m / experts / (speed / speeds) * (1.0 + floor));
   }

@@ -160,14 +160,15 @@ Status agreement(const AgreementArgs& args, const std::int64_t* table, const Agr
 
 /// The same tokens at several checkpoints of one run, the last one final.
 struct SettlingArgs {
-  const std::int32_t* first = nullptr;  // [checkpoints, tokens], the first choice of each; negative: one of its own kind
+  const std::int32_t* first =
+      nullptr;  // [checkpoints, tokens], the first choice of each; negative: one of its own kind
   const std::uint8_t* valid = nullptr;
   std::int64_t checkpoints = 0;
   std::int64_t tokens = 0;
 };
-/// tokens_settled [checkpoints]: valid tokens whose first choice is that of the last checkpoint from checkpoint s on, and
-/// no earlier. Checkpoint s - 1 is the last fluctuation of StableMoE (arXiv 2204.08396), where the expert is another one
-/// than at the end; its share of the training is the caller's to say. kBadShape, kNullPointer.
+/// tokens_settled [checkpoints]: valid tokens whose first choice is that of the last checkpoint from checkpoint s on,
+/// and no earlier. Checkpoint s - 1 is the last fluctuation of StableMoE (arXiv 2204.08396), where the expert is
+/// another one than at the end; its share of the training is the caller's to say. kBadShape, kNullPointer.
 Status count_settled(const SettlingArgs& args, std::int64_t* tokens_settled);
 inline Status check_settling(const SettlingArgs& a, const std::int64_t* tokens_settled) {
   if (a.checkpoints < 1 || a.tokens < 0) return Status::kBadShape;
@@ -273,11 +274,11 @@ struct Placement {
   double max_over_mean = 0;  // slowest / ideal; of like ranks their largest load over the mean
   std::int64_t slowest_rank = -1;
   std::int64_t idle_ranks = 0;  // without a choice
-  /// max_over_mean that independent tokens of an even router would show: the largest over the ranks of m (1 + c sqrt(2 ln
-  /// R / T)), m the rank's expected share over its share of the speed, c^2 the relative variance of what a token sends
-  /// it, (E - k) E^2 s^2 / (k (E - 1) M^2), M and s^2 the sum and the population variance over experts of their share on
-  /// the rank (k of E without replacement). Of E / R experts on each of R like ranks c^2 = (R - 1)(E - k) / (k (E - 1)),
-  /// and R = E gives the floor of MaxVio.
+  /// max_over_mean that independent tokens of an even router would show: the largest over the ranks of m (1 + c sqrt(2
+  /// ln R / T)), m the rank's expected share over its share of the speed, c^2 the relative variance of what a token
+  /// sends it, (E - k) E^2 s^2 / (k (E - 1) M^2), M and s^2 the sum and the population variance over experts of their
+  /// share on the rank (k of E without replacement). Of E / R experts on each of R like ranks c^2 = (R - 1)(E - k) / (k
+  /// (E - 1)), and R = E gives the floor of MaxVio.
   double even_router = 0;
 };
 /// loads [ranks]: choices, or null. Sums in the order of the slots. kBadShape also for a rank or an expert outside, an

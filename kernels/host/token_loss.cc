@@ -74,9 +74,7 @@ Status normalise(Normalisation how, const double* sums, const std::int64_t* labe
       if (how == Normalisation::kTokensTimesSteps) factor = m;
       if (how == Normalisation::kTokensDividedTwice) factor = 1 / m;
       if (how == Normalisation::kTokensTimesRanks) factor = w;
-      const double share = labels[i] == 0                ? 0.0
-                           : how == Normalisation::kSum ? 1.0
-                                                        : factor / static_cast<double>(n);
+      const double share = labels[i] == 0 ? 0.0 : how == Normalisation::kSum ? 1.0 : factor / static_cast<double>(n);
       if (weight != nullptr) weight[i] = share;
       *loss += share * sums[i];
     }
@@ -98,7 +96,8 @@ Status term_weights(TermWeight how, const StepShape& s, const std::int64_t* toke
     sum += labels[i];
   }
   if (sum == 0) return Status::kBadShape;
-  const double m = static_cast<double>(s.micro_batches), mean = 1 / static_cast<double>(count), all = static_cast<double>(sum);
+  const double m = static_cast<double>(s.micro_batches), mean = 1 / static_cast<double>(count),
+               all = static_cast<double>(sum);
   const double cp = static_cast<double>(s.context_parallel), shards = static_cast<double>(s.tensor_parallel) * cp;
   for (std::int64_t i = 0; i < count; ++i) {
     const double t = static_cast<double>(tokens[i]) / all;

@@ -57,7 +57,7 @@ enum class Normalisation {
   kTokensTimesRanks,  // W sum s / sum n: sums of gradients where a mean was expected. Factor W
   kTokensOverRanks,   // sum s / sum n / W: the labels of all ranks, and a mean over ranks on top; transformers with
                       // average_tokens_across_devices off on one side. Factor 1 / W
-  kSum,  // sum s: the divisor is missing, or 0 and clamped to 1; G12, verl #6609. Factor sum n
+  kSum,               // sum s: the divisor is missing, or 0 and clamped to 1; G12, verl #6609. Factor sum n
 };
 
 /// sums, labels [ranks, micro_batches]. loss [1]; weight [ranks, micro_batches] or null: d loss / d s of each. A
@@ -66,9 +66,10 @@ enum class Normalisation {
 Status normalise(Normalisation how, const double* sums, const std::int64_t* labels, std::int64_t ranks,
                  std::int64_t micro_batches, double* loss, double* weight);
 
-/// What becomes of a loss that every micro-batch has by itself (a balance loss, a z-loss): its weight in the step, d loss
-/// / d term. Right is the mean. Where every micro-batch has t tokens, all of them labels, the others are off by the factor
-/// given; N = sum n. G1 and G12 are above; G13, a coefficient that nobody meant, has no weight that is right.
+/// What becomes of a loss that every micro-batch has by itself (a balance loss, a z-loss): its weight in the step, d
+/// loss / d term. Right is the mean. Where every micro-batch has t tokens, all of them labels, the others are off by
+/// the factor given; N = sum n. G1 and G12 are above; G13, a coefficient that nobody meant, has no weight that is
+/// right.
 enum class TermWeight {
   kMean,                // 1 / (M W)
   kSummed,              // 1 / W; G2: transformers with num_items_in_batch, NeMo Automodel #3359. Factor M
@@ -79,11 +80,11 @@ enum class TermWeight {
   kWithoutContext,      // 1 / (cp M W); G7: the cross-entropy is multiplied by cp, this is not. Factor 1 / cp
   kAllTokens,           // t / N; G8: weighted by all tokens, divided by labels. Factor 1, or tokens over labels
   kDividedTwice,        // 1 / (M M W); G9: huggingface/trl #6083. Factor 1 / M
-  kScaleOfLast,         // n of the rank's last micro-batch / N; G10: the scale is a global that the last one set. Factor 1
-  kOverExpertRanks,     // ep / (M W); G11: gradients of experts averaged over the ranks that share them alone. Factor ep
+  kScaleOfLast,      // n of the rank's last micro-batch / N; G10: the scale is a global that the last one set. Factor 1
+  kOverExpertRanks,  // ep / (M W); G11: gradients of experts averaged over the ranks that share them alone. Factor ep
 };
 struct StepShape {
-  std::int64_t ranks = 1, micro_batches = 1;                                      // W (data-parallel), M
+  std::int64_t ranks = 1, micro_batches = 1;                                    // W (data-parallel), M
   std::int64_t tensor_parallel = 1, context_parallel = 1, expert_parallel = 1;  // tp, cp, ep
   std::int64_t sequences = 1;                                                   // S of a micro-batch
 };

@@ -242,8 +242,8 @@ HWY_INLINE void add_values(hn::Vec<DBytes> raw, int v, Sums& s) {
     add_parity(hn::And(pairs, hn::Set(d, static_cast<std::int16_t>(0xff00))), 1);
   }
 }
-/// Sums of int8 in integers: every sum of a piece is exact in float64, whatever its order, so these are the same. A block
-/// of 2^14 values stays below 2^28 in any lane.
+/// Sums of int8 in integers: every sum of a piece is exact in float64, whatever its order, so these are the same. A
+/// block of 2^14 values stays below 2^28 in any lane.
 struct Int8Sums {
   static constexpr hn::Repartition<std::int32_t, DBytes> d{};
   hn::Vec<hn::Repartition<std::int32_t, DBytes>> sum[2], square[2];

@@ -1,5 +1,5 @@
-// The sum of exponentials in vectors, compiled once per instruction set; lanes never meet but in the written order, so the
-// width does not show.
+// The sum of exponentials in vectors, compiled once per instruction set; lanes never meet but in the written order, so
+// the width does not show.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/host/z_loss.cc"
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)

@@ -296,9 +296,9 @@ BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
   }
 }
 
-/// transformers' Switch in 4.x: a token beyond the capacity counts as one of expert 0, because argmax of a mask of zeros is 0
-/// (variant switch-dropped-as-expert-0; advisory AV016). The right loss counts the choice, dropped or not (arXiv 2101.03961
-/// equation 5).
+/// transformers' Switch in 4.x: a token beyond the capacity counts as one of expert 0, because argmax of a mask of
+/// zeros is 0 (variant switch-dropped-as-expert-0; advisory AV016). The right loss counts the choice, dropped or not
+/// (arXiv 2101.03961 equation 5).
 BOOST_AUTO_TEST_CASE(switch_counts_dropped_tokens_as_expert_0) {
   const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/balance_loss.json"));
   const auto& cases = golden["releases"]["4.57.6"]["switch_dropped"];
@@ -366,17 +366,20 @@ void check(const Routed& r, const k::BalanceConvention& c, const std::string& wh
   const double more = c.averaged == k::Averaged::kAsGiven
                           ? 0.0
                           : 2 * bounds::gamma(static_cast<double>(r.experts) + 2, k::unit_roundoff(k::Float::kF64));
-  BOOST_CHECK_MESSAGE(std::fabs(loss - truth) <= (relative + more) * truth + 2 * bounds::balance_loss_underflow(r.experts, sets),
-                      what << ": " << loss << ", not " << truth);
-  // Over the sum of a token, at most E of them and its eps, a gradient is a difference of two numbers of at most the largest
-  // weight, E k, and a probability counts a sum and a quotient more.
+  BOOST_CHECK_MESSAGE(
+      std::fabs(loss - truth) <= (relative + more) * truth + 2 * bounds::balance_loss_underflow(r.experts, sets),
+      what << ": " << loss << ", not " << truth);
+  // Over the sum of a token, at most E of them and its eps, a gradient is a difference of two numbers of at most the
+  // largest weight, E k, and a probability counts a sum and a quotient more.
   double least = 1;
   for (std::int64_t t = 0; c.averaged == k::Averaged::kOverSum && t < r.tokens; ++t)
-    least = std::min(least, c.sum_eps + std::accumulate(r.p.begin() + t * r.experts, r.p.begin() + (t + 1) * r.experts, 0.0));
-  const double over_sum = c.averaged == k::Averaged::kAsGiven
-                              ? 0.0
-                              : bounds::gamma(2.0 * static_cast<double>(r.experts) + 12, k::unit_roundoff(k::Float::kF64)) * 2 *
-                                    static_cast<double>(r.experts * r.top_k) / least;
+    least = std::min(least,
+                     c.sum_eps + std::accumulate(r.p.begin() + t * r.experts, r.p.begin() + (t + 1) * r.experts, 0.0));
+  const double over_sum =
+      c.averaged == k::Averaged::kAsGiven
+          ? 0.0
+          : bounds::gamma(2.0 * static_cast<double>(r.experts) + 12, k::unit_roundoff(k::Float::kF64)) * 2 *
+                static_cast<double>(r.experts * r.top_k) / least;
   CompareOptions o;
   o.bound = [=](std::size_t, double v) {
     return 2 * bounds::balance_gradient_relative(k::Float::kF64) * std::fabs(v) + 2 * over_sum;
@@ -458,7 +461,8 @@ BOOST_AUTO_TEST_CASE(balance_loss_agrees_with_the_reference) {
   }
 }
 
-/// A probability that is not finite spoils the loss of its set alone, and nothing as padding; gradients hold counts alone.
+/// A probability that is not finite spoils the loss of its set alone, and nothing as padding; gradients hold counts
+/// alone.
 BOOST_AUTO_TEST_CASE(balance_loss_at_the_edges) {
   Routed r = random_routed(12, 8, 2, 5), denormal = r;
   for (double& p : denormal.p) p *= 0x1p-1030;
@@ -483,7 +487,8 @@ BOOST_AUTO_TEST_CASE(balance_loss_at_the_edges) {
       const Doubles got = run(w, &other);
       BOOST_CHECK(got[0] == fine[0] && got[2] == fine[2] && other == gradient);
       const double want = reference_of(w, {}, tensor(w.p, {12, 8})).item<double>();
-      BOOST_CHECK_MESSAGE(std::isnan(want) ? std::isnan(got[3]) : got[3] == want, "expert " << e << ": " << got[3] << ", not " << want);
+      BOOST_CHECK_MESSAGE(std::isnan(want) ? std::isnan(got[3]) : got[3] == want,
+                          "expert " << e << ": " << got[3] << ", not " << want);
       BOOST_CHECK(!std::isfinite(got[1]) && !std::isfinite(got[3]));
       w.valid.assign(12, 1), w.valid[5] = 0;
       Routed zero = w;
@@ -493,7 +498,8 @@ BOOST_AUTO_TEST_CASE(balance_loss_at_the_edges) {
   }
 }
 
-/// DeepSeek-V3's loss of every sequence, from the logits of a sigmoid router (arXiv 2412.19437 equations 17 to 20), and back.
+/// DeepSeek-V3's loss of every sequence, from the logits of a sigmoid router (arXiv 2412.19437 equations 17 to 20), and
+/// back.
 BOOST_AUTO_TEST_CASE(sequence_wise_sigmoid_to_the_logits) {
   const std::int64_t tokens = 20, experts = 12, top_k = 3;
   const Doubles logits = [&] {
@@ -517,8 +523,10 @@ BOOST_AUTO_TEST_CASE(sequence_wise_sigmoid_to_the_logits) {
         double f = 0, p = 0;
         for (std::int64_t t = first; t < last; ++t) {
           double sum = 0;
-          for (std::int64_t j = 0; j < experts; ++j) sum += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + j)]));
-          p += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + e)])) / sum / static_cast<double>(last - first);
+          for (std::int64_t j = 0; j < experts; ++j)
+            sum += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + j)]));
+          p += 1 / (1 + std::exp(-l[static_cast<std::size_t>(t * experts + e)])) / sum /
+               static_cast<double>(last - first);
           for (std::int64_t j = 0; j < top_k; ++j) f += r.chosen[static_cast<std::size_t>(t * top_k + j)] == e;
         }
         loss += f * static_cast<double>(experts) / static_cast<double>(top_k * (last - first)) * p / 2;
@@ -551,7 +559,8 @@ BOOST_AUTO_TEST_CASE(sequence_wise_sigmoid_to_the_logits) {
 BOOST_AUTO_TEST_CASE(frameworks_in_their_own_arithmetic) {
   const Routed all = random_routed(24, 8, 2, 90);
   const at::Tensor p = tensor(all.p, {24, 8});
-  const at::Tensor one_hot = at::one_hot(tensor(Longs(all.chosen.begin(), all.chosen.end()), {24, 2}), 8).to(at::kDouble);
+  const at::Tensor one_hot =
+      at::one_hot(tensor(Longs(all.chosen.begin(), all.chosen.end()), {24, 2}), 8).to(at::kDouble);
   const at::Tensor map = one_hot.sum(1), first = one_hot.select(1, 0);
   const auto half = [](const at::Tensor& t, int i) { return t.narrow(0, 12 * i, 12); };
   const auto agrees = [](const char* what, const at::Tensor& want, double got) {
@@ -561,7 +570,8 @@ BOOST_AUTO_TEST_CASE(frameworks_in_their_own_arithmetic) {
   };
   Routed halves = all;
   halves.sets = {0, 12, 24};
-  agrees("Megatron-LM aux_loss, E / (k T T) sum_e sum_t s c", (p.sum(0) * map.sum(0)).sum() * 8 / (2 * 24 * 24), loss_of(all));
+  agrees("Megatron-LM aux_loss, E / (k T T) sum_e sum_t s c", (p.sum(0) * map.sum(0)).sum() * 8 / (2 * 24 * 24),
+         loss_of(all));
   const at::Tensor folded = at::cat({half(p, 0), half(p, 1)}, 1), folded_map = at::cat({half(map, 0), half(map, 1)}, 1);
   agrees("Megatron-LM seq_aux_loss, sequences folded into the experts",
          (folded.sum(0) * folded_map.sum(0)).sum() * 8 / (2 * 12 * 12) / 2, loss_of(halves));
@@ -570,10 +580,12 @@ BOOST_AUTO_TEST_CASE(frameworks_in_their_own_arithmetic) {
   const at::Tensor seen = at::stack({half(map, 0).sum(0), map.sum(0) / 2});  // c_i = sum of counts so far / i
   Routed running = halves;
   running.counts.clear();
-  for (const double n : values(at::cat({half(map, 0).sum(0), map.sum(0)}))) running.counts.push_back(static_cast<std::int64_t>(n));
+  for (const double n : values(at::cat({half(map, 0).sum(0), map.sum(0)})))
+    running.counts.push_back(static_cast<std::int64_t>(n));
   running.counted = {12, 24};
   agrees("Megatron-LM global_aux_loss of two micro-batches",
-         ((half(p, 0).sum(0) * seen[0]).sum() + (half(p, 1).sum(0) * seen[1]).sum()) * 8 / (2 * 12 * 12) / 2, loss_of(running));
+         ((half(p, 0).sum(0) * seen[0]).sum() + (half(p, 1).sum(0) * seen[1]).sum()) * 8 / (2 * 12 * 12) / 2,
+         loss_of(running));
   Routed global = running;
   std::copy(global.counts.begin() + 8, global.counts.end(), global.counts.begin());
   global.counted = {24, 24};
@@ -598,7 +610,8 @@ BOOST_AUTO_TEST_CASE(frameworks_in_their_own_arithmetic) {
   c = {};
   c.over_sets = k::OverSets::kSum;
   agrees("OLMo-core, E / (total k) of the micro-batches' dots",
-         ((half(p, 0).mean(0) * half(map, 0).sum(0)).sum() + (half(p, 1).mean(0) * half(map, 1).sum(0)).sum()) * 8 / (20 * 2),
+         ((half(p, 0).mean(0) * half(map, 0).sum(0)).sum() + (half(p, 1).mean(0) * half(map, 1).sum(0)).sum()) * 8 /
+             (20 * 2),
          loss_of(labelled, c));
 }
 

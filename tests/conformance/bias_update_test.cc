@@ -1,5 +1,5 @@
-// The bias step: kernels/host against reference/ within bounds.h; both against the closed-form test vector; the laws that it
-// obeys.
+// The bias step: kernels/host against reference/ within bounds.h; both against the closed-form test vector; the laws
+// that it obeys.
 #define BOOST_TEST_MODULE bias_update
 #include "kernels/host/bias_update.h"
 
@@ -91,14 +91,17 @@ BOOST_AUTO_TEST_CASE(bias_update_agrees_with_the_reference) {
         const double rate = 0.001 * scale;
         for (int variant = 0; variant < 4; ++variant) {
           const Doubles out = stepped(bias, counts, layers, variant, rate);
-          const Doubles want = values(ref::bias_update(tensor(bias, {layers, experts}), tensor(counts, {layers, experts}),
-                                                       rate, variant == 1, variant == 2, variant == 3));
+          const Doubles want =
+              values(ref::bias_update(tensor(bias, {layers, experts}), tensor(counts, {layers, experts}), rate,
+                                      variant == 1, variant == 2, variant == 3));
           double size = 0;
           for (std::size_t i = 0; i < bias.size(); ++i)
             size = std::max(size, std::fabs(bias[i]) + rate * (variant == 1 ? 2 * 4096 : 1));
           for (std::size_t i = 0; i < out.size(); ++i) {
             const double off = std::fabs(out[i] - want[i]);
-            BOOST_CHECK_MESSAGE(off <= 2 * bounds::bias_update(experts, size), experts << " experts, counts " << kind << ", variant " << variant << " at " << i << ": off by " << off);
+            BOOST_CHECK_MESSAGE(
+                off <= 2 * bounds::bias_update(experts, size),
+                experts << " experts, counts " << kind << ", variant " << variant << " at " << i << ": off by " << off);
             if (kind == kEven || experts == 1) BOOST_CHECK(variant == 3 || out[i] == bias[i]);  // nobody moves
           }
         }
@@ -117,8 +120,10 @@ BOOST_AUTO_TEST_CASE(laws) {
     const Doubles relabelled = stepped(b, c, 1, variant);
     const double bound = 2 * bounds::bias_update(8, 2 + 0.001 * 14);
     for (std::size_t e = 0; e < 8; ++e) BOOST_CHECK_SMALL(relabelled[(5 * e + 3) % 8] - out[e], bound);
-    const double before = std::accumulate(bias.begin(), bias.end(), 0.0), after = std::accumulate(out.begin(), out.end(), 0.0);
-    if (variant == 1 || variant == 2) BOOST_CHECK_SMALL(after - before, 8 * bound);  // deviations from a mean add up to 0
+    const double before = std::accumulate(bias.begin(), bias.end(), 0.0),
+                 after = std::accumulate(out.begin(), out.end(), 0.0);
+    if (variant == 1 || variant == 2)
+      BOOST_CHECK_SMALL(after - before, 8 * bound);  // deviations from a mean add up to 0
     if (variant == 3) BOOST_CHECK_SMALL(after, 8 * bound);
   }
 }
@@ -133,11 +138,13 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_in_its_layer) {
         Doubles b = bias, c = counts;
         (of_counts ? c : b)[11] = bad;
         const Doubles out = stepped(b, c, 3, variant);
-        const Doubles want = values(ref::bias_update(tensor(b, {3, 8}), tensor(c, {3, 8}), 0.001, variant == 1, variant == 2, variant == 3));
+        const Doubles want = values(
+            ref::bias_update(tensor(b, {3, 8}), tensor(c, {3, 8}), 0.001, variant == 1, variant == 2, variant == 3));
         for (std::size_t i = 0; i < 24; ++i) {
           if (i / 8 != 1) BOOST_CHECK(out[i] == fine[i]);
-          BOOST_CHECK_MESSAGE(std::isnan(out[i]) == std::isnan(want[i]) && std::isinf(out[i]) == std::isinf(want[i]),
-                              "variant " << variant << " with " << bad << " at " << i << ": " << out[i] << ", not " << want[i]);
+          BOOST_CHECK_MESSAGE(
+              std::isnan(out[i]) == std::isnan(want[i]) && std::isinf(out[i]) == std::isinf(want[i]),
+              "variant " << variant << " with " << bad << " at " << i << ": " << out[i] << ", not " << want[i]);
         }
       }
     }
@@ -154,8 +161,10 @@ BOOST_AUTO_TEST_CASE(bias_update_over_micro_batches_and_ranks) {
   const at::Tensor whole = tensor(counts, {ranks, micro, layers, experts}).to(at::kLong);
   const Doubles zero(static_cast<std::size_t>(layers * experts));
   std::vector<Doubles> signs;
-  for (const auto& [dtype, torch] : std::vector<std::pair<k::Float, at::ScalarType>>{
-           {k::Float::kF64, at::kDouble}, {k::Float::kF32, at::kFloat}, {k::Float::kBF16, at::kBFloat16}, {k::Float::kF16, at::kHalf}}) {
+  for (const auto& [dtype, torch] : std::vector<std::pair<k::Float, at::ScalarType>>{{k::Float::kF64, at::kDouble},
+                                                                                     {k::Float::kF32, at::kFloat},
+                                                                                     {k::Float::kBF16, at::kBFloat16},
+                                                                                     {k::Float::kF16, at::kHalf}}) {
     for (const bool proportional : {false, true}) {
       k::BiasUpdateArgs a;
       a.bias = zero.data(), a.counts = counts.data();
@@ -163,7 +172,8 @@ BOOST_AUTO_TEST_CASE(bias_update_over_micro_batches_and_ranks) {
       a.rate = 1, a.step = proportional ? k::BiasStep::kProportional : k::BiasStep::kSign, a.counts_dtype = dtype;
       Doubles out(zero.size());
       BOOST_REQUIRE(k::bias_update(a, out.data()) == k::Status::kOk);
-      const Doubles want = values(ref::bias_update(tensor(zero, {layers, experts}), ref::counted(whole, torch), 1, proportional));
+      const Doubles want =
+          values(ref::bias_update(tensor(zero, {layers, experts}), ref::counted(whole, torch), 1, proportional));
       BOOST_TEST(out == want, boost::test_tools::per_element());
       if (!proportional) signs.push_back(out);
     }

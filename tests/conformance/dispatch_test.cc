@@ -82,8 +82,10 @@ BOOST_AUTO_TEST_CASE(forms_agree_with_the_reference) {
     for (std::int64_t i = 0; i < n; ++i) {
       const std::int64_t* c = cases.data() + 6 * i;
       std::int64_t places = -1;
-      BOOST_REQUIRE(k::capacity({static_cast<CapacityForm>(form), c[0], c[1], c[2], factors[i], c[3], c[4], c[5]}, &places) == k::Status::kOk);
-      BOOST_CHECK_MESSAGE(places == want.data_ptr<std::int64_t>()[i], "form " << form << ", case " << i << ": " << places);
+      BOOST_REQUIRE(k::capacity({static_cast<CapacityForm>(form), c[0], c[1], c[2], factors[i], c[3], c[4], c[5]},
+                                &places) == k::Status::kOk);
+      BOOST_CHECK_MESSAGE(places == want.data_ptr<std::int64_t>()[i],
+                          "form " << form << ", case " << i << ": " << places);
     }
   }
 }
@@ -102,7 +104,7 @@ Choices choices(std::int64_t tokens, std::int64_t experts, std::int64_t top_k, b
   Choices c{tokens, experts, top_k, {}, {}, {}};
   for (std::size_t i = 0; i < g.size(); ++i) {
     c.logits.push_back(std::nearbyint(4 * static_cast<double>(g[i])) / 4 +
-                (collapsed && static_cast<std::int64_t>(i) % experts < top_k ? 50 : 0));
+                       (collapsed && static_cast<std::int64_t>(i) % experts < top_k ? 50 : 0));
   }
   ref::RouteOptions o;
   o.top_k = top_k;
@@ -177,7 +179,8 @@ BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
         }
         for (std::int32_t e : c.chosen) had += e >= 0;
         BOOST_CHECK(kept + got.dropped == had);
-        const at::Tensor some = at::tensor(c.chosen, at::kInt).reshape({s.tokens, s.k}).ge(0).any(1), none = want.lt(0).all(1);
+        const at::Tensor some = at::tensor(c.chosen, at::kInt).reshape({s.tokens, s.k}).ge(0).any(1),
+                         none = want.lt(0).all(1);
         BOOST_CHECK(got.lost == some.logical_and(none).sum().item<std::int64_t>());
         for (std::size_t j = 0; j < got.place.size(); ++j)
           BOOST_CHECK(got.weights[j] == (got.place[j] < 0 ? 0.0 : c.weights[j]));
@@ -197,7 +200,8 @@ BOOST_AUTO_TEST_CASE(drops_agree_with_the_reference) {
   }
 }
 
-/// The gradient through softmax, drops and renormalisation after them is route_backward()'s without the dropped choices.
+/// The gradient through softmax, drops and renormalisation after them is route_backward()'s without the dropped
+/// choices.
 BOOST_AUTO_TEST_CASE(gradients_after_drops_are_those_of_autograd) {
   const Choices c = choices(60, 16, 4, false);
   const std::int64_t tokens = c.tokens, top_k = c.top_k;
@@ -215,7 +219,8 @@ BOOST_AUTO_TEST_CASE(gradients_after_drops_are_those_of_autograd) {
   std::vector<double> got(c.logits.size());
   BOOST_REQUIRE(k::route_backward(a, got.data()) == k::Status::kOk);
 
-  at::Tensor z = at::from_blob(const_cast<double*>(c.logits.data()), {tokens, 16}, at::kDouble).clone().set_requires_grad(true);
+  at::Tensor z =
+      at::from_blob(const_cast<double*>(c.logits.data()), {tokens, 16}, at::kDouble).clone().set_requires_grad(true);
   const at::Tensor u = at::from_blob(const_cast<double*>(upstream.data()), {tokens, top_k}, at::kDouble),
                    chosen = at::tensor(c.chosen, at::kInt).to(at::kLong).reshape({tokens, top_k}).clamp_min(0),
                    place = at::tensor(dropped.place, at::kInt).to(at::kLong).reshape({tokens, top_k});
@@ -227,7 +232,8 @@ BOOST_AUTO_TEST_CASE(gradients_after_drops_are_those_of_autograd) {
   const at::Tensor of_scores = at::zeros({tokens, 16}, at::kDouble).scatter_add(1, chosen, each), s = p.detach();
   const at::Tensor size = (s * (of_scores + (of_scores * s).sum(1, true))).contiguous(), want = z.grad().contiguous();
   const double range = (z.detach().amax(1) - z.detach().amin(1)).max().item<double>();
-  const double relative = 2 * bounds::route_backward_relative(bounds::softmax_relative(16, 0, range, k::Float::kF64), 16, top_k);
+  const double relative =
+      2 * bounds::route_backward_relative(bounds::softmax_relative(16, 0, range, k::Float::kF64), 16, top_k);
   for (std::size_t i = 0; i < got.size(); ++i)
     BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i], relative * size.data_ptr<double>()[i] + 1e-300);
 }
@@ -262,9 +268,15 @@ BOOST_AUTO_TEST_CASE(gates_of_deepspeed) {
     };
     const std::vector<double> chosen = flat("chosen"), after = flat("after"), places = flat("place");
     const auto tokens = static_cast<std::int64_t>(g.at("chosen").size());
-    Choices c{tokens, g.at("experts"), static_cast<std::int64_t>(chosen.size()) / tokens, {chosen.begin(), chosen.end()}, flat("before"), {}};
+    Choices c{tokens,
+              g.at("experts"),
+              static_cast<std::int64_t>(chosen.size()) / tokens,
+              {chosen.begin(), chosen.end()},
+              flat("before"),
+              {}};
     DropOrder order = DropOrder::kTokens;
-    bool by_place = true;  // top1gating and "probs" give the places in the order of tokens to those whom something else chose
+    bool by_place =
+        true;  // top1gating and "probs" give the places in the order of tokens to those whom something else chose
     if (gate == "top1gating") {
       order = DropOrder::kKeys, c.keys = flat("random"), by_place = false;
       for (double& v : c.keys) v = -v;
@@ -276,7 +288,8 @@ BOOST_AUTO_TEST_CASE(gates_of_deepspeed) {
     }
     const Dropped d = drop<float>(c, order, g.at("capacity"), gate != "top1gating");
     for (std::size_t i = 0; i < places.size(); ++i) {
-      BOOST_CHECK_MESSAGE(by_place ? d.place[i] == places[i] : (d.place[i] < 0) == (places[i] < 0), gate << " at " << i);
+      BOOST_CHECK_MESSAGE(by_place ? d.place[i] == places[i] : (d.place[i] < 0) == (places[i] < 0),
+                          gate << " at " << i);
       BOOST_CHECK_SMALL(d.weights[i] - after[i], 2 * bounds::gamma(static_cast<double>(c.top_k), 0x1p-24) * after[i]);
     }
     BOOST_CHECK(d.dropped > 0 || gate == "top2gating");

@@ -33,20 +33,23 @@ Doubles scores_of(std::int64_t tokens, std::int64_t experts, double grid) {
   return s;
 }
 at::Tensor tensor(const Doubles& v, std::int64_t rows) {
-  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble).clone();
+  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble)
+      .clone();
 }
 
 struct Chosen {
   std::vector<std::int32_t> tokens, taken;
   Doubles weights;
 };
-Chosen choose(const Doubles& scores, std::int64_t experts, std::int64_t capacity, const std::vector<std::uint8_t>& valid = {}) {
+Chosen choose(const Doubles& scores, std::int64_t experts, std::int64_t capacity,
+              const std::vector<std::uint8_t>& valid = {}) {
   k::ExpertChoiceArgs<double> a;
   a.scores = scores.data(), a.experts = experts, a.capacity = capacity;
   a.tokens = static_cast<std::int64_t>(scores.size()) / experts;
   a.valid = valid.empty() ? nullptr : valid.data();
   Chosen c{std::vector<std::int32_t>(static_cast<std::size_t>(experts * capacity)),
-           std::vector<std::int32_t>(static_cast<std::size_t>(a.tokens)), Doubles(static_cast<std::size_t>(experts * capacity))};
+           std::vector<std::int32_t>(static_cast<std::size_t>(a.tokens)),
+           Doubles(static_cast<std::size_t>(experts * capacity))};
   BOOST_REQUIRE(k::expert_choice(a, {c.tokens.data(), c.weights.data(), c.taken.data()}) == k::Status::kOk);
   return c;
 }
@@ -56,8 +59,15 @@ BOOST_AUTO_TEST_CASE(agrees_with_the_reference) {
     std::int64_t tokens, experts, capacity;
     double grid;
   };
-  for (const Shape s : {Shape{1, 1, 1, 0}, {7, 3, 7, 0}, {50, 8, 13, 0.5}, {200, 144, 5, 0}, {40, 160, 3, 0.5}, {64, 384, 1, 1.0}, {333, 16, 41, 0.25}}) {
-    const std::string what = std::to_string(s.tokens) + "x" + std::to_string(s.experts) + "/" + std::to_string(s.capacity);
+  for (const Shape s : {Shape{1, 1, 1, 0},
+                        {7, 3, 7, 0},
+                        {50, 8, 13, 0.5},
+                        {200, 144, 5, 0},
+                        {40, 160, 3, 0.5},
+                        {64, 384, 1, 1.0},
+                        {333, 16, 41, 0.25}}) {
+    const std::string what =
+        std::to_string(s.tokens) + "x" + std::to_string(s.experts) + "/" + std::to_string(s.capacity);
     const Doubles scores = scores_of(s.tokens, s.experts, s.grid);
     std::vector<std::uint8_t> valid(static_cast<std::size_t>(s.tokens), 1);
     for (std::size_t t = 1; t < valid.size() && s.capacity < s.tokens / 2; t += 5) valid[t] = 0;
@@ -83,7 +93,8 @@ BOOST_AUTO_TEST_CASE(agrees_with_counting) {
   scores[40 * E] = std::numeric_limits<double>::quiet_NaN();
   scores[7 * E] = std::numeric_limits<double>::infinity();
   scores[8 * E + 1] = 0.0, scores[9 * E + 1] = -0.0;
-  for (std::int64_t t = 0; t < T; ++t) scores[t * E + 2] = t % 9 == 0 ? -std::numeric_limits<double>::infinity() : 5e-324 * static_cast<double>(t % 7);
+  for (std::int64_t t = 0; t < T; ++t)
+    scores[t * E + 2] = t % 9 == 0 ? -std::numeric_limits<double>::infinity() : 5e-324 * static_cast<double>(t % 7);
   const Chosen got = choose(scores, E, C);
   for (std::int64_t e = 0; e < E; ++e) {
     for (std::int64_t t = 0; t < T; ++t) {
@@ -113,7 +124,8 @@ BOOST_AUTO_TEST_CASE(every_expert_is_full) {
   BOOST_CHECK_EQUAL(C, 32);
   const Chosen got = choose(scores_of(T, E, 0), E, C);
   std::int64_t sum = 0, least = E, most = 0;
-  for (const std::int32_t n : got.taken) sum += n, least = std::min<std::int64_t>(least, n), most = std::max<std::int64_t>(most, n);
+  for (const std::int32_t n : got.taken)
+    sum += n, least = std::min<std::int64_t>(least, n), most = std::max<std::int64_t>(most, n);
   BOOST_CHECK_EQUAL(sum, E * C);
   BOOST_CHECK(least < 2 && most > 2);
   BOOST_CHECK_EQUAL(k::expert_choice_capacity(10, 64, 1.0), 1);
@@ -134,7 +146,8 @@ BOOST_AUTO_TEST_CASE(gradient_agrees_with_autograd) {
   const at::Tensor want = l.grad().contiguous(), sc = s.detach().contiguous();
   const Chosen got = choose(Doubles(sc.data_ptr<double>(), sc.data_ptr<double>() + T * E), E, C);
   Doubles d_scores(static_cast<std::size_t>(T * E), -7), d_logits(d_scores);
-  BOOST_REQUIRE(k::expert_choice_backward(got.tokens.data(), upstream.data(), T, E, C, d_scores.data()) == k::Status::kOk);
+  BOOST_REQUIRE(k::expert_choice_backward(got.tokens.data(), upstream.data(), T, E, C, d_scores.data()) ==
+                k::Status::kOk);
   k::RouteBackwardArgs<double> b;
   b.forward.logits = logits.data(), b.forward.tokens = T, b.forward.experts = E, b.forward.top_k = 1;
   b.scores = d_scores.data();
@@ -142,7 +155,8 @@ BOOST_AUTO_TEST_CASE(gradient_agrees_with_autograd) {
   // bounds.h, with gradients of the scores alone.
   const at::Tensor up = tensor(d_scores, T).abs(), size = (sc * (up + (up * sc).sum(1, true))).contiguous();
   const auto [low, high] = std::minmax_element(logits.begin(), logits.end());
-  const double relative = 2 * bounds::route_backward_relative(bounds::softmax_relative(E, 0, *high - *low, k::Float::kF64), E, 1);
+  const double relative =
+      2 * bounds::route_backward_relative(bounds::softmax_relative(E, 0, *high - *low, k::Float::kF64), E, 1);
   for (std::size_t i = 0; i < d_logits.size(); ++i)
     BOOST_CHECK_SMALL(d_logits[i] - want.data_ptr<double>()[i], relative * size.data_ptr<double>()[i]);
 }

@@ -135,7 +135,8 @@ BOOST_AUTO_TEST_CASE(published_counts) {
   }
 }
 
-/// MaxVio and CV of an even router, simulated apart with two digits: the first formula lies above, by less than a third.
+/// MaxVio and CV of an even router, simulated apart with two digits: the first formula lies above, by less than a
+/// third.
 BOOST_AUTO_TEST_CASE(floors) {
   struct Row {
     std::int64_t experts, top_k;
@@ -148,11 +149,13 @@ BOOST_AUTO_TEST_CASE(floors) {
     for (int i = 0; i < 4; ++i) {
       const std::int64_t tokens = std::int64_t{256} << 2 * i;
       const k::LoadStatistics s = statistics(Longs(static_cast<std::size_t>(r.experts), 1), r.top_k, tokens);
-      const double cv = std::sqrt((static_cast<double>(r.experts) / static_cast<double>(r.top_k) - 1) / static_cast<double>(tokens));
+      const double cv =
+          std::sqrt((static_cast<double>(r.experts) / static_cast<double>(r.top_k) - 1) / static_cast<double>(tokens));
       BOOST_CHECK_CLOSE(s.cv_floor, cv, 1e-12);
       BOOST_CHECK_CLOSE(s.max_violation_floor, cv * std::sqrt(2 * std::log(static_cast<double>(r.experts))), 1e-12);
       BOOST_CHECK_SMALL(s.cv_floor - r.cv[i], 0.0101);
-      BOOST_CHECK(s.max_violation_floor > r.max_violation[i] - 0.005 && s.max_violation_floor < 1.3 * (r.max_violation[i] + 0.005));
+      BOOST_CHECK(s.max_violation_floor > r.max_violation[i] - 0.005 &&
+                  s.max_violation_floor < 1.3 * (r.max_violation[i] + 0.005));
     }
   }
 }
@@ -184,17 +187,22 @@ BOOST_AUTO_TEST_CASE(intervals_agree_with_the_reference) {
   for (const std::int64_t experts : {2, 60, 160}) {
     const std::int64_t blocks = 7, draws = 90;
     Longs counts, drawn;
-    for (float v : gaussians(blocks * experts, 40)) counts.push_back(static_cast<std::int64_t>(std::exp(4 + static_cast<double>(v))));
+    for (float v : gaussians(blocks * experts, 40))
+      counts.push_back(static_cast<std::int64_t>(std::exp(4 + static_cast<double>(v))));
     for (std::int64_t i = 0; i < draws * blocks; ++i) {
       drawn.push_back(k::drawn_block(5, i, blocks));
       BOOST_REQUIRE(drawn.back() >= 0 && drawn.back() < blocks);
     }
     k::LoadIntervals got;
     BOOST_REQUIRE(k::load_intervals(counts.data(), blocks, experts, draws, 5, &got) == k::Status::kOk);
-    const auto want = ref::load_intervals(tensor(counts).reshape({blocks, experts}), tensor(drawn).reshape({draws, blocks}));
+    const auto want =
+        ref::load_intervals(tensor(counts).reshape({blocks, experts}), tensor(drawn).reshape({draws, blocks}));
     const double bound = k::bounds::load_statistics(experts);
-    for (const auto& [name, i] : {std::pair<const char*, k::Interval>{"max_violation", got.max_violation}, {"min_violation", got.min_violation},
-                                  {"cv_population", got.cv_population}, {"normalised_entropy", got.normalised_entropy}, {"gini", got.gini}}) {
+    for (const auto& [name, i] : {std::pair<const char*, k::Interval>{"max_violation", got.max_violation},
+                                  {"min_violation", got.min_violation},
+                                  {"cv_population", got.cv_population},
+                                  {"normalised_entropy", got.normalised_entropy},
+                                  {"gini", got.gini}}) {
       BOOST_CHECK_SMALL(i.low - want.at(name).first, bound * (1 + want.at(name).first));
       BOOST_CHECK_SMALL(i.high - want.at(name).second, bound * (1 + want.at(name).second));
     }
@@ -220,17 +228,22 @@ BOOST_AUTO_TEST_CASE(intervals) {
   const Longs sum = {800, 400, 400, 400};
   BOOST_REQUIRE(k::load_statistics(sum.data(), 4, 1, 2000, &pooled) == k::Status::kOk);
   BOOST_CHECK_CLOSE(of_alike.max_violation.low, 0.6, 1e-9);
-  for (const auto& [interval, value] : {std::pair{of_alike.max_violation, pooled.max_violation}, {of_alike.min_violation, pooled.min_violation},
-                                        {of_alike.cv_population, pooled.cv_population}, {of_alike.normalised_entropy, pooled.normalised_entropy},
+  for (const auto& [interval, value] : {std::pair{of_alike.max_violation, pooled.max_violation},
+                                        {of_alike.min_violation, pooled.min_violation},
+                                        {of_alike.cv_population, pooled.cv_population},
+                                        {of_alike.normalised_entropy, pooled.normalised_entropy},
                                         {of_alike.gini, pooled.gini}}) {
     BOOST_CHECK_CLOSE(interval.low, value, 1e-9);
     BOOST_CHECK_CLOSE(interval.high, value, 1e-9);
   }
   BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &of_apart) == k::Status::kOk);
-  for (const k::Interval& i : {of_apart.max_violation, of_apart.cv_population, of_apart.gini}) BOOST_CHECK(i.low < i.high && i.low >= 0);
-  BOOST_CHECK(of_apart.normalised_entropy.low < of_apart.normalised_entropy.high && of_apart.normalised_entropy.high <= 1 + 1e-12);
+  for (const k::Interval& i : {of_apart.max_violation, of_apart.cv_population, of_apart.gini})
+    BOOST_CHECK(i.low < i.high && i.low >= 0);
+  BOOST_CHECK(of_apart.normalised_entropy.low < of_apart.normalised_entropy.high &&
+              of_apart.normalised_entropy.high <= 1 + 1e-12);
   BOOST_REQUIRE(k::load_intervals(apart.data(), 20, 4, 200, 1, &again) == k::Status::kOk);
-  BOOST_CHECK(again.max_violation.low == of_apart.max_violation.low && again.max_violation.high == of_apart.max_violation.high);
+  BOOST_CHECK(again.max_violation.low == of_apart.max_violation.low &&
+              again.max_violation.high == of_apart.max_violation.high);
   BOOST_CHECK(k::load_intervals(apart.data(), 1, 4, 200, 1, &again) == k::Status::kBadShape);
   const Longs nothing(8);
   BOOST_REQUIRE(k::load_intervals(nothing.data(), 2, 4, 40, 1, &again) == k::Status::kOk);
@@ -296,9 +309,12 @@ void check_probabilities(std::int64_t tokens, std::int64_t experts, std::int64_t
     if (valid.back() == 0) ids[static_cast<std::size_t>(t * top_k)] = -1;  // of padding nobody asks
   }
   k::RoutingStatistics s;
-  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<T>{p.data(), ids.data(), masked ? valid.data() : nullptr, tokens, experts, top_k}, &s) ==
-                k::Status::kOk);
-  const at::Tensor of_valid = at::from_blob(const_cast<T*>(p.data()), {tokens, experts}, sizeof(T) == 4 ? at::kFloat : at::kDouble).index_select(0, tensor(kept));
+  BOOST_REQUIRE(k::routing_statistics(k::RoutingStatisticsArgs<T>{p.data(), ids.data(), masked ? valid.data() : nullptr,
+                                                                  tokens, experts, top_k},
+                                      &s) == k::Status::kOk);
+  const at::Tensor of_valid =
+      at::from_blob(const_cast<T*>(p.data()), {tokens, experts}, sizeof(T) == 4 ? at::kFloat : at::kDouble)
+          .index_select(0, tensor(kept));
   const auto want = ref::routing_statistics(of_valid, chosen.index_select(0, tensor(kept)));
   const double bound = k::bounds::load_statistics(tokens * experts);
   if (experts > 1) {
@@ -331,7 +347,8 @@ BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
 
 BOOST_AUTO_TEST_CASE(co_activation_agrees_with_the_reference) {
   for (const bool masked : {false, true}) {
-    for (const auto& [tokens, experts, top_k] : {std::array<std::int64_t, 3>{1, 1, 1}, {1, 8, 8}, {90, 60, 4}, {40, 144, 6}, {30, 384, 32}}) {
+    for (const auto& [tokens, experts, top_k] :
+         {std::array<std::int64_t, 3>{1, 1, 1}, {1, 8, 8}, {90, 60, 4}, {40, 144, 6}, {30, 384, 32}}) {
       std::vector<std::int32_t> chosen;
       std::vector<std::uint8_t> valid;
       Longs inside;
@@ -346,7 +363,8 @@ BOOST_AUTO_TEST_CASE(co_activation_agrees_with_the_reference) {
       Longs together(static_cast<std::size_t>(experts * experts), -1);
       const k::CountArgs<std::int32_t> a{chosen.data(), masked ? valid.data() : nullptr, tokens, top_k, experts};
       BOOST_REQUIRE(k::co_activation(a, together.data()) == k::Status::kOk);
-      BOOST_CHECK(at::equal(tensor(together).reshape({experts, experts}), ref::co_activation(tensor(inside).reshape({tokens, top_k}), experts)));
+      BOOST_CHECK(at::equal(tensor(together).reshape({experts, experts}),
+                            ref::co_activation(tensor(inside).reshape({tokens, top_k}), experts)));
     }
   }
 }

@@ -128,7 +128,8 @@ BOOST_AUTO_TEST_CASE(stacks_of_experts) {
     const Floats a = gaussians(rank * experts * in, 3), b = gaussians(out * rank * experts, 4);
     const at::Tensor ta = tensor(a, {rank * experts, in}), tb = tensor(b, {out, rank * experts});
     const Doubles want = doubles(ref::expert_updates(ta, tb, experts));
-    const double bound = 2 * bounds::gamma(rank, kU) * ref::expert_updates(ta.abs(), tb.abs(), experts).max().item<double>();
+    const double bound =
+        2 * bounds::gamma(rank, kU) * ref::expert_updates(ta.abs(), tb.abs(), experts).max().item<double>();
     for (const bool transposed : {false, true}) {
       k::LoraStack stack{a.data(), b.data(), in, out, rank, experts};
       stack.transposed = transposed;

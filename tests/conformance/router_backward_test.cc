@@ -93,12 +93,13 @@ k::RouteBackwardArgs<double> args_of(const Case& c, const Setup& s) {
   return a;
 }
 
-/// The magnitudes that bounds::route_backward_relative() is relative to; of_scores: gradients of the scores, from elsewhere.
+/// The magnitudes that bounds::route_backward_relative() is relative to; of_scores: gradients of the scores, from
+/// elsewhere.
 at::Tensor sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = {}) {
   const at::Tensor z = tensor(s.logits, s.tokens), u = tensor(s.upstream, s.tokens).abs();
   const at::Tensor chosen = at::tensor(s.chosen, at::kInt).to(at::kLong).reshape({s.tokens, s.top_k});
-  const at::Tensor score = c.after ? at::zeros_like(z).scatter(1, chosen, at::softmax(z.gather(1, chosen), 1))
-                                   : ref::scores(z, c.reference);
+  const at::Tensor score =
+      c.after ? at::zeros_like(z).scatter(1, chosen, at::softmax(z.gather(1, chosen), 1)) : ref::scores(z, c.reference);
   const at::Tensor w = score.gather(1, chosen), by = w.sum(1, true) + c.eps;
   const at::Tensor each = c.scaling * (c.renormalise ? u / by + (u * w).sum(1, true) / by / by : u);
   at::Tensor g = at::zeros_like(z).scatter(1, chosen, each);
@@ -113,7 +114,7 @@ void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const
                 const std::string& what) {
   const at::Tensor w = want.contiguous(), size = sizes.contiguous(), z = tensor(s.logits, s.tokens);
   const double range = (z.amax(1) - z.amin(1)).max().item<double>();
-  const double score = c.score == k::Score::kSoftmax   ? k::bounds::softmax_relative(s.experts, 0, range, k::Float::kF64)
+  const double score = c.score == k::Score::kSoftmax ? k::bounds::softmax_relative(s.experts, 0, range, k::Float::kF64)
                        : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(0, k::Float::kF64)
                                                        : k::bounds::sqrt_softplus_relative(0, k::Float::kF64);
   const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k);
@@ -178,12 +179,12 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   BOOST_CHECK(none == Doubles(none.size(), 0.0));
 }
 
-// PyTorch's autograd with bfloat16 and float16 tensors (fixtures/make/router_backward_golden.py), bit for bit. But for one
-// of its operators: on the CPU the slope of a sigmoid is computed in float16 itself, each step rounded, where bfloat16 and
-// every CUDA kernel compute in float32; there two places are allowed, one for
-// each step but the last.
+// PyTorch's autograd with bfloat16 and float16 tensors (fixtures/make/router_backward_golden.py), bit for bit. But for
+// one of its operators: on the CPU the slope of a sigmoid is computed in float16 itself, each step rounded, where
+// bfloat16 and every CUDA kernel compute in float32; there two places are allowed, one for each step but the last.
 BOOST_AUTO_TEST_CASE(narrow_tensors_have_the_gradients_of_autograd) {
-  const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router_backward.json"));
+  const auto golden =
+      nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router_backward.json"));
   const auto tokens = golden["tokens"].get<std::int64_t>();
   std::size_t compared = 0;
   for (const auto& g : golden["cases"]) {
@@ -213,7 +214,8 @@ BOOST_AUTO_TEST_CASE(narrow_tensors_have_the_gradients_of_autograd) {
       ++compared;
       const bool stepwise = f.score == k::Score::kSigmoid && dtype == k::Float::kF16;
       const double allowed = stepwise ? 2 * k::spacing(gradient[i], dtype) : 0.0;
-      BOOST_CHECK_MESSAGE(std::fabs(d[i] - gradient[i]) <= allowed, name << " at " << i << ": " << d[i] << ", not " << gradient[i]);
+      BOOST_CHECK_MESSAGE(std::fabs(d[i] - gradient[i]) <= allowed,
+                          name << " at " << i << ": " << d[i] << ", not " << gradient[i]);
     }
   }
   BOOST_CHECK_GT(compared, 2000u);
@@ -236,13 +238,14 @@ BOOST_AUTO_TEST_CASE(central_differences) {
       for (std::size_t i = 0; i < w.size(); ++i) sum += w[i] * s.upstream[i];
       return sum;
     };
-    // Step^2 / 6 of the third derivative, at most some tens here, is 1e-9; so is the rounding of the loss over the step.
+    // Step^2 / 6 of the third derivative, at most some tens here, is 1e-9; so is the rounding of the loss over the
+    // step.
     for (std::size_t i = 0; i < d.size(); ++i) BOOST_CHECK_SMALL((loss(i, 1e-5) - loss(i, -1e-5)) / 2e-5 - d[i], 1e-8);
   }
 }
 
-/// A NaN or an infinity spoils the gradient of its token where it spoils that of autograd, and leaves the other tokens their
-/// bits; -inf has no slope. (Autograd has 0 / 0 there for the square root of softplus.)
+/// A NaN or an infinity spoils the gradient of its token where it spoils that of autograd, and leaves the other tokens
+/// their bits; -inf has no slope. (Autograd has 0 / 0 there for the square root of softplus.)
 BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_with_its_token) {
   for (const Case& c : kCases) {
     const Setup fine = setup(c, 4, 8, 2, 1);
@@ -258,7 +261,9 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_with_its_token) {
         const at::Tensor chosen = r.chosen.contiguous(), gradient = z.grad().contiguous();
         for (std::size_t i = 0; i < 8; ++i) s.chosen[i] = static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]);
         BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
-        const auto finite = [](const double* row) { return std::all_of(row, row + 8, [](double v) { return std::isfinite(v); }); };
+        const auto finite = [](const double* row) {
+          return std::all_of(row, row + 8, [](double v) { return std::isfinite(v); });
+        };
         for (std::size_t i = 0; i < d.size(); ++i)
           if (i / 8 != 1) BOOST_CHECK(d[i] == want[i]);
         if (bad == -HUGE_VAL)
@@ -277,19 +282,24 @@ BOOST_AUTO_TEST_CASE(gate_gradients) {
     std::int64_t tokens, hidden, experts;
     double scale;
   };
-  for (const Shape s : {Shape{1, 1, 1, 1}, {37, 130, 60, 1}, {5, 33, 144, 1}, {3, 64, 160, 1}, {2, 40, 384, 1}, {4, 9, 8, 1e-310}}) {
-    const Doubles x = gaussians(s.tokens * s.hidden, 4, s.scale), w = gaussians(s.experts * s.hidden, 5, 0.05 * s.scale),
-                  g = gaussians(s.tokens * s.experts, 6);
+  for (const Shape s :
+       {Shape{1, 1, 1, 1}, {37, 130, 60, 1}, {5, 33, 144, 1}, {3, 64, 160, 1}, {2, 40, 384, 1}, {4, 9, 8, 1e-310}}) {
+    const Doubles x = gaussians(s.tokens * s.hidden, 4, s.scale),
+                  w = gaussians(s.experts * s.hidden, 5, 0.05 * s.scale), g = gaussians(s.tokens * s.experts, 6);
     at::Tensor tx = tensor(x, s.tokens).set_requires_grad(true), tw = tensor(w, s.experts).set_requires_grad(true);
     const at::Tensor up = tensor(g, s.tokens);
     (ref::gate_logits(tx, tw) * up).sum().backward();
     Doubles d_w(w.size()), d_x(x.size());
-    BOOST_REQUIRE(k::gate_backward(k::GateBackwardArgs<double>{g.data(), x.data(), w.data(), s.tokens, s.hidden, s.experts}, d_w.data(), d_x.data()) == k::Status::kOk);
-    const at::Tensor size_w = up.abs().t().mm(tensor(x, s.tokens).abs()).contiguous(), size_x = up.abs().mm(tensor(w, s.experts).abs()).contiguous();
+    BOOST_REQUIRE(
+        k::gate_backward(k::GateBackwardArgs<double>{g.data(), x.data(), w.data(), s.tokens, s.hidden, s.experts},
+                         d_w.data(), d_x.data()) == k::Status::kOk);
+    const at::Tensor size_w = up.abs().t().mm(tensor(x, s.tokens).abs()).contiguous(),
+                     size_x = up.abs().mm(tensor(w, s.experts).abs()).contiguous();
     const auto check = [](const Doubles& got, const at::Tensor& gradient, const at::Tensor& size, std::int64_t terms) {
       const at::Tensor want = gradient.contiguous();
       for (std::size_t i = 0; i < got.size(); ++i)
-        BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i], 2 * k::bounds::sum_in_any_order(terms, 1, size.data_ptr<double>()[i]));
+        BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i],
+                          2 * k::bounds::sum_in_any_order(terms, 1, size.data_ptr<double>()[i]));
     };
     check(d_w, tw.grad(), size_w, s.tokens);
     check(d_x, tx.grad(), size_x, s.experts);

@@ -2,7 +2,6 @@
 // by fixtures/make/router_golden.py), and the weight round trips against bitsandbytes.
 #define BOOST_TEST_MODULE router_golden
 #include <ATen/ATen.h>
-
 #include <unistd.h>
 
 #include <algorithm>
@@ -237,13 +236,15 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
   // What two evaluations of a float32 logit may differ by; the same bfloat16 number nearly always, else one place.
   double logit_error = 0;
   for (std::size_t i = 0; theirs.empty() && i < ours.size(); ++i) {
-    logit_error = std::max(logit_error, gate == Float::kBF16 ? k::spacing(exact_values[i], gate)
-                                                             : library_logit_error(g, i, exact_values[i], gate) +
-                                                                   bounds::gate(g.hidden, absolute_sum(g, i), gate, false));
+    logit_error =
+        std::max(logit_error, gate == Float::kBF16 ? k::spacing(exact_values[i], gate)
+                                                   : library_logit_error(g, i, exact_values[i], gate) +
+                                                         bounds::gate(g.hidden, absolute_sum(g, i), gate, false));
   }
   double range = 0;
   for (std::size_t t = 0; t < from.size(); t += static_cast<std::size_t>(g.experts)) {
-    const auto [low, high] = std::minmax_element(from.begin() + static_cast<std::ptrdiff_t>(t), from.begin() + static_cast<std::ptrdiff_t>(t) + g.experts);
+    const auto [low, high] = std::minmax_element(from.begin() + static_cast<std::ptrdiff_t>(t),
+                                                 from.begin() + static_cast<std::ptrdiff_t>(t) + g.experts);
     range = std::max(range, *high - *low);
   }
   const Float stored = float_of(at(run, "weights_dtype"));

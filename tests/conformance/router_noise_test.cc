@@ -1,4 +1,5 @@
-// The noise of routers: kernels/host against reference/ and its autograd; rounding of jittered inputs against LibTorch's.
+// The noise of routers: kernels/host against reference/ and its autograd; rounding of jittered inputs against
+// LibTorch's.
 #define BOOST_TEST_MODULE router_noise
 #include "kernels/host/router_noise.h"
 
@@ -30,14 +31,18 @@ std::vector<double> gaussians(std::int64_t n, std::uint64_t stream, double scale
   return v;
 }
 at::Tensor tensor(const std::vector<double>& v, std::int64_t rows) {
-  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble).clone();
+  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble)
+      .clone();
 }
 
 /// On both sides.
-double bound(double logit, double noise, double deviation) { return 2 * bounds::noisy_logit(logit, std::fabs(noise) * deviation); }
+double bound(double logit, double noise, double deviation) {
+  return 2 * bounds::noisy_logit(logit, std::fabs(noise) * deviation);
+}
 
 BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
-  for (const auto& [tokens, experts] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {2, 144}, {2, 384}, {40, 8}}) {
+  for (const auto& [tokens, experts] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 160}, {2, 144}, {2, 384}, {40, 8}}) {
     for (const double eps : {0.0, 1e-2}) {
       const std::int64_t n = tokens * experts;
       const auto logits = gaussians(n, 1, 1), noise = gaussians(n, 2, 1), upstream = gaussians(n, 4, 1);
@@ -54,11 +59,13 @@ BOOST_AUTO_TEST_CASE(noisy_logits_and_their_gradient) {
       BOOST_REQUIRE(k::noisy_logits_backward(a, upstream.data(), gradient.data()) == k::Status::kOk);
       const at::Tensor want = out.detach().contiguous(), slope = nl.grad().contiguous();
       for (std::int64_t i = 0; i < n; ++i) {
-        const double deviation = std::log1p(std::exp(std::min(noise_logits[i], 20.0))) + std::max(noise_logits[i] - 20, 0.0) + eps;
+        const double deviation =
+            std::log1p(std::exp(std::min(noise_logits[i], 20.0))) + std::max(noise_logits[i] - 20, 0.0) + eps;
         BOOST_CHECK_SMALL(got[i] - want.data_ptr<double>()[i], bound(logits[i], noise[i], deviation));
         // Four roundings for a sigmoid, two products; torch has exp(x) / (1 + exp(x)) with as many.
         const double expected = slope.data_ptr<double>()[i];
-        BOOST_CHECK_SMALL(gradient[i] - expected, 2 * bounds::gamma(7, 0x1p-53) * std::fabs(expected) + bounds::smallest(Float::kF64));
+        BOOST_CHECK_SMALL(gradient[i] - expected,
+                          2 * bounds::gamma(7, 0x1p-53) * std::fabs(expected) + bounds::smallest(Float::kF64));
       }
     }
   }
@@ -85,7 +92,9 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_in_its_place) {
       const double w = want.data_ptr<double>()[5];
       for (std::size_t i = 0; i < 12; ++i) BOOST_CHECK(i == 5 || got[i] == fine[i]);
       const double deviation = std::isfinite(s[5]) ? std::log1p(std::exp(s[5])) : 0;
-      BOOST_CHECK_MESSAGE(std::isfinite(w) ? std::fabs(got[5] - w) <= bound(l[5], z[5], deviation) : std::isnan(w) ? std::isnan(got[5]) : got[5] == w,
+      BOOST_CHECK_MESSAGE(std::isfinite(w) ? std::fabs(got[5] - w) <= bound(l[5], z[5], deviation)
+                          : std::isnan(w)  ? std::isnan(got[5])
+                                           : got[5] == w,
                           bad << " in argument " << of << ": " << got[5] << ", not " << w);
     }
   }
@@ -105,11 +114,12 @@ BOOST_AUTO_TEST_CASE(fixed_deviation_and_float32) {
   BOOST_CHECK(k::noisy_logits(a, got.data()) == k::Status::kNullPointer);
 }
 
-// Noisy top-k whole: noise, the k largest, softmax over them (arXiv 1701.06538 equations 3 to 5); gradients of the clean
-// logits and of those of the noise against autograd and central differences.
+// Noisy top-k whole: noise, the k largest, softmax over them (arXiv 1701.06538 equations 3 to 5); gradients of the
+// clean logits and of those of the noise against autograd and central differences.
 BOOST_AUTO_TEST_CASE(noisy_top_k_and_its_gradients) {
   const std::int64_t tokens = 6, experts = 10, top_k = 3, n = tokens * experts;
-  const auto clean = gaussians(n, 11, 1), noise = gaussians(n, 12, 1), raw = gaussians(n, 13, 1), upstream = gaussians(tokens * top_k, 14, 1);
+  const auto clean = gaussians(n, 11, 1), noise = gaussians(n, 12, 1), raw = gaussians(n, 13, 1),
+             upstream = gaussians(tokens * top_k, 14, 1);
   std::vector<double> noisy(static_cast<std::size_t>(n)), weights(upstream.size()), d_clean(noisy), d_raw(noisy);
   std::vector<std::int32_t> chosen(upstream.size());
   k::RouteBackwardArgs<double> b;
@@ -131,7 +141,9 @@ BOOST_AUTO_TEST_CASE(noisy_top_k_and_its_gradients) {
   const at::Tensor z = tensor(clean, tokens).set_requires_grad(true), r = tensor(raw, tokens).set_requires_grad(true);
   ref::RouteOptions o;
   o.top_k = top_k, o.softmax_after_top_k = true;
-  (ref::route(ref::noisy_logits(z, tensor(noise, tokens), r, 1e-2), o).weights * tensor(upstream, tokens)).sum().backward();
+  (ref::route(ref::noisy_logits(z, tensor(noise, tokens), r, 1e-2), o).weights * tensor(upstream, tokens))
+      .sum()
+      .backward();
   const at::Tensor want_clean = z.grad().contiguous(), want_raw = r.grad().contiguous();
   for (std::size_t i = 0; i < noisy.size(); ++i) {
     BOOST_CHECK_SMALL(d_clean[i] - want_clean.data_ptr<double>()[i], 1e-14);  // some 50 roundings of numbers below 2
@@ -161,12 +173,13 @@ BOOST_AUTO_TEST_CASE(jitter_and_its_gradient) {
   BOOST_CHECK(k::jitter(x.data(), factor.data(), -1, Float::kF64, got.data()) == k::Status::kBadShape);
 }
 
-// LibTorch multiplies two bfloat16 tensors as floats and rounds: bit for bit ours, NaN, infinities and subnormals included.
+// LibTorch multiplies two bfloat16 tensors as floats and rounds: bit for bit ours, NaN, infinities and subnormals
+// included.
 BOOST_AUTO_TEST_CASE(jitter_has_the_bits_of_torch) {
   const std::int64_t n = 4096;
   at::Tensor x = at::randn({n}).to(at::kBFloat16), factor = (at::rand({n}) * 0.02 + 0.99).to(at::kBFloat16);
-  x[0] = std::numeric_limits<float>::infinity(), x[1] = std::numeric_limits<float>::quiet_NaN(), x[2] = 1e-40f, x[3] = -0.0f,
-  x[4] = 3.38e38f, factor[4] = 1.0078125f;
+  x[0] = std::numeric_limits<float>::infinity(), x[1] = std::numeric_limits<float>::quiet_NaN(), x[2] = 1e-40f,
+  x[3] = -0.0f, x[4] = 3.38e38f, factor[4] = 1.0078125f;
   const at::Tensor want = (x * factor).to(at::kFloat).contiguous(), xf = x.to(at::kFloat).contiguous(),
                    ff = factor.to(at::kFloat).contiguous();
   std::vector<float> got(static_cast<std::size_t>(n));

@@ -99,8 +99,8 @@ double dot_in_any_order(std::int64_t n, double absolute) {
   return bounds::sum_of_products(n, static_cast<double>(n), absolute, k::Float::kF64);
 }
 
-/// Central differences of f along every coordinate of x, against the gradient: off by step^2 / 6 of the third derivative,
-/// 2e-11 of it, and by the rounding of f over the step, 1e-11 of f. f must be smooth on the step.
+/// Central differences of f along every coordinate of x, against the gradient: off by step^2 / 6 of the third
+/// derivative, 2e-11 of it, and by the rounding of f over the step, 1e-11 of f. f must be smooth on the step.
 void differences(const std::string& what, Doubles x, const Doubles& gradient,
                  const std::function<double(const Doubles&)>& f, double step = 1e-5) {
   const double scale = std::max(1e-3, largest(gradient));

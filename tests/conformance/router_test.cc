@@ -173,33 +173,40 @@ BOOST_AUTO_TEST_CASE(low_precision_gate_is_rounded_once) {
     };
     const Comparison c = compare(Values<double>{{T, E}, truth}, Values<double>{{T, E}, low}, o);
     require_ok(c, name_of(f));
-    BOOST_CHECK_GT(c.max_ulp.value, 0.25);  // and it does round, by half a place: rounding inside the sum is off by many
+    BOOST_CHECK_GT(c.max_ulp.value,
+                   0.25);  // and it does round, by half a place: rounding inside the sum is off by many
   }
 }
 
 // sqrt(softplus) of tensors in a low precision has one in between: what LibTorch's tensors give.
 BOOST_AUTO_TEST_CASE(sqrt_softplus_rounds_softplus_too) {
   const std::int64_t E = 16, T = 64;
-  for (const auto& [f, torch] : std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
+  for (const auto& [f, torch] :
+       std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
     std::vector<float> logits = gaussians(T * E, 15, 6.0f), choice(logits.size()), weights(T);
     k::round_values(logits.data(), T * E, f, logits.data());
     std::vector<std::int32_t> chosen(T);
     k::RouteArgs<float> a;
-    a.logits = logits.data(), a.tokens = T, a.experts = E, a.top_k = 1, a.score = k::Score::kSqrtSoftplus, a.tensor_dtype = f;
+    a.logits = logits.data(), a.tokens = T, a.experts = E, a.top_k = 1, a.score = k::Score::kSqrtSoftplus,
+    a.tensor_dtype = f;
     BOOST_REQUIRE(k::route(a, {chosen.data(), weights.data(), nullptr, choice.data()}) == k::Status::kOk);
     // LibTorch 1.13 has neither in float16 on a CPU: each in float32, and rounded.
     const at::Tensor l = tensor(widened(logits), {T, E}).to(at::kFloat);
     const at::Tensor soft = at::softplus(l, 1, 20).to(torch).to(at::kFloat), want = at::sqrt(soft).to(torch);
-    require_ok(compare(Values<double>{{T, E}, values(want.to(at::kDouble))}, Values<float>{{T, E}, choice}), name_of(f));
+    require_ok(compare(Values<double>{{T, E}, values(want.to(at::kDouble))}, Values<float>{{T, E}, choice}),
+               name_of(f));
   }
 }
 
-// Rounding inside the sum, the variant: what LibTorch's tensors of the dtype give, bit for bit, and what the gate above does not.
+// Rounding inside the sum, the variant: what LibTorch's tensors of the dtype give, bit for bit, and what the gate above
+// does not.
 BOOST_AUTO_TEST_CASE(rounding_inside_the_sum_is_another_gate) {
   const std::int64_t d = 300, E = 12, T = 9;
-  for (const auto& [f, torch] : std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
+  for (const auto& [f, torch] :
+       std::vector<std::pair<Float, at::ScalarType>>{{Float::kBF16, at::kBFloat16}, {Float::kF16, at::kHalf}}) {
     std::vector<float> x = gaussians(T * d, 12), w = gaussians(E * d, 13, 0.05f), bias = gaussians(E, 14);
-    for (std::vector<float>* v : {&x, &w, &bias}) k::round_values(v->data(), static_cast<std::int64_t>(v->size()), f, v->data());
+    for (std::vector<float>* v : {&x, &w, &bias})
+      k::round_values(v->data(), static_cast<std::int64_t>(v->size()), f, v->data());
     std::vector<double> once = gate<float, double>(x, w, {}, T, d, E);
     k::round_values(once.data(), T * E, f, once.data());
     for (const std::int64_t stretch : {std::int64_t{1}, std::int64_t{64}, d}) {
@@ -207,9 +214,11 @@ BOOST_AUTO_TEST_CASE(rounding_inside_the_sum_is_another_gate) {
         std::vector<float> got(static_cast<std::size_t>(T * E));
         const k::RoundedGateArgs a{x.data(), w.data(), biased ? bias.data() : nullptr, T, d, E, f, stretch};
         BOOST_REQUIRE(k::rounded_gate_logits(a, got.data()) == k::Status::kOk);
-        const auto want = values(ref::rounded_gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}),
-                                                          biased ? tensor(widened(bias), {E}) : at::Tensor(), torch, stretch));
-        require_ok(compare(Values<double>{{T, E}, want}, Values<float>{{T, E}, got}), std::string(name_of(f)) + " by " + std::to_string(stretch));
+        const auto want =
+            values(ref::rounded_gate_logits(tensor(widened(x), {T, d}), tensor(widened(w), {E, d}),
+                                            biased ? tensor(widened(bias), {E}) : at::Tensor(), torch, stretch));
+        require_ok(compare(Values<double>{{T, E}, want}, Values<float>{{T, E}, got}),
+                   std::string(name_of(f)) + " by " + std::to_string(stretch));
         if (biased) continue;
         std::size_t differ = 0;
         for (std::size_t i = 0; i < got.size(); ++i) differ += static_cast<double>(got[i]) != once[i] ? 1 : 0;
@@ -262,7 +271,8 @@ std::vector<Case> cases() {
   add("one expert", 1, 1, renormalised);
   add("k = E", 8, 8, renormalised);
   add("switch, top-1", 64, 1, nothing);
-  add("one choice, sigmoid", 16, 1, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
+  add(
+      "one choice, sigmoid", 16, 1, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid; }, true);
   add("mixtral", 8, 2, renormalised);
   add("no renormalisation", 60, 4, nothing);
   add("E = 144", 144, 8, renormalised);
@@ -279,9 +289,13 @@ std::vector<Case> cases() {
   add("deepseek_v3 before 5.6", 256, 8, grouped(ref::GroupScore::kTop2Sum, 8, 4, ref::Score::kSigmoid, true), true);
   add("k beyond what the groups leave", 16, 6, grouped(ref::GroupScore::kTop2Sum, 4, 1, ref::Score::kSigmoid, false),
       true);
-  add("node-limited, three of a group", 64, 9, grouped(ref::GroupScore::kTopShareSum, 4, 3, ref::Score::kSigmoid, false), true);
-  add("node-limited, fewer choices than nodes", 64, 2, grouped(ref::GroupScore::kTopShareSum, 8, 4, ref::Score::kSoftmax, false));
-  add("multiplied bias", 64, 8, [](ref::RouteOptions& o) { o.bias_multiplies = true, o.renormalise = true, o.renormalise_eps = 1e-20; }, true);
+  add("node-limited, three of a group", 64, 9,
+      grouped(ref::GroupScore::kTopShareSum, 4, 3, ref::Score::kSigmoid, false), true);
+  add("node-limited, fewer choices than nodes", 64, 2,
+      grouped(ref::GroupScore::kTopShareSum, 8, 4, ref::Score::kSoftmax, false));
+  add(
+      "multiplied bias", 64, 8,
+      [](ref::RouteOptions& o) { o.bias_multiplies = true, o.renormalise = true, o.renormalise_eps = 1e-20; }, true);
   add("groups of logits, softmax after", 64, 6, [](ref::RouteOptions& o) {  // Megatron-LM without pre-softmax
     o.softmax_after_top_k = true, o.group_score = ref::GroupScore::kTop2Sum, o.groups = 8, o.top_groups = 3;
   });
@@ -429,9 +443,8 @@ void what_is_not_finite_chooses_alike() {
     at(0, 2) = kInf;
     at(1, 1) = at(1, 5) = -kInf;
     at(2, 3) = kNan;
-    const ref::Routed truth =
-        ref::route(tensor({logits.begin(), logits.end()}, {3, c.experts}), c.options,
-                   c.correction ? tensor({bias.begin(), bias.end()}, {c.experts}) : at::Tensor());
+    const ref::Routed truth = ref::route(tensor({logits.begin(), logits.end()}, {3, c.experts}), c.options,
+                                         c.correction ? tensor({bias.begin(), bias.end()}, {c.experts}) : at::Tensor());
     std::vector<std::int32_t> got(static_cast<std::size_t>(3 * c.top_k));
     std::vector<T> weights(got.size());
     BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) ==
@@ -455,9 +468,11 @@ BOOST_AUTO_TEST_CASE(one_token) {
   for (const Case& c : cases()) {
     const std::vector<float> logits = edge_logits(c.experts), bias = gaussians(c.experts, 21, 0.05f);
     const auto route = [&](const std::vector<float>& z) {
-      std::vector<std::int32_t> chosen(z.size() / static_cast<std::size_t>(c.experts) * static_cast<std::size_t>(c.top_k));
+      std::vector<std::int32_t> chosen(z.size() / static_cast<std::size_t>(c.experts) *
+                                       static_cast<std::size_t>(c.top_k));
       std::vector<float> weights(chosen.size());
-      BOOST_REQUIRE(k::route(args_of<float>(c, z, bias), {chosen.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
+      BOOST_REQUIRE(k::route(args_of<float>(c, z, bias), {chosen.data(), weights.data(), nullptr, nullptr}) ==
+                    k::Status::kOk);
       return std::pair(chosen, weights);
     };
     const auto all = route(logits);
@@ -511,9 +526,10 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
     for (std::size_t g = 0; g < n; g += size) {
       std::vector<double> members(choice.begin() + g, choice.begin() + g + size);
       std::sort(members.rbegin(), members.rend());
-      const std::int64_t best = o.group_score == ref::GroupScore::kTop2Sum       ? 2
-                                : o.group_score == ref::GroupScore::kTopShareSum ? std::max<std::int64_t>(1, o.top_k / o.top_groups)
-                                                                                 : 1;
+      const std::int64_t best = o.group_score == ref::GroupScore::kTop2Sum ? 2
+                                : o.group_score == ref::GroupScore::kTopShareSum
+                                    ? std::max<std::int64_t>(1, o.top_k / o.top_groups)
+                                    : 1;
       group.push_back(std::accumulate(members.begin(), members.begin() + best, 0.0));
     }
     for (std::size_t e = 0; e < n; ++e) {

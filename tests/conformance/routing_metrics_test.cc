@@ -450,7 +450,8 @@ BOOST_AUTO_TEST_CASE(co_activation_rates_and_chance) {
   }
   // N_ij / N_i, and over N_j / T.
   const at::Tensor n = longs(pairs, {16, 16}).to(at::kDouble), own = n.diagonal();
-  const at::Tensor want_rate = (n / own.unsqueeze(1)).contiguous(), want_lift = (n * 3000 / (own.unsqueeze(1) * own)).contiguous();
+  const at::Tensor want_rate = (n / own.unsqueeze(1)).contiguous(),
+                   want_lift = (n * 3000 / (own.unsqueeze(1) * own)).contiguous();
   for (std::size_t i = 0; i < 256; ++i) {
     if (i % 17 == 0) continue;
     BOOST_CHECK_SMALL(r[i] - want_rate.data_ptr<double>()[i], 2 * kU * r[i]);
@@ -486,8 +487,12 @@ BOOST_AUTO_TEST_CASE(scopes_of_load) {
   BOOST_CHECK(s.micro_max_violation > s.step_max_violation && s.step_max_violation > s.pooled_max_violation);
   BOOST_CHECK(s.micro_cv > s.step_cv && s.step_cv > s.pooled_cv);
   const auto want = ref::load_scopes(longs(many, {steps, micro, experts}));
-  for (const auto& [name, got] : {std::pair<const char*, double>{"micro_max_violation", s.micro_max_violation}, {"step_max_violation", s.step_max_violation},
-                                  {"pooled_max_violation", s.pooled_max_violation}, {"micro_cv", s.micro_cv}, {"step_cv", s.step_cv}, {"pooled_cv", s.pooled_cv}})
+  for (const auto& [name, got] : {std::pair<const char*, double>{"micro_max_violation", s.micro_max_violation},
+                                  {"step_max_violation", s.step_max_violation},
+                                  {"pooled_max_violation", s.pooled_max_violation},
+                                  {"micro_cv", s.micro_cv},
+                                  {"step_cv", s.step_cv},
+                                  {"pooled_cv", s.pooled_cv}})
     near(name, got, want.at(name), bounds::gamma(64, kU));
   // One micro-batch a step, one step: all the same number; it is load_statistics()'s.
   k::LoadStatistics one;
@@ -580,7 +585,8 @@ BOOST_AUTO_TEST_CASE(load_of_ranks) {
     place(run, 8);  // eight ranks of eight: between the two
     BOOST_CHECK(p.max_over_mean > 1 && p.max_over_mean < 1 + s.max_violation);
   }
-  // What is said of an even router, against one: below, and in that region. Experts one by one, then with 0 to 15 twice.
+  // What is said of an even router, against one: below, and in that region. Experts one by one, then with 0 to 15
+  // twice.
   const Shape s{4096, 64, 8};
   for (const std::int64_t copies : {0, 16}) {
     Ids slot, rank;
@@ -600,7 +606,8 @@ BOOST_AUTO_TEST_CASE(load_of_ranks) {
       BOOST_REQUIRE(k::placement_load(b, nullptr, &p) == K::kOk);
       seen += p.max_over_mean / 8;
     }
-    BOOST_CHECK_MESSAGE(seen < p.even_router * 1.005 && seen > 1 + 0.5 * (p.even_router - 1), seen << " " << p.even_router);
+    BOOST_CHECK_MESSAGE(seen < p.even_router * 1.005 && seen > 1 + 0.5 * (p.even_router - 1),
+                        seen << " " << p.even_router);
   }
 }
 

@@ -87,7 +87,8 @@ void cross_entropy_agrees() {
                            bounds::gamma(static_cast<double>(s.tokens), k::unit_roundoff(k::Float::kF64)) * truth));
     BOOST_CHECK(got.labels == s.tokens - std::count(b.labels.begin(), b.labels.end(), k::kIgnored));
     const at::Tensor gradient = z.grad().contiguous();
-    const double relative = 2 * bounds::softmax_relative(s.words, 0, *high - *low, k::Float::kF64) + bounds::gamma(4, k::unit_roundoff(k::Float::kF64)) +
+    const double relative = 2 * bounds::softmax_relative(s.words, 0, *high - *low, k::Float::kF64) +
+                            bounds::gamma(4, k::unit_roundoff(k::Float::kF64)) +
                             (sizeof(T) == 4 ? k::unit_roundoff(k::Float::kF32) : 0);
     for (std::int64_t i = 0; i < s.tokens * s.words; ++i) {
       const double theirs = weight * gradient.data_ptr<double>()[i];
@@ -202,7 +203,9 @@ BOOST_AUTO_TEST_CASE(wrong_normalisations) {
 }
 
 at::Tensor table(const Longs& v, std::int64_t ranks) {
-  return at::from_blob(const_cast<std::int64_t*>(v.data()), {ranks, static_cast<std::int64_t>(v.size()) / ranks}, at::kLong).clone();
+  return at::from_blob(const_cast<std::int64_t*>(v.data()), {ranks, static_cast<std::int64_t>(v.size()) / ranks},
+                       at::kLong)
+      .clone();
 }
 
 /// Uneven micro-batches, two of them without a label; the weights are the reference's gradient.
@@ -210,7 +213,8 @@ BOOST_AUTO_TEST_CASE(normalisations_agree_with_the_reference) {
   for (const std::int64_t ranks : {1, 3}) {
     const Longs labels = {3, 0, 7, 1, 12, 5, 0, 2, 9, 4, 4, 100};
     Doubles sums;
-    for (std::size_t i = 0; i < labels.size(); ++i) sums.push_back((1.5 + 0.37 * static_cast<double>(i)) * static_cast<double>(labels[i]));
+    for (std::size_t i = 0; i < labels.size(); ++i)
+      sums.push_back((1.5 + 0.37 * static_cast<double>(i)) * static_cast<double>(labels[i]));
     for (int how = 0; how <= static_cast<int>(Normalisation::kSum); ++how) {
       at::Tensor s = at::tensor(sums, at::kDouble).reshape({ranks, -1}).set_requires_grad(true);
       const at::Tensor want = ref::normalised(static_cast<ref::Normalisation>(how), s, table(labels, ranks));
@@ -220,7 +224,8 @@ BOOST_AUTO_TEST_CASE(normalisations_agree_with_the_reference) {
       BOOST_CHECK_CLOSE_FRACTION(got, want.item<double>(), bounds::gamma(40, 0x1p-53));
       const at::Tensor slope = s.grad().contiguous();
       for (std::size_t i = 0; i < labels.size(); ++i) {
-        if (labels[i] > 0) BOOST_CHECK_CLOSE_FRACTION(weight[i], slope.data_ptr<double>()[i], bounds::gamma(10, 0x1p-53));
+        if (labels[i] > 0)
+          BOOST_CHECK_CLOSE_FRACTION(weight[i], slope.data_ptr<double>()[i], bounds::gamma(10, 0x1p-53));
       }
     }
   }
@@ -237,23 +242,29 @@ BOOST_AUTO_TEST_CASE(weights_of_terms) {
   };
   const Longs tokens = {40, 35, 50, 10, 60, 45}, labels = {31, 20, 0, 9, 58, 44};
   for (int how = 0; how < kForms; ++how) {
-    at::Tensor terms = at::tensor(Doubles{1.2, 1.1, 1.7, 1.0, 2.2, 1.9}, at::kDouble).reshape({2, 3}).set_requires_grad(true);
-    ref::joined_terms(static_cast<ref::TermWeight>(how), {2, 4, 8, 5}, terms, table(tokens, 2), table(labels, 2)).backward();
+    at::Tensor terms =
+        at::tensor(Doubles{1.2, 1.1, 1.7, 1.0, 2.2, 1.9}, at::kDouble).reshape({2, 3}).set_requires_grad(true);
+    ref::joined_terms(static_cast<ref::TermWeight>(how), {2, 4, 8, 5}, terms, table(tokens, 2), table(labels, 2))
+        .backward();
     const Doubles got = weights(static_cast<TermWeight>(how), tokens, labels);
     const at::Tensor want = terms.grad().contiguous();
-    for (std::size_t i = 0; i < 6; ++i) BOOST_CHECK_CLOSE_FRACTION(got[i], want.data_ptr<double>()[i], bounds::gamma(10, 0x1p-53));
+    for (std::size_t i = 0; i < 6; ++i)
+      BOOST_CHECK_CLOSE_FRACTION(got[i], want.data_ptr<double>()[i], bounds::gamma(10, 0x1p-53));
   }
   // Even micro-batches whose tokens are all labels: the factors that the header gives. M = 3, W = 2, t = 24.
   const Longs even(6, 24), half(6, 12);
   const double factors[kForms] = {1, 3, 1.0 / (3 * 24), 1.0 / 8, 1.0 / 5, 8, 1.0 / 4, 1, 1.0 / 3, 1, 8};
   for (int how = 0; how < kForms; ++how) {
-    for (const double w : weights(static_cast<TermWeight>(how), even, even)) BOOST_CHECK_CLOSE(w, factors[how] / 6, 1e-12);
+    for (const double w : weights(static_cast<TermWeight>(how), even, even))
+      BOOST_CHECK_CLOSE(w, factors[how] / 6, 1e-12);
   }
-  for (const double w : weights(TermWeight::kAllTokens, even, half)) BOOST_CHECK_CLOSE(w, 2.0 / 6, 1e-12);  // half of them prompts
+  for (const double w : weights(TermWeight::kAllTokens, even, half))
+    BOOST_CHECK_CLOSE(w, 2.0 / 6, 1e-12);  // half of them prompts
   Doubles w(6);
   const Longs none(6);
   BOOST_CHECK(k::term_weights(TermWeight::kMean, step, tokens.data(), none.data(), w.data()) == k::Status::kBadShape);
-  BOOST_CHECK(k::term_weights(TermWeight::kMean, {2, 0}, tokens.data(), labels.data(), w.data()) == k::Status::kBadShape);
+  BOOST_CHECK(k::term_weights(TermWeight::kMean, {2, 0}, tokens.data(), labels.data(), w.data()) ==
+              k::Status::kBadShape);
   BOOST_CHECK(k::term_weights(TermWeight::kMean, step, nullptr, labels.data(), w.data()) == k::Status::kNullPointer);
 }
 

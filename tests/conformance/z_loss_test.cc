@@ -1,5 +1,5 @@
-// The z-loss: kernels/host against reference/ within bounds.h; both against the closed-form test vector, of which the values
-// of right and wrong formulas are known, and against transformers; every vector width has the same bits.
+// The z-loss: kernels/host against reference/ within bounds.h; both against the closed-form test vector, of which the
+// values of right and wrong formulas are known, and against transformers; every vector width has the same bits.
 #define BOOST_TEST_MODULE z_loss
 #include "kernels/host/z_loss.h"
 
@@ -110,7 +110,8 @@ BOOST_AUTO_TEST_CASE(z_loss_of_the_test_vector) {
 BOOST_AUTO_TEST_CASE(golden_values_of_transformers) {
   const auto golden = nlohmann::json::parse(std::ifstream(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/balance_loss.json"));
   BOOST_REQUIRE(golden["releases"].size() >= 3);
-  for (const auto& [version, release] : golden["releases"].items()) says("Switch's z-loss", z_of(vector_logits(0)), release["z_loss"]);
+  for (const auto& [version, release] : golden["releases"].items())
+    says("Switch's z-loss", z_of(vector_logits(0)), release["z_loss"]);
 }
 
 BOOST_AUTO_TEST_CASE(z_loss_agrees_with_the_reference) {
@@ -118,7 +119,8 @@ BOOST_AUTO_TEST_CASE(z_loss_agrees_with_the_reference) {
     std::int64_t tokens, experts;
     double scale;
   };
-  for (const Shape s : {Shape{1, 1, 1}, {5, 8, 1}, {257, 60, 3}, {300, 144, 30}, {64, 384, 1e-3}, {16, 160, 1e4}, {3, 8, 1e-310}}) {
+  for (const Shape s :
+       {Shape{1, 1, 1}, {5, 8, 1}, {257, 60, 3}, {300, 144, 30}, {64, 384, 1e-3}, {16, 160, 1e4}, {3, 8, 1e-310}}) {
     const auto n = s.tokens * s.experts;
     std::vector<float> g(static_cast<std::size_t>(n));
     k::unit_gaussians(9, 3, 0, n, g.data());
@@ -155,7 +157,8 @@ BOOST_AUTO_TEST_CASE(z_loss_agrees_with_the_reference) {
         const double* g = gradient.data() + row * s.experts;
         const double l = masked && valid[static_cast<std::size_t>(row)] == 0 ? 0 : lse[static_cast<std::size_t>(row)];
         BOOST_CHECK_SMALL(std::accumulate(g, g + s.experts, 0.0) - share * l,
-                          static_cast<double>(s.experts) * bounds::z_loss_gradient(s.experts, range, 0, largest, share, share * largest));
+                          static_cast<double>(s.experts) *
+                              bounds::z_loss_gradient(s.experts, range, 0, largest, share, share * largest));
       }
     }
   }
@@ -212,7 +215,8 @@ void same_on_every_target(std::int64_t tokens, std::int64_t experts) {
   k::unit_gaussians(9, 5, 0, tokens * experts, g.data());
   std::vector<T> z;
   for (float v : g) z.push_back(T(v) / 3);
-  for (std::size_t i = 7; i < z.size(); i += 191) z[i] = i % 3 == 0 && experts > 1 ? T(-kInf) : i % 3 == 1 ? T(-1e4) : T(1e-42);
+  for (std::size_t i = 7; i < z.size(); i += 191)
+    z[i] = i % 3 == 0 && experts > 1 ? T(-kInf) : i % 3 == 1 ? T(-1e4) : T(1e-42);
   double first = 0;
   Doubles first_lse;
   std::vector<T> first_gradient;

@@ -276,7 +276,8 @@ cudaError_t cudaGetLastError() { return take_error(); }
 cudaError_t cudaDeviceSynchronize() { return take_error(); }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : emulator::shown.c_str(); }
 cudaError_t cudaMalloc(void** p, std::size_t bytes) {
-  if (posix_memalign(p, 256, bytes) != 0) return cudaErrorMemoryAllocation;  // no byte to spare: AddressSanitizer sees the end
+  if (posix_memalign(p, 256, bytes) != 0)
+    return cudaErrorMemoryAllocation;  // no byte to spare: AddressSanitizer sees the end
   std::memset(*p, 0xa5, bytes);
   return cudaSuccess;
 }

@@ -56,7 +56,8 @@ inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 inline int __double2loint(double v) { return static_cast<int>(std::bit_cast<unsigned long long>(v)); }
 inline int __double2hiint(double v) { return static_cast<int>(std::bit_cast<unsigned long long>(v) >> 32); }
 inline double __hiloint2double(int high, int low) {
-  return std::bit_cast<double>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
+  return std::bit_cast<double>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 |
+                               static_cast<unsigned>(low));
 }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }

@@ -9,9 +9,9 @@
 // a shuffle; a missing barrier gives wrong results in one of them. What runs by itself does so either at once or as
 // late as it may, when it is waited for: copies by cp.async late and products by wgmma at once (so that what is not
 // there yet shows), but in `forward` and with odd numbers the other way round (so that what is overwritten too early
-// shows). Device memory and dynamic shared memory that nobody wrote hold 0xa5. What would be undefined or would hang (a collective that some of its
-// lanes never reach, a barrier that not all threads reach) ends the launch with an error, which cudaGetLastError() and
-// cudaDeviceSynchronize() return.
+// shows). Device memory and dynamic shared memory that nobody wrote hold 0xa5. What would be undefined or would hang (a
+// collective that some of its lanes never reach, a barrier that not all threads reach) ends the launch with an error,
+// which cudaGetLastError() and cudaDeviceSynchronize() return.
 #pragma once
 
 #include <array>

@@ -95,7 +95,8 @@ TEST_F(BalanceLossCuda, SameBitsAsTheHost) {
       check_balance<double>(2, 4, 1, c, masked, false, what);
       c.averaged = Averaged::kOverSum, c.sum_eps = masked ? 1e-20 : 0.5;
       check_balance<float>(1000, 128, 8, c, masked, false, what + ", over its sum");
-      check_balance<double>(777, 160, 6, c, masked, balanced != Balanced::kCommunication, what + ", over its sum, given counts");
+      check_balance<double>(777, 160, 6, c, masked, balanced != Balanced::kCommunication,
+                            what + ", over its sum, given counts");
     }
     BalanceConvention c;
     c.over_k = false, c.over_sets = OverSets::kSum;

@@ -58,7 +58,7 @@ TEST(Elementary, Float32ExpAndSigmoid) {
     for (const float y : {x, -x})
       of_sigmoid = std::max(of_sigmoid, off(sigmoid_float(y), 1 / (1 + std::exp(-static_cast<double>(y)))));
   }
-  EXPECT_LE(of_exp, 1.0);  // 0.92 over every float32
+  EXPECT_LE(of_exp, 1.0);      // 0.92 over every float32
   EXPECT_LE(of_sigmoid, 2.5);  // gamma_5 is 5 half places at most
   const float infinity = std::numeric_limits<float>::infinity();
   EXPECT_EQ(exp_of_non_positive(0.0f), 1.0f);
@@ -96,9 +96,11 @@ TEST(Elementary, Log1pKeepsSmallNumbers) {
 }
 
 TEST(Elementary, TheEntropyOfATokenHasTheBitsOfScalarLogarithmsOnEveryTarget) {
-  const double odd[] = {0.0, 1.0, 0.5, 0.70710678118654746, 0.70710678118654757, 0x1p-1022, 0x1p-1030, 5e-324, 1 - 0x1p-53, 1e-200};
+  const double odd[] = {0.0,       1.0,       0.5,    0.70710678118654746, 0.70710678118654757,
+                        0x1p-1022, 0x1p-1030, 5e-324, 1 - 0x1p-53,         1e-200};
   std::vector<double> p;
-  for (int i = 0; i < 4000; ++i) p.push_back(i % 7 == 3 ? odd[i / 7 % 10] : std::exp(-0.013 * i) * (1 + 1e-3 * (i % 31)));
+  for (int i = 0; i < 4000; ++i)
+    p.push_back(i % 7 == 3 ? odd[i / 7 % 10] : std::exp(-0.013 * i) * (1 + 1e-3 * (i % 31)));
   std::vector<float> narrow(p.begin(), p.end());
   const auto entropy = [](const auto* values, std::int64_t experts) {
     RoutingStatisticsArgs<std::decay_t<decltype(*values)>> a;

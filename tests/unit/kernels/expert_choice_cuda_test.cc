@@ -42,7 +42,8 @@ void check(std::int64_t tokens, std::int64_t experts, std::int64_t capacity, flo
   const test::OnDevice<char> workspace(std::vector<char>(cuda::expert_choice_workspace(experts, capacity)));
   ASSERT_EQ(expert_choice(a, {chosen.data(), weights.data(), taken.data()}), Status::kOk) << what;
   a.scores = d_scores.data(), a.valid = d_valid.data();
-  ASSERT_EQ(cuda::expert_choice(a, {d_chosen.data(), d_weights.data(), d_taken.data()}, workspace.data(), nullptr), Status::kOk);
+  ASSERT_EQ(cuda::expert_choice(a, {d_chosen.data(), d_weights.data(), d_taken.data()}, workspace.data(), nullptr),
+            Status::kOk);
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
   test::expect_same(chosen, d_chosen.fetch(), what + " tokens");
   test::expect_same(weights, d_weights.fetch(), what + " weights");
@@ -50,8 +51,10 @@ void check(std::int64_t tokens, std::int64_t experts, std::int64_t capacity, flo
   std::vector<double> upstream(slots), d_host(scores.size(), -7);
   for (std::size_t i = 0; i < slots; ++i) upstream[i] = static_cast<double>(i) + 0.5;
   const test::OnDevice<double> d_upstream(upstream), d_device(d_host);
-  ASSERT_EQ(expert_choice_backward(chosen.data(), upstream.data(), tokens, experts, capacity, d_host.data()), Status::kOk);
-  ASSERT_EQ(cuda::expert_choice_backward(d_chosen.data(), d_upstream.data(), tokens, experts, capacity, d_device.data(), nullptr),
+  ASSERT_EQ(expert_choice_backward(chosen.data(), upstream.data(), tokens, experts, capacity, d_host.data()),
+            Status::kOk);
+  ASSERT_EQ(cuda::expert_choice_backward(d_chosen.data(), d_upstream.data(), tokens, experts, capacity, d_device.data(),
+                                         nullptr),
             Status::kOk);
   test::expect_same(d_host, d_device.fetch(), what + " gradient");
 }

@@ -35,7 +35,8 @@ TEST_F(RoundedGateCuda, SameBitsAsTheHost) {
       a.x = d_x.data(), a.w = a.bias = d_w.data();
       ASSERT_EQ(cuda::rounded_gate_logits(a, d_logits.data(), nullptr), Status::kOk);
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-      test::expect_same(logits, d_logits.fetch(), std::string(name_of(dtype)) + ", stretches of " + std::to_string(stretch));
+      test::expect_same(logits, d_logits.fetch(),
+                        std::string(name_of(dtype)) + ", stretches of " + std::to_string(stretch));
     }
   }
 }

@@ -47,7 +47,8 @@ void check(const Case& c, const std::string& what) {
   std::vector<T> logits = gaussians<T>(tokens * experts, 1);
   for (T& l : logits) l *= static_cast<T>(c.spread);
   const std::vector<T> x = gaussians<T>(tokens * hidden, 2), w = gaussians<T>(experts * hidden, 3);
-  const std::vector<double> upstream = gaussians<double>(tokens * top_k, 4), of_scores = gaussians<double>(tokens * experts, 5),
+  const std::vector<double> upstream = gaussians<double>(tokens * top_k, 4),
+                            of_scores = gaussians<double>(tokens * experts, 5),
                             of_logits = gaussians<double>(tokens * experts, 6);
   std::vector<std::int32_t> chosen(static_cast<std::size_t>(tokens * top_k));
   std::vector<T> weights(chosen.size());
@@ -58,12 +59,12 @@ void check(const Case& c, const std::string& what) {
   f.renormalise = c.renormalise;
   f.renormalise_eps = T(1e-9), f.scaling = T(2.5), f.tensor_dtype = c.dtype;
   ASSERT_EQ(route(f, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk) << what;
-  for (std::size_t i = 5; i < chosen.size(); i += 11) chosen[i] = -1;  // dropped
+  for (std::size_t i = 5; i < chosen.size(); i += 11) chosen[i] = -1;              // dropped
   if (chosen.size() > 40 && top_k > 1) chosen[3 * top_k + 1] = chosen[3 * top_k];  // twice the same
   std::vector<double> d_logits(logits.size(), -7), d_w(w.size(), -7), d_x(x.size(), -7);
   const test::OnDevice<T> g_logits(logits), g_x(x), g_w(w);
-  const test::OnDevice<double> g_upstream(upstream), g_of_scores(of_scores), g_of_logits(of_logits), g_d_logits(d_logits),
-      g_d_w(d_w), g_d_x(d_x);
+  const test::OnDevice<double> g_upstream(upstream), g_of_scores(of_scores), g_of_logits(of_logits),
+      g_d_logits(d_logits), g_d_w(d_w), g_d_x(d_x);
   const test::OnDevice<std::int32_t> g_chosen(chosen);
   const test::OnDevice<char> workspace(std::vector<char>(cuda::route_backward_workspace(tokens, experts)));
   a.chosen = chosen.data(), a.weights = upstream.data();
@@ -88,7 +89,8 @@ void check(const Case& c, const std::string& what) {
   test::expect_same(d_x, g_d_x.fetch(), what + " inputs");
   if constexpr (std::is_same_v<T, float>) {  // the same, rounded once, for the tensor cores
     const std::int64_t stride = cuda::padded_experts(experts);
-    const test::OnDevice<std::uint16_t> g_rounded(std::vector<std::uint16_t>(static_cast<std::size_t>(tokens * stride), 0x7fc0));
+    const test::OnDevice<std::uint16_t> g_rounded(
+        std::vector<std::uint16_t>(static_cast<std::size_t>(tokens * stride), 0x7fc0));
     const Status status = cuda::route_backward(a, g_rounded.data(), nullptr);
     if (experts > 384 || top_k > 32 || is_narrow(c.dtype)) {
       EXPECT_EQ(status, Status::kBadShape) << what;
@@ -99,7 +101,8 @@ void check(const Case& c, const std::string& what) {
     std::vector<float> rounded(static_cast<std::size_t>(tokens * stride)), got;
     for (std::int64_t at = 0; at < tokens * experts; ++at)
       rounded[at / experts * stride + at % experts] = static_cast<float>(round_to(d_logits[at], Float::kBF16));
-    for (const std::uint16_t v : g_rounded.fetch()) got.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(v) << 16));
+    for (const std::uint16_t v : g_rounded.fetch())
+      got.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(v) << 16));
     test::expect_same(rounded, got, what + " logits in bfloat16");
   }
 }
@@ -123,7 +126,8 @@ TEST_F(RouterBackwardCuda, SharedWarps) {
     const std::string what = std::to_string(experts) + " experts";
     const std::int64_t k = experts < 8 ? 2 : 8;
     check<float>({37, 4, experts, k, Score::kSoftmax, false, true, Float::kF64, 1, true}, what);
-    check<float>({37, 4, experts, k, Score::kSoftmax, true, false, Float::kF64, 400, true}, what + ", far, after top-k");
+    check<float>({37, 4, experts, k, Score::kSoftmax, true, false, Float::kF64, 400, true},
+                 what + ", far, after top-k");
     check<double>({37, 4, experts, k, Score::kSoftmax, false, true, Float::kF64, 400}, what + ", far");
     check<double>({11, 4, experts, k, Score::kSigmoid, false, true, Float::kF64, 30, true}, what + ", sigmoid");
     check<float>({5, 4, experts, k, Score::kSqrtSoftplus, false, true, Float::kF64, 30}, what + ", sqrtsoftplus");
@@ -190,8 +194,8 @@ TEST_F(RouterBackwardCuda, TensorCoreGate) {
         rounded[at / experts * stride + at % experts] = static_cast<std::uint16_t>(
             std::bit_cast<std::uint32_t>(static_cast<float>(round_to(g[at], Float::kBF16))) >> 16);
       const test::OnDevice<std::uint16_t> d_rounded(rounded);
-      ASSERT_EQ(cuda::gate_backward(cuda::TensorCoreGateBackwardArgs{nullptr, d_x.data(), d_w.data(), tokens, hidden, experts,
-                                                                     cores, d_rounded.data()},
+      ASSERT_EQ(cuda::gate_backward(cuda::TensorCoreGateBackwardArgs{nullptr, d_x.data(), d_w.data(), tokens, hidden,
+                                                                     experts, cores, d_rounded.data()},
                                     out_w.data(), out_x.data(), workspace.data(), nullptr),
                 Status::kOk)
           << what;

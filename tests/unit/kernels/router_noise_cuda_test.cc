@@ -31,13 +31,14 @@ void check(std::int64_t tokens, std::int64_t experts) {
   const std::int64_t n = tokens * experts;
   const auto logits = gaussians<T>(n, 1, 1), noise = gaussians<T>(n, 2, 1), noise_logits = gaussians<T>(n, 3, 8);
   const auto upstream = gaussians<double>(n, 4, 1);
-  const test::OnDevice<T> d_logits(logits), d_noise(noise), d_noise_logits(noise_logits), d_out(logits), d_jittered(logits);
+  const test::OnDevice<T> d_logits(logits), d_noise(noise), d_noise_logits(noise_logits), d_out(logits),
+      d_jittered(logits);
   const test::OnDevice<double> d_upstream(upstream), d_slope(upstream);
   std::vector<T> out(logits), product(logits);
   std::vector<double> slope(upstream);
   NoisyLogitsArgs<T> a;
-  a.logits = logits.data(), a.noise = noise.data(), a.noise_logits = noise_logits.data(), a.tokens = tokens, a.experts = experts,
-  a.eps = 1e-2;
+  a.logits = logits.data(), a.noise = noise.data(), a.noise_logits = noise_logits.data(), a.tokens = tokens,
+  a.experts = experts, a.eps = 1e-2;
   ASSERT_EQ(noisy_logits(a, out.data()), Status::kOk);
   ASSERT_EQ(noisy_logits_backward(a, upstream.data(), slope.data()), Status::kOk);
   ASSERT_EQ(jitter(logits.data(), noise.data(), n, Float::kBF16, product.data()), Status::kOk);

@@ -425,7 +425,8 @@ TEST(Route, WrittenOrderOnEveryTarget) {
       both([](auto& a) { a.softmax_after_top_k = true, a.weights_dtype = Float::kBF16; });
       both([](auto& a) { a.renormalise = true, a.scaling = 1.5, a.tensor_dtype = Float::kBF16; });
       both([&](auto& a) {
-        a.softmax_after_top_k = true, a.group_score = GroupScore::kMax, a.groups = s.groups, a.top_groups = s.top_groups;
+        a.softmax_after_top_k = true, a.group_score = GroupScore::kMax, a.groups = s.groups,
+        a.top_groups = s.top_groups;
       });
       both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.renormalise = true, a.renormalise_eps = 1e-20f; });
       both([&](auto& a) {

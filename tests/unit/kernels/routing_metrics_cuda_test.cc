@@ -107,14 +107,16 @@ TEST_F(RoutingMetricsCuda, Settled) {
     for (const std::int64_t tokens : {1, 128, 3001}) {
       const std::int64_t checkpoints = 5;
       std::vector<std::int32_t> first;
-      for (std::int64_t i = 0; i < checkpoints * tokens; ++i) first.push_back(static_cast<std::int32_t>(i * i % 7 % (checkpoints + 1 - i / tokens) - 1));
+      for (std::int64_t i = 0; i < checkpoints * tokens; ++i)
+        first.push_back(static_cast<std::int32_t>(i * i % 7 % (checkpoints + 1 - i / tokens) - 1));
       const std::vector<std::uint8_t> valid = mask(tokens, masked);
       std::vector<std::int64_t> settled(static_cast<std::size_t>(checkpoints), -7);
       const OnDevice<std::int32_t> d_first(first);
       const OnDevice<std::uint8_t> d_valid(valid);
       const OnDevice<std::int64_t> d_settled(settled);
       ASSERT_EQ(count_settled({first.data(), valid.data(), checkpoints, tokens}, settled.data()), Status::kOk);
-      ASSERT_EQ(cuda::count_settled({d_first.data(), d_valid.data(), checkpoints, tokens}, d_settled.data(), nullptr), Status::kOk);
+      ASSERT_EQ(cuda::count_settled({d_first.data(), d_valid.data(), checkpoints, tokens}, d_settled.data(), nullptr),
+                Status::kOk);
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
       expect_same(settled, d_settled.fetch(), "settled");
     }
