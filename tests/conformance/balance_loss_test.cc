@@ -22,6 +22,7 @@
 #include "reference/balance_loss.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 #include "tests/support/test_vector.h"
 
 namespace {
@@ -36,7 +37,9 @@ using moeaudit::test::kK;
 using moeaudit::test::kT;
 using moeaudit::test::padded_logits;
 using moeaudit::test::padding;
+using moeaudit::test::tensor;
 using moeaudit::test::top2;
+using moeaudit::test::values;
 using moeaudit::test::Values;
 using moeaudit::test::vector_logits;
 using Doubles = std::vector<double>;
@@ -45,17 +48,6 @@ using Longs = std::vector<std::int64_t>;
 using Mask = std::vector<std::uint8_t>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-at::Tensor tensor(const Longs& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<std::int64_t*>(v.data()), shape, at::kLong).clone();
-}
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
-}
 
 /// Probabilities and choices of some tokens, as one backend after the other takes them.
 struct Routed {

@@ -16,24 +16,19 @@
 #include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
 #include "reference/balance_loss.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
 namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
 namespace bounds = moeaudit::kernels::bounds;
+using moeaudit::test::tensor;
+using moeaudit::test::values;
 using Doubles = std::vector<double>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kE = 8;
-
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
-}
 
 BOOST_AUTO_TEST_CASE(bias_step_of_the_test_vector) {
   const Doubles counts = {2, 2, 1, 4, 5, 4, 7, 7}, zero(kE);

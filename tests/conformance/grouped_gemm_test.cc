@@ -16,11 +16,14 @@
 #include "kernels/host/bounds.h"
 #include "kernels/host/gaussian.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
 namespace k = moeaudit::kernels;
 namespace bounds = moeaudit::kernels::bounds;
+using moeaudit::test::tensor;
+using moeaudit::test::values;
 namespace test = moeaudit::test;
 using Doubles = std::vector<double>;
 using Longs = std::vector<std::int64_t>;
@@ -48,13 +51,6 @@ Doubles doubles(const std::vector<T>& v) {
   Doubles out;
   for (const T& x : v) out.push_back(static_cast<double>(k::widen(x)));
   return out;
-}
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
 }
 
 struct Case {

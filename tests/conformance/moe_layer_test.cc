@@ -21,11 +21,13 @@
 #include "reference/moe_layer.h"
 #include "tests/support/compare.h"
 #include "tests/support/layer_memory.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
 namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
+using moeaudit::test::values;
 namespace test = moeaudit::test;
 using test::LayerShape;
 using Doubles = std::vector<double>;
@@ -56,11 +58,6 @@ struct Leaf {
 
 ref::ExpertForm form_of(const k::ExpertForm& f) {
   return {static_cast<ref::Activation>(static_cast<int>(f.activation)), f.gated, f.alpha, f.limit, f.up_offset};
-}
-
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
 }
 
 /// "y" and every gradient, by the names of LayerMemory.

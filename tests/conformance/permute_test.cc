@@ -17,6 +17,7 @@
 #include "kernels/host/gaussian.h"
 #include "reference/permute.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
@@ -24,6 +25,8 @@ namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
 namespace bounds = moeaudit::kernels::bounds;
 using moeaudit::test::compare;
+using moeaudit::test::tensor;
+using moeaudit::test::values;
 using Doubles = std::vector<double>;
 using Ids = std::vector<std::int32_t>;
 using Longs = std::vector<std::int64_t>;
@@ -85,15 +88,8 @@ Doubles gaussians(std::int64_t n, std::uint64_t stream) {
   k::unit_gaussians(9, stream, 0, n, g.data());
   return {g.begin(), g.end()};
 }
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
 at::Tensor tensor(const Ids& v, std::vector<std::int64_t> shape) {
   return at::from_blob(const_cast<std::int32_t*>(v.data()), shape, at::kInt).to(at::kLong);
-}
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
 }
 
 BOOST_AUTO_TEST_CASE(rows_are_those_of_the_reference) {

@@ -22,6 +22,7 @@
 #include "kernels/host/router.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
@@ -33,6 +34,7 @@ using moeaudit::Node;
 using moeaudit::test::compare;
 using moeaudit::test::CompareOptions;
 using moeaudit::test::Comparison;
+using moeaudit::test::values;
 using moeaudit::test::Values;
 
 Node load(const std::string& file) {
@@ -65,10 +67,6 @@ Float float_of(const Node& name) {
 std::vector<float> narrowed(const std::vector<double>& v) { return {v.begin(), v.end()}; }
 at::Tensor tensor(const std::vector<double>& v, std::vector<std::int64_t> shape) {
   return v.empty() ? at::Tensor() : at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-std::vector<double> values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
 }
 
 /// The order that moe-audit replays for a model with this config.json under this release: the family's YAML, resolved.

@@ -19,6 +19,7 @@
 #include "reference/router.h"
 #include "reference/router_regularisers.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
@@ -27,6 +28,8 @@ namespace ref = moeaudit::reference;
 namespace bounds = moeaudit::kernels::bounds;
 using moeaudit::test::compare;
 using moeaudit::test::CompareOptions;
+using moeaudit::test::tensor;
+using moeaudit::test::values;
 using moeaudit::test::Values;
 using Doubles = std::vector<double>;
 using Ids = std::vector<std::int32_t>;
@@ -36,9 +39,6 @@ using K = k::Status;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kU = 1.1102230246251565e-16;
 
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
 at::Tensor leaf(const Doubles& v, std::vector<std::int64_t> shape) {
   return tensor(v, std::move(shape)).set_requires_grad(true);
 }
@@ -48,10 +48,6 @@ at::Tensor longs(const std::vector<T>& v, std::vector<std::int64_t> shape) {
   return at::from_blob(const_cast<std::int64_t*>(wide.data()), shape, at::kLong).clone();
 }
 at::Tensor mask_of(const Mask& m) { return m.empty() ? at::Tensor() : longs(m, {static_cast<std::int64_t>(m.size())}); }
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.detach().to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
-}
 Doubles gradient_of(const at::Tensor& loss, const at::Tensor& leaf) {
   leaf.mutable_grad() = at::Tensor();
   loss.backward({}, /*retain_graph=*/true);

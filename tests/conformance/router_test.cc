@@ -18,6 +18,7 @@
 #include "kernels/host/rounded_gate.h"
 #include "reference/router.h"
 #include "tests/support/compare.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
@@ -28,18 +29,13 @@ using k::Float;
 using moeaudit::test::compare;
 using moeaudit::test::CompareOptions;
 using moeaudit::test::Comparison;
+using moeaudit::test::tensor;
+using moeaudit::test::values;
 using moeaudit::test::Values;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-at::Tensor tensor(const std::vector<double>& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-std::vector<double> values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
-}
 std::vector<std::int64_t> ids(const at::Tensor& t) {
   const at::Tensor c = t.contiguous();
   return {c.data_ptr<std::int64_t>(), c.data_ptr<std::int64_t>() + c.numel()};
@@ -443,8 +439,9 @@ void what_is_not_finite_chooses_alike() {
     at(0, 2) = kInf;
     at(1, 1) = at(1, 5) = -kInf;
     at(2, 3) = kNan;
-    const ref::Routed truth = ref::route(tensor({logits.begin(), logits.end()}, {3, c.experts}), c.options,
-                                         c.correction ? tensor({bias.begin(), bias.end()}, {c.experts}) : at::Tensor());
+    const ref::Routed truth =
+        ref::route(tensor(std::vector<double>{logits.begin(), logits.end()}, {3, c.experts}), c.options,
+                   c.correction ? tensor(std::vector<double>{bias.begin(), bias.end()}, {c.experts}) : at::Tensor());
     std::vector<std::int32_t> got(static_cast<std::size_t>(3 * c.top_k));
     std::vector<T> weights(got.size());
     BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) ==

@@ -21,12 +21,14 @@
 #include "kernels/host/router_regularisers.h"
 #include "reference/router.h"
 #include "reference/routing_metrics.h"
+#include "tests/support/tensors.h"
 
 namespace {
 
 namespace k = moeaudit::kernels;
 namespace ref = moeaudit::reference;
 namespace bounds = moeaudit::kernels::bounds;
+using moeaudit::test::tensor;
 using Doubles = std::vector<double>;
 using Ids = std::vector<std::int32_t>;
 using Longs = std::vector<std::int64_t>;
@@ -40,9 +42,6 @@ template <class T>
 at::Tensor longs(const std::vector<T>& v, std::vector<std::int64_t> shape) {
   const Longs wide(v.begin(), v.end());
   return at::from_blob(const_cast<std::int64_t*>(wide.data()), shape, at::kLong).clone();
-}
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
 }
 Doubles gaussians(std::int64_t n, std::uint64_t stream) {
   std::vector<float> g(static_cast<std::size_t>(n));

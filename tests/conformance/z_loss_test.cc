@@ -22,6 +22,7 @@
 #include "reference/router.h"
 #include "tests/support/compare.h"
 #include "tests/support/on_every_target.h"
+#include "tests/support/tensors.h"
 #include "tests/support/test_vector.h"
 
 namespace {
@@ -36,7 +37,9 @@ using moeaudit::test::kK;
 using moeaudit::test::kT;
 using moeaudit::test::padded_logits;
 using moeaudit::test::padding;
+using moeaudit::test::tensor;
 using moeaudit::test::top2;
+using moeaudit::test::values;
 using moeaudit::test::Values;
 using moeaudit::test::vector_logits;
 using Doubles = std::vector<double>;
@@ -45,16 +48,6 @@ using Mask = std::vector<std::uint8_t>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-at::Tensor tensor(const Doubles& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<double*>(v.data()), shape, at::kDouble).clone();
-}
-at::Tensor tensor(const Longs& v, std::vector<std::int64_t> shape) {
-  return at::from_blob(const_cast<std::int64_t*>(v.data()), shape, at::kLong).clone();
-}
-Doubles values(const at::Tensor& t) {
-  const at::Tensor c = t.to(at::kDouble).contiguous();
-  return {c.data_ptr<double>(), c.data_ptr<double>() + c.numel()};
-}
 Doubles score(const Doubles& z, ref::Score s) {
   return values(ref::scores(tensor(z, {static_cast<std::int64_t>(z.size()) / kE, kE}), s));
 }
