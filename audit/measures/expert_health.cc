@@ -1107,7 +1107,8 @@ class Pass {
 
 }  // namespace
 
-double health_seconds(const Trace& trace) { return 0.2 * host_seconds(trace); }  // measured: docs/bench.md
+/// Routing and counts are estimated, not measured apart, at a fifth of a replay.
+double health_seconds(const Trace& trace) { return 0.2 * host_seconds(trace); }
 
 HealthReport measure_health(const Trace& trace, const HealthOptions& options) { return Pass(trace, options).run(); }
 
