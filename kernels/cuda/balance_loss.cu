@@ -91,8 +91,7 @@ __global__ void add_stretches(BalanceLossArgs<T> a, Scratch s) {
   for (std::int64_t e = threadIdx.x; e < a.experts; e += blockDim.x) {
     double sum = 0;
     for (std::int64_t t = first; t < last; ++t) {
-      if (a.valid == nullptr || a.valid[t] != 0)
-        sum += static_cast<double>(a.probabilities[t * a.experts + e]) / sums[t - first];
+      if (a.valid == nullptr || a.valid[t] != 0) sum += share_of(a.probabilities[t * a.experts + e], sums[t - first]);
     }
     out[e] = sum;
   }

@@ -48,8 +48,7 @@ class Set {
         if (a_.valid != nullptr && a_.valid[t] == 0) continue;
         const T* row = a_.probabilities + t * a_.experts;
         const double sum = balance_token(a_, t, nullptr).sum;
-        for (std::int64_t e = 0; e < a_.experts; ++e)
-          stretch[static_cast<std::size_t>(e)] += static_cast<double>(row[e]) / sum;
+        for (std::int64_t e = 0; e < a_.experts; ++e) stretch[static_cast<std::size_t>(e)] += share_of(row[e], sum);
       }
       for (std::size_t e = 0; e < mean_.size(); ++e) mean_[e] += stretch[e];
     }

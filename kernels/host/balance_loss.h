@@ -134,6 +134,11 @@ MOE_AUDIT_HOST_DEVICE inline BalanceToken balance_token(const BalanceLossArgs<T>
     token.along += weight[e] * (static_cast<double>(row[e]) / token.sum);
   return token;
 }
+/// A probability over that sum; most are as given, and a division an element is what they would feel.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline double share_of(T probability, double sum) {
+  return sum == 1.0 ? static_cast<double>(probability) : static_cast<double>(probability) / sum;
+}
 MOE_AUDIT_HOST_DEVICE inline double balance_gradient(const BalanceToken& token, double share, double weight,
                                                      double divisor) {
   return share * (weight - token.along) / (token.sum * divisor);
