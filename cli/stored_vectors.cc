@@ -81,7 +81,7 @@ k::RouteArgs<double> route_args(const Json& j, const Inputs& in) {
   a.score = one_of<k::Score>(
       j, "score",
       {{"softmax", k::Score::kSoftmax}, {"sigmoid", k::Score::kSigmoid}, {"sqrtsoftplus", k::Score::kSqrtSoftplus}});
-  a.softmax_after_top_k = j.value("softmax_after_top_k", false);
+  a.score_after_top_k = j.value("score_after_top_k", false);
   a.group_score = one_of<k::GroupScore>(
       j, "group_score",
       {{"none", k::GroupScore::kNone}, {"max", k::GroupScore::kMax}, {"top2_sum", k::GroupScore::kTop2Sum}});
@@ -89,24 +89,36 @@ k::RouteArgs<double> route_args(const Json& j, const Inputs& in) {
   a.top_groups = j.value("top_groups", 1);
   a.renormalise = j.value("renormalise", false);
   a.renormalise_eps = j.value("renormalise_eps", 0.0);
+  a.renormalise_floor = j.value("renormalise_floor", 0.0);
   a.scaling = j.value("scaling", 1.0);
+  a.logit_softcap = j.value("logit_softcap", 0.0);
+  a.always = in.has("always_logits") ? in.size("always_logits", 1) : 0;
   return a;
 }
 
-struct RoutedTokens {
+/// A vector's routing, with what its arguments point to.
+struct Routing {
+  Routing(const Json& j, const Inputs& in, k::Backend& backend)
+      : logits(in.get("logits")), bias(in.get("correction_bias")), scale(in.get("expert_scale")),
+        always_logits(in.get("always_logits")), given(in.get<std::int32_t>("given")), args(route_args(j, in)),
+        chosen(static_cast<std::size_t>(args.tokens * args.top_k)), weights(room(args.tokens * args.top_k)),
+        choice(room(args.tokens * args.experts)), always(always_logits.size()) {
+    args.logits = logits.data(), args.correction_bias = pointer(bias), args.expert_scale = pointer(scale);
+    args.given = pointer(given), args.always_logits = pointer(always_logits);
+    check(backend.route(args, {chosen.data(), weights.data(), nullptr, choice.data(), always.empty() ? nullptr : always.data()}),
+          backend);
+  }
+  Routing(const Routing&) = delete;
+  Values logits, bias, scale, always_logits;
+  Ids given;
+  k::RouteArgs<double> args;
   Ids chosen;
-  Values weights, choice;
+  Values weights, choice, always;
 };
-RoutedTokens routed(k::RouteArgs<double> a, const Values& logits, const Values& bias, k::Backend& backend) {
-  a.logits = logits.data(), a.correction_bias = pointer(bias);
-  RoutedTokens r{Ids(static_cast<std::size_t>(a.tokens * a.top_k)), room(a.tokens * a.top_k), room(a.tokens * a.experts)};
-  check(backend.route(a, {r.chosen.data(), r.weights.data(), nullptr, r.choice.data()}), backend);
-  return r;
-}
 
 Outputs route(const Json& j, const Inputs& in, k::Backend& backend) {
-  const k::RouteArgs<double> a = route_args(j, in);
-  RoutedTokens r = routed(a, in.get("logits"), in.get("correction_bias"), backend);
+  Routing r(j, in, backend);
+  const k::RouteArgs<double>& a = r.args;
   if (j.value("weighs", std::string("scores")) == "choice") {  // W1: what chose is what weighs
     for (std::int64_t t = 0; t < a.tokens; ++t) {
       double sum = 0;
@@ -118,19 +130,23 @@ Outputs route(const Json& j, const Inputs& in, k::Backend& backend) {
       for (std::int64_t i = t * a.top_k; i < (t + 1) * a.top_k; ++i) r.weights[static_cast<std::size_t>(i)] /= sum;
     }
   }
-  return {{"chosen", doubles(r.chosen)}, {"weights", r.weights}};
+  Outputs out = {{"chosen", doubles(r.chosen)}, {"weights", r.weights}};
+  if (a.always > 0) out["always_weights"] = r.always;
+  return out;
 }
 
 Outputs route_backward(const Json& j, const Inputs& in, k::Backend& backend) {
-  const Values logits = in.get("logits"), bias = in.get("correction_bias"), upstream = in.get("d_weights");
+  const Values upstream = in.get("d_weights"), of_always = in.get("d_always_weights");
+  const Routing r(j, in, backend);
   k::RouteBackwardArgs<double> a;
-  a.forward = route_args(j, in);
-  const RoutedTokens r = routed(a.forward, logits, bias, backend);
-  a.forward.logits = logits.data(), a.forward.correction_bias = pointer(bias);
-  a.chosen = r.chosen.data(), a.weights = upstream.data();
-  Values d = room(a.forward.tokens * a.forward.experts);
+  a.forward = r.args;
+  a.chosen = r.chosen.data(), a.weights = upstream.data(), a.always_weights = pointer(of_always);
+  Values d = room(a.forward.tokens * a.forward.experts), d_always(r.always.size());
+  a.d_always_logits = d_always.empty() ? nullptr : d_always.data();
   check(backend.route_backward(a, d.data()), backend);
-  return {{"chosen", doubles(r.chosen)}, {"d_logits", d}};
+  Outputs out = {{"chosen", doubles(r.chosen)}, {"d_logits", d}};
+  if (!d_always.empty()) out["d_always_logits"] = d_always;
+  return out;
 }
 
 Outputs gate_backward(const Json&, const Inputs& in, k::Backend& backend) {

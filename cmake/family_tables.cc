@@ -194,7 +194,7 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
   auto yes = [&](const std::string& key) { return m.flag(key, false) ? std::string("true") : std::string("false"); };
   const std::string bias = yes("linear_bias"), correction = yes("correction_bias");
   std::string out = "{.scoring = Scoring::" + m.word("scoring", kScoring) +
-                    ", .softmax_after_top_k = " + yes("softmax_after_top_k") + ", .linear_bias = " + bias +
+                    ", .score_after_top_k = " + yes("score_after_top_k") + ", .linear_bias = " + bias +
                     ", .correction_bias = " + correction;
   if (m.has("group_score")) out += ", .group_score = GroupScore::" + m.word("group_score", kGroupScore);
   out += ", .renormalise = " + std::string(renormalise == "always" ? "true" : "false") +

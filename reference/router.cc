@@ -69,23 +69,41 @@ at::Tensor scores(const at::Tensor& logits, Score score) {
   return e / sum_in_order(e);
 }
 
-Routed route(const at::Tensor& logits, const RouteOptions& o, const at::Tensor& correction_bias) {
+Routed route(const at::Tensor& logits, const RouteOptions& options, const at::Tensor& correction_bias) {
+  RouteInputs in;
+  in.correction_bias = correction_bias;
+  return route(logits, options, in);
+}
+
+Routed route(const at::Tensor& logits, const RouteOptions& o, const RouteInputs& in) {
   TORCH_CHECK(logits.dim() == 2, "logits must be [T, E]");
   TORCH_CHECK(o.top_k >= 1 && o.top_k <= logits.size(1), "top_k (", o.top_k, ") must lie in 1..E (", logits.size(1),
               ")");
-  TORCH_CHECK(!o.softmax_after_top_k || o.score == Score::kSoftmax, "softmax_after_top_k goes with softmax");
-  const at::Tensor l = logits.to(at::kDouble);
-  const at::Tensor score = o.softmax_after_top_k ? l : scores(l, o.score);
+  TORCH_CHECK(!in.always_logits.defined() || o.score != Score::kSoftmax, "always_logits do not go with softmax");
+  const auto capped = [&o](const at::Tensor& v) {
+    const at::Tensor l = v.to(at::kDouble);
+    return o.logit_softcap > 0 ? o.logit_softcap * at::tanh(l / o.logit_softcap) : l;
+  };
+  const at::Tensor l = capped(logits), &correction_bias = in.correction_bias;
+  const at::Tensor score = o.score_after_top_k ? l : scores(l, o.score);
   Routed out;
   out.choice = !correction_bias.defined() ? score
                : o.bias_multiplies        ? score * correction_bias.to(at::kDouble)
                                           : score + correction_bias.to(at::kDouble);
   if (o.group_score != GroupScore::kNone) out.choice = mask_groups(out.choice, o);
-  out.chosen = best(out.choice, o.top_k);
-  out.weights = score.gather(-1, out.chosen);
-  if (o.softmax_after_top_k) out.weights = scores(out.weights, Score::kSoftmax);
-  if (o.renormalise) out.weights = out.weights / (sum_in_order(out.weights) + o.renormalise_eps);
-  out.weights = out.weights * o.scaling;
+  out.chosen = in.given.defined() ? in.given : best(out.choice, o.top_k);
+  at::Tensor all = score.gather(-1, out.chosen);
+  if (o.score_after_top_k) all = scores(all, o.score);
+  if (in.always_logits.defined()) all = at::cat({all, scores(capped(in.always_logits), o.score)}, -1);
+  if (o.renormalise) {
+    at::Tensor sum = sum_in_order(all) + o.renormalise_eps;
+    if (o.renormalise_floor > 0) sum = at::clamp_min(sum, o.renormalise_floor);
+    all = all / sum;
+  }
+  all = all * o.scaling;
+  out.weights = all.narrow(-1, 0, o.top_k);
+  if (in.always_logits.defined()) out.always_weights = all.narrow(-1, o.top_k, in.always_logits.size(-1));
+  if (in.expert_scale.defined()) out.weights = out.weights * in.expert_scale.to(at::kDouble).index({out.chosen});
   return out;
 }
 

@@ -29,9 +29,9 @@ enum class GroupScore {
 struct RouteOptions {
   std::int64_t top_k = 1;
   Score score = Score::kSoftmax;
-  /// Top-k of the logits themselves, then softmax over the k; modeling_gpt_oss.py:117 (GptOssTopKRouter). Only with
-  /// kSoftmax and without groups.
-  bool softmax_after_top_k = false;
+  /// Top-k of the logits themselves, then the score of the k alone: a softmax over them (modeling_gpt_oss.py:117,
+  /// GptOssTopKRouter), or their sigmoids (modeling_llama4.py, Llama4Router; modeling_cohere2_moe.py of 5.23.0).
+  bool score_after_top_k = false;
   GroupScore group_score = GroupScore::kNone;
   std::int64_t groups = 1;      // equal runs of experts; must divide E
   std::int64_t top_groups = 1;  // groups a token may use
@@ -41,13 +41,24 @@ struct RouteOptions {
   bool bias_multiplies = false;  // choice = scores * correction_bias instead of their sum
   bool renormalise = false;      // divide the k weights by their sum
   double renormalise_eps = 0.0;  // added to that sum; 1e-20 in modeling_deepseek_v3.py:212
-  double scaling = 1.0;          // routed_scaling_factor, last
+  double renormalise_floor = 0.0;  // and what is less becomes this; moe_norm_min in modeling_ernie4_5_moe.py:345
+  double scaling = 1.0;          // routed_scaling_factor
+  double logit_softcap = 0.0;    // > 0: logits become cap tanh(logit / cap), before all else; modeling_laguna.py:167 of 5.23.0
+};
+
+/// What some routers have besides logits and correction bias; each may be undefined.
+struct RouteInputs {
+  at::Tensor correction_bias;  // [E]
+  at::Tensor expert_scale;     // [E]: weights times that of their expert, last; modeling_gemma4.py:1336 of 5.23.0
+  at::Tensor given;            // int64 [T, k]: the experts, instead of a choice; modeling_deepseek_v4.py:1124 of 5.23.0
+  at::Tensor always_logits;    // [T, S]: experts that every token has; modeling_inkling.py:358 of 5.23.0
 };
 
 struct Routed {
   at::Tensor chosen;   // int64 [T, k], best first, the lower index first among equals, NaN before everything
   at::Tensor weights;  // float64 [T, k]
   at::Tensor choice;   // float64 [T, E], what the selection saw: after correction bias and group mask
+  at::Tensor always_weights;  // float64 [T, S]; undefined without them
 };
 
 /// logits[t, e] = sum_i x[t, i] w[e, i] + bias[e], i in index order. x [T, d], w [E, d], bias [E] or undefined; any
@@ -62,10 +73,11 @@ at::Tensor rounded_gate_logits(const at::Tensor& x, const at::Tensor& w, const a
 /// Scores of all experts, float64 [T, E]; sums over experts run in index order.
 at::Tensor scores(const at::Tensor& logits, Score score);
 
-/// choice = scores + correction_bias, or their product (used for the choice only, arXiv:2412.19437 equation 16); group mask; top-k of
-/// choice; weights = scores gathered; renormalised; scaled. logits [T, E]; correction_bias [E] or undefined.
-/// Differentiable through the weights. The k weights are summed in the order of rank. Throws c10::Error on options that
-/// do not fit.
+/// logits capped; choice = scores + correction_bias, or their product (used for the choice only, arXiv:2412.19437 equation 16);
+/// group mask; top-k of choice; weights = scores gathered, and of those that every token has; renormalised by the sum of both;
+/// scaled; times expert_scale (the chosen alone). logits [T, E]. Differentiable through the weights. The k weights are summed in
+/// the order of rank, the S others after them. Throws c10::Error on options that do not fit.
+Routed route(const at::Tensor& logits, const RouteOptions& options, const RouteInputs& inputs);
 Routed route(const at::Tensor& logits, const RouteOptions& options, const at::Tensor& correction_bias = {});
 
 }  // namespace moeaudit::reference

@@ -50,7 +50,7 @@ std::string to_text(const std::vector<std::string>& v) {
 
 std::string to_text(const Routing& v) {
   std::string text = name_of(v.scoring);
-  if (v.softmax_after_top_k) text += " over the chosen experts";
+  if (v.score_after_top_k) text += " over the chosen experts";
   if (v.linear_bias) text += ", linear bias";
   if (v.correction_bias) text += ", selection bias";
   if (v.groups > 1) {

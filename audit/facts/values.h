@@ -58,7 +58,7 @@ const char* name_of(AdapterFault v);
 /// bias for selection only, group mask, top-k, gather, renormalise, scale).
 struct Routing {
   Scoring scoring = Scoring::kSoftmax;
-  bool softmax_after_top_k = false;   // gpt_oss: top-k on logits, softmax over the k
+  bool score_after_top_k = false;   // gpt_oss: top-k on logits, softmax over the k
   bool linear_bias = false;           // a bias that is part of the logits
   bool correction_bias = false;       // added to the scores for selection only
   GroupScore group_score = GroupScore::kNone;
@@ -79,7 +79,7 @@ struct Routing {
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
     f("scoring", s.scoring);
-    f("softmax_after_top_k", s.softmax_after_top_k);
+    f("score_after_top_k", s.score_after_top_k);
     f("linear_bias", s.linear_bias);
     f("correction_bias", s.correction_bias);
     f("group_score", s.group_score);

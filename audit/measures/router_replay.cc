@@ -105,14 +105,14 @@ k::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::in
   a.score = routing.scoring == Scoring::kSoftmax   ? k::Score::kSoftmax
             : routing.scoring == Scoring::kSigmoid ? k::Score::kSigmoid
                                                    : k::Score::kSqrtSoftplus;
-  a.softmax_after_top_k = routing.softmax_after_top_k;
+  a.score_after_top_k = routing.score_after_top_k;
   a.group_score = routing.group_score == GroupScore::kMax       ? k::GroupScore::kMax
                   : routing.group_score == GroupScore::kTop2Sum ? k::GroupScore::kTop2Sum
                                                                 : k::GroupScore::kNone;
   a.groups = routing.groups;
   a.top_groups = routing.top_groups;
   a.group_mask_is_zero = routing.group_mask_is_zero;
-  a.renormalise = routing.renormalise && !routing.softmax_after_top_k;  // a softmax over the chosen sums to one already
+  a.renormalise = routing.renormalise && !routing.score_after_top_k;  // a softmax over the chosen sums to one already
   a.renormalise_eps = static_cast<T>(routing.renormalise_eps);
   a.scaling = static_cast<T>(routing.scaling);
   return a;

@@ -98,7 +98,7 @@ bool round_top(const std::vector<double>& scores, const RoutedLayer& l, Top* top
   a.tokens = l.tokens;
   a.experts = l.experts;
   a.top_k = l.top_k;
-  a.softmax_after_top_k = true;  // the choice is by the values themselves
+  a.score_after_top_k = true;  // the choice is by the values themselves
   return l.backend->route(a, {top->chosen.data(), nullptr, top->next.data(), nullptr}) == k::Status::kOk;
 }
 
@@ -510,7 +510,7 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("W2", "bias added to the logits", [](RouteForm& f) { f.bias_on_logits = true; });
     add("A18", "chosen without the correction bias", [](RouteForm& f) { f.ignore_bias = true; });
   }
-  if (!right.softmax_after_top_k) {
+  if (!right.score_after_top_k) {
     if (right.top_k == 1 && !right.renormalise)
       add("W5", "the one weight over itself: 1, without a gradient", [](RouteForm& f) { f.args.renormalise = true; });
     else
@@ -519,12 +519,12 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
   }
   if (right.score == k::Score::kSoftmax) {
     add("W4", "softmax of the softmax", [](RouteForm& f) { f.softmax_first = true; });
-    if (right.softmax_after_top_k) {
-      add("W3", "softmax over all experts, not renormalised", [](RouteForm& f) { f.args.softmax_after_top_k = false; });
+    if (right.score_after_top_k) {
+      add("W3", "softmax over all experts, not renormalised", [](RouteForm& f) { f.args.score_after_top_k = false; });
     }
     add("W3", "sigmoid instead of softmax", [](RouteForm& f) {
       f.args.score = k::Score::kSigmoid;
-      f.args.softmax_after_top_k = false;
+      f.args.score_after_top_k = false;
     });
   } else {
     add("W3", "softmax instead of the family's score", [](RouteForm& f) { f.args.score = k::Score::kSoftmax; });
@@ -574,7 +574,7 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   };
   const bool as_it_is = !form.softmax_first && !form.bias_on_logits && form.logits_dtype == k::Float::kF64 &&
                         !form.mask_first && !form.over_kept && form.times == 1 && bias.empty();
-  if (as_it_is && !l.softmax.empty() && form.args.score == k::Score::kSoftmax && !form.args.softmax_after_top_k &&
+  if (as_it_is && !l.softmax.empty() && form.args.score == k::Score::kSoftmax && !form.args.score_after_top_k &&
       form.args.group_score == k::GroupScore::kNone) {
     *chosen = l.top;
     weights->resize(chosen->size());

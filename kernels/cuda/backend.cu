@@ -144,6 +144,9 @@ class CudaBackend final : public Backend {
     const std::int64_t all = a.forward.tokens * a.forward.experts, slots = a.forward.tokens * a.forward.top_k;
     m.in(a.forward.logits, all).in(a.forward.correction_bias, a.forward.experts).in(a.chosen, slots);
     m.in(a.weights, slots).in(a.scores, all).in(a.logits, all).out(d_logits, all);
+    const std::int64_t always = a.forward.tokens * a.forward.always;
+    m.in(a.forward.expert_scale, a.forward.experts).in(a.forward.always_logits, always).in(a.always_weights, always);
+    m.out(a.d_always_logits, always);
     void* workspace = m.workspace(route_backward_workspace(a.forward.tokens, a.forward.experts));
     return m.run(&error_, [&] { return cuda::route_backward(a, d_logits, workspace, nullptr); });
   }
@@ -490,6 +493,7 @@ class CudaBackend final : public Backend {
   template <class T>
   Status route_of(const RouteArgs<T>& args, const RouteResult<T>& result) {
     if (const Status s = check_route(args, result); s != Status::kOk) return s;
+    if (!given_fits(args)) return Status::kBadShape;
     const std::lock_guard lock(mutex_);
     Staging m;
     auto a = args;
@@ -497,6 +501,8 @@ class CudaBackend final : public Backend {
     m.in(a.logits, a.tokens * a.experts).in(a.correction_bias, a.experts);
     m.out(r.chosen, a.tokens * a.top_k).out(r.weights, a.tokens * a.top_k).out(r.runner_up, a.tokens);
     m.out(r.choice, a.tokens * a.experts);
+    m.in(a.expert_scale, a.experts).in(a.given, a.tokens * a.top_k).in(a.always_logits, a.tokens * a.always);
+    m.out(r.always_weights, a.tokens * a.always);
     return m.run(&error_, [&] { return cuda::route(a, r, nullptr); });
   }
   static Permutation placed(const Permutation& p, const RowShape& s, Staging& m) {

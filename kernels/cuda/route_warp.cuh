@@ -26,10 +26,10 @@ __device__ __forceinline__ void round_registers(float (&v)[V], Float dtype) {
   for (int i = 0; i < V; ++i) v[i] = rounded(v[i], dtype);
 }
 
-/// What the registers can hold: up to 32 choices, groups of one warp's width.
+/// What the registers can hold: up to 32 choices, groups of one warp's width, nothing rare.
 inline bool fits_registers(const RouteArgs<float>& a) {
   const bool grouped = a.group_score != GroupScore::kNone;
-  return a.experts <= 12 * kLanes && a.top_k <= kLanes && (!grouped || (a.experts / a.groups == kLanes));
+  return !is_rare(a) && a.experts <= 12 * kLanes && a.top_k <= kLanes && (!grouped || (a.experts / a.groups == kLanes));
 }
 
 /// exp_of_non_positive(x) for x >= kNear, where the result is far from the smallest numbers: 2^k goes into the exponent
@@ -132,7 +132,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
   const int k = static_cast<int>(a.top_k);
   const int experts = kFull ? V * P : static_cast<int>(a.experts);
   const auto here = [&](int i) { return kFull || lane + P * i < experts; };
-  if (!a.softmax_after_top_k) {
+  if (!a.score_after_top_k) {
     if (a.score == Score::kSoftmax) {
       softmax_registers<P>(v, here, a.tensor_dtype);
     } else {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     }
   }
   // Scores are not negative, so that without bias and groups their bits sort as they do.
-  const bool plain = a.correction_bias == nullptr && a.group_score == GroupScore::kNone && !a.softmax_after_top_k;
+  const bool plain = a.correction_bias == nullptr && a.group_score == GroupScore::kNone && !a.score_after_top_k;
   int key[V];
   if (plain) {
 #pragma unroll
@@ -230,7 +230,7 @@ __device__ __forceinline__ void route_registers(const RouteArgs<float>& a, const
     if (live && lane + P * c < k) r.chosen[t * k + lane + P * c] = chosen[c];
   }
   if (r.weights == nullptr) return;
-  if (a.softmax_after_top_k) {
+  if (a.score_after_top_k) {
     softmax_registers<P>(
         weight, [&](int c) { return lane + P * c < k; }, a.tensor_dtype);
     sum = 0;

@@ -70,21 +70,23 @@ __device__ void softmax(const T* in, int n, Float dtype, T* out) {
   __syncwarp();
 }
 
+/// v: n logits in, scores out, each lane its own.
 template <class T>
-__device__ void scores_of(const RouteArgs<T>& a, const T* logits, T* scores) {
-  const int lane = threadIdx.x % kWarp, experts = static_cast<int>(a.experts);
-  if (a.score == Score::kSoftmax && !a.softmax_after_top_k) return softmax(logits, experts, a.tensor_dtype, scores);
-  for (int e = lane; e < experts; e += kWarp) {
-    if (a.softmax_after_top_k) {
-      scores[e] = logits[e];
-    } else {
-      const T s = a.score == Score::kSigmoid
-                      ? sigmoid_of(logits[e])
-                      : static_cast<T>(sqrt_softplus_in(static_cast<double>(logits[e]), a.tensor_dtype));
-      scores[e] = rounded(s, a.tensor_dtype);
-    }
+__device__ void score(const RouteArgs<T>& a, int n, T* v) {
+  if (a.score == Score::kSoftmax) return softmax(v, n, a.tensor_dtype, v);
+  for (int e = threadIdx.x % kWarp; e < n; e += kWarp) {
+    const T s = a.score == Score::kSigmoid
+                    ? sigmoid_of(v[e])
+                    : static_cast<T>(sqrt_softplus_in(static_cast<double>(v[e]), a.tensor_dtype));
+    v[e] = rounded(s, a.tensor_dtype);
   }
   __syncwarp();
+}
+
+/// The logits that scores see, each lane its own.
+template <class T>
+__device__ void take_logits(const RouteArgs<T>& a, const T* logits, int n, T* to) {
+  for (int e = threadIdx.x % kWarp; e < n; e += kWarp) to[e] = softcapped(logits[e], a.logit_softcap, a.tensor_dtype);
 }
 
 /// Lane g scores group g; then the groups that are not among the best are masked.
@@ -118,21 +120,31 @@ __device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
   __syncwarp();
 }
 
-/// Weights of the chosen experts; `gathered` has room for top_k values.
+/// Weights of the chosen experts of token t, and of those that every token has; `gathered` has room for both.
 template <class T>
-__device__ void weigh(const RouteArgs<T>& a, const T* scores, const std::int32_t* chosen, T* gathered, T* weights) {
-  const int lane = threadIdx.x % kWarp, k = static_cast<int>(a.top_k);
+__device__ void weigh(const RouteArgs<T>& a, const RouteResult<T>& r, std::int64_t t, const T* scores, T* gathered) {
+  const int lane = threadIdx.x % kWarp, k = static_cast<int>(a.top_k), always = static_cast<int>(a.always);
+  const std::int32_t* chosen = r.chosen + t * k;
   for (int j = lane; j < k; j += kWarp) gathered[j] = scores[chosen[j]];
   __syncwarp();
-  if (a.softmax_after_top_k) softmax(gathered, k, a.tensor_dtype, gathered);
+  if (a.score_after_top_k) score(a, k, gathered);
+  if (always > 0) {
+    take_logits(a, a.always_logits + t * always, always, gathered + k);
+    score(a, always, gathered + k);
+  }
   T sum = 0;
-  for (int j = 0; j < k; ++j) sum += gathered[j];
-  sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
-  for (int j = lane; j < k; j += kWarp) {
+  for (int j = 0; j < k + always; ++j) sum += gathered[j];
+  sum = denominator(a, sum);
+  for (int j = lane; j < k + always; j += kWarp) {
     T w = gathered[j];
     if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
     if (a.scaling != T(1)) w = rounded(w * a.scaling, a.tensor_dtype);
-    weights[j] = rounded(w, a.weights_dtype);
+    if (j < k && a.expert_scale != nullptr) w = rounded(w * a.expert_scale[chosen[j]], a.tensor_dtype);
+    w = rounded(w, a.weights_dtype);
+    if (j < k)
+      r.weights[t * k + j] = w;
+    else if (r.always_weights != nullptr)
+      r.always_weights[t * always + j - k] = w;
   }
 }
 
@@ -146,7 +158,8 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
   T* scratch = choice + experts;
   for (std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * warps + warp; t < a.tokens;
        t += static_cast<std::int64_t>(gridDim.x) * warps) {
-    scores_of(a, a.logits + t * experts, scores);
+    take_logits(a, a.logits + t * experts, experts, scores);
+    if (!a.score_after_top_k) score(a, experts, scores);
     for (int e = lane; e < experts; e += kWarp) {
       choice[e] = a.correction_bias == nullptr ? scores[e]
                   : a.bias_multiplies          ? scores[e] * a.correction_bias[e]
@@ -157,18 +170,18 @@ __global__ void route_tokens(RouteArgs<T> a, RouteResult<T> r, int values_per_wa
     unsigned taken = 0;
     std::int32_t* chosen = r.chosen + t * a.top_k;
     for (std::int64_t j = 0; j < a.top_k; ++j) {
-      const int at = best_left(choice, experts, &taken);
+      const int at = a.given == nullptr ? best_left(choice, experts, &taken) : a.given[t * a.top_k + j];
       if (lane == 0) chosen[j] = at;
     }
     if (r.runner_up != nullptr) {
-      const int next = best_left(choice, experts, &taken);
+      const int next = a.given == nullptr ? best_left(choice, experts, &taken) : -1;
       if (lane == 0) r.runner_up[t] = next;
     }
     if (r.choice != nullptr) {
       for (int e = lane; e < experts; e += kWarp) r.choice[t * experts + e] = choice[e];
     }
     __syncwarp();
-    if (r.weights != nullptr) weigh(a, scores, chosen, scratch, r.weights + t * a.top_k);
+    if (r.weights != nullptr) weigh(a, r, t, scores, scratch);
     __syncwarp();  // the next token overwrites the shared memory
   }
 }
@@ -232,10 +245,10 @@ Status launch(const RouteArgs<T>& a, const RouteResult<T>& r, CUstream_st* strea
   if (try_registers(a, r, stream)) return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
   constexpr std::int64_t kSharedBytes = 48 << 10;  // what every device gives without asking
   const std::int64_t groups = a.group_score == GroupScore::kNone ? 1 : a.groups;
-  const std::int64_t scratch = groups > a.top_k ? groups : a.top_k;
+  const std::int64_t weighed = a.top_k + a.always, scratch = groups > weighed ? groups : weighed;
   const std::int64_t values = 2 * a.experts + scratch;
   const std::int64_t fits = kSharedBytes / (values * static_cast<std::int64_t>(sizeof(T)));
-  const int warps = static_cast<int>(fits < 4 ? fits : 4);  // at least one: 3 * 1024 doubles are 24 KiB
+  const int warps = static_cast<int>(fits < 4 ? fits : 4);  // at least one: 4 * 1024 doubles are 32 KiB
   const std::int64_t blocks = (a.tokens + warps - 1) / warps;
   const std::int64_t grid = blocks < (1 << 20) ? blocks : 1 << 20;
   const auto bytes = static_cast<std::size_t>(warps * values) * sizeof(T);

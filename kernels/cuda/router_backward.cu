@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
       logit[i] = e < experts ? f.logits[t * experts + e] : T(0);
       in |= e < experts ? 1u << i : 0u;
     }
-    if (f.softmax_after_top_k) {
+    if (f.score_after_top_k) {
       publish([](int) { return 0.0; });
 #pragma unroll
       for (int c = 0; c < kKept; ++c) {
@@ -220,7 +220,8 @@ void launch_registers(const RouteBackwardArgs<T>& a, Out* d_logits, std::int64_t
 template <class T, class Out>
 bool try_registers(const RouteBackwardArgs<T>& a, Out* d_logits, std::int64_t stride, CUstream_st* stream) {
   const std::int64_t e = a.forward.experts;
-  if (e > 12 * kLanes || a.forward.top_k > kLanes || is_narrow(a.forward.tensor_dtype)) return false;
+  if (e > 12 * kLanes || a.forward.top_k > kLanes || is_narrow(a.forward.tensor_dtype) || is_rare(a.forward))
+    return false;
   const auto call = e <= 8     ? launch_registers<lanes_for(8), 8, T, Out>
                     : e <= 16  ? launch_registers<lanes_for(16), 8, T, Out>
                     : e <= 32  ? launch_registers<lanes_for(32), 8, T, Out>

@@ -12,7 +12,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to it; callers need no CUDA he
 namespace moeaudit::kernels::cuda {
 
 /// Bytes of device memory, aligned to 8, that route_backward() needs as `workspace`; it may be null for up to 384
-/// experts and 32 choices in the exact formulas, which fit into registers.
+/// experts and 32 choices in the exact formulas without a rare part (is_rare()), which fit into registers.
 std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 
 /// Queue the work on `stream` and return. A token a warp or a thread, an element a thread: every sum in the host's
@@ -21,7 +21,8 @@ std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits, void* workspace, CUstream_st* stream);
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits, void* workspace, CUstream_st* stream);
 /// route_backward() with each of its results rounded once to bfloat16, as TensorCoreGateBackwardArgs takes them: rows
-/// padded_experts() long, zeros at their end. kBadShape beyond 384 experts, 32 choices or the exact formulas.
+/// padded_experts() long, zeros at their end. kBadShape beyond 384 experts, 32 choices or the exact formulas,
+/// and for what is_rare().
 Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_logits, CUstream_st* stream);
 constexpr std::int64_t padded_experts(std::int64_t experts) { return (experts + 7) / 8 * 8; }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream);

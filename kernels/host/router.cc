@@ -616,15 +616,14 @@ HWY_INLINE void softmax(T* v, std::int64_t n, Float dtype) {
   for_rows(v, n, [&](auto x) { return hn::IfThenElse(good, rounded<T>(hn::Div(x, sum), dtype), nan); });
 }
 
-/// v: logits [experts] in, scores out.
+/// v: n rows of logits in, scores out.
 template <class T>
-HWY_INLINE void score(const RouteArgs<T>& a, T* v) {
-  if (a.score == Score::kSoftmax) return softmax(v, a.experts, a.tensor_dtype);
+HWY_INLINE void score(const RouteArgs<T>& a, std::int64_t n, T* v) {
+  if (a.score == Score::kSoftmax) return softmax(v, n, a.tensor_dtype);
   if (a.score == Score::kSqrtSoftplus) {
-    for (std::int64_t i = 0; i < a.experts * kWidth<T>; ++i)
-      v[i] = static_cast<T>(sqrt_softplus_in(v[i], a.tensor_dtype));
+    for (std::int64_t i = 0; i < n * kWidth<T>; ++i) v[i] = static_cast<T>(sqrt_softplus_in(v[i], a.tensor_dtype));
   }
-  for_rows(v, a.experts, [&](auto x) {
+  for_rows(v, n, [&](auto x) {
     return rounded<T>(a.score == Score::kSigmoid ? sigmoid_lanes(Tag<T>(), x) : x, a.tensor_dtype);
   });
 }
@@ -652,30 +651,38 @@ HWY_INLINE void mask_groups(const RouteArgs<T>& a, T* choice, T* group_value, Ke
   }
 }
 
-/// weights [top_k] from those of `from` (scores, or logits) that were chosen.
+/// weights [top_k] from those of `from` (scores, or logits) that were chosen; behind them, logits in and weights out,
+/// [always].
 template <class T>
 HWY_INLINE void weigh(const RouteArgs<T>& a, const T* from, const Key<T>* rows, T* weights) {
   const Tag<T> d;
   const KeyTag<T> dk;
   constexpr int kLog = std::bit_width(static_cast<std::uint64_t>(kWidth<T>)) - 1;
   const auto lane = hn::Iota(dk, 0);
+  const std::int64_t all = a.top_k + a.always;
   for (std::int64_t j = 0; j < a.top_k; ++j) {
     const auto at = hn::Add(hn::ShiftLeft<kLog>(hn::Load(dk, rows + j * kWidth<T>)), lane);
     hn::Store(hn::GatherIndex(d, from, at), d, weights + j * kWidth<T>);
   }
-  if (a.softmax_after_top_k) softmax(weights, a.top_k, a.tensor_dtype);
+  if (a.score_after_top_k) score(a, a.top_k, weights);
+  if (a.always > 0) score(a, a.always, weights + a.top_k * kWidth<T>);
   if (a.renormalise) {
     auto sum = hn::Zero(d);
-    for (std::int64_t j = 0; j < a.top_k; ++j) sum = hn::Add(sum, hn::Load(d, weights + j * kWidth<T>));
+    for (std::int64_t j = 0; j < all; ++j) sum = hn::Add(sum, hn::Load(d, weights + j * kWidth<T>));
     sum = rounded<T>(hn::Add(rounded<T>(sum, a.tensor_dtype), hn::Set(d, a.renormalise_eps)), a.tensor_dtype);
-    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(hn::Div(x, sum), a.tensor_dtype); });
+    if (a.renormalise_floor > T(0)) {
+      const auto floor = hn::Set(d, a.renormalise_floor);
+      sum = hn::IfThenElse(hn::Lt(sum, floor), floor, sum);
+    }
+    for_rows(weights, all, [&](auto x) { return rounded<T>(hn::Div(x, sum), a.tensor_dtype); });
   }
   if (a.scaling != T(1)) {
     const auto scaling = hn::Set(d, a.scaling);
-    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(hn::Mul(x, scaling), a.tensor_dtype); });
+    for_rows(weights, all, [&](auto x) { return rounded<T>(hn::Mul(x, scaling), a.tensor_dtype); });
   }
-  if (a.weights_dtype != Float::kF64)
-    for_rows(weights, a.top_k, [&](auto x) { return rounded<T>(x, a.weights_dtype); });
+  for (std::int64_t i = 0; a.expert_scale != nullptr && i < a.top_k * kWidth<T>; ++i)
+    weights[i] = static_cast<T>(round_to(weights[i] * a.expert_scale[rows[i]], a.tensor_dtype));
+  if (a.weights_dtype != Float::kF64) for_rows(weights, all, [&](auto x) { return rounded<T>(x, a.weights_dtype); });
 }
 
 template <class T>
@@ -685,30 +692,48 @@ void route_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
   const std::int64_t count = std::min(a.top_k + (r.runner_up != nullptr ? 1 : 0), a.experts);
   const bool grouped = a.group_score != GroupScore::kNone, changed = a.correction_bias != nullptr || grouped;
   const std::int64_t ranks = std::max(count, grouped ? std::max(group_members(a), a.top_groups) : 0) + kMostRanks;
-  const auto values = hwy::AllocateAligned<T>((a.experts * (changed ? 2 : 1) + a.top_k + a.groups) * kW);
+  const auto values = hwy::AllocateAligned<T>((a.experts * (changed ? 2 : 1) + a.top_k + a.always + a.groups) * kW);
   const auto places = hwy::AllocateAligned<Key<T>>(2 * ranks * kW);
   T *const base = values.get(), *const choice = changed ? base + a.experts * kW : base;
-  T *const weights = choice + a.experts * kW, *const group_value = weights + a.top_k * kW;
+  T *const weights = choice + a.experts * kW, *const of_always = weights + a.top_k * kW,
+           *const group_value = of_always + a.always * kW;
   Key<T>*const keys = places.get(), *const rows = keys + ranks * kW;
   for (std::int64_t first = 0; first < a.tokens; first += kW) {
     const std::int64_t tokens = std::min(kW, a.tokens - first);
     if (tokens < kW) std::fill(base, base + a.experts * kW, T(0));
     transpose(a.logits + first * a.experts, a.experts, tokens, a.experts, base, kW);
-    if (!a.softmax_after_top_k) score(a, base);
+    for (std::int64_t i = 0; a.logit_softcap > T(0) && i < a.experts * kW; ++i)
+      base[i] = softcapped(base[i], a.logit_softcap, a.tensor_dtype);
+    if (!a.score_after_top_k) score(a, a.experts, base);
     if (changed) std::copy(base, base + a.experts * kW, choice);
     for (std::int64_t e = 0; e < a.experts && a.correction_bias != nullptr; ++e) {
       const auto bias = hn::Set(d, a.correction_bias[e]);
       for_rows(choice + e * kW, 1, [&](auto x) { return a.bias_multiplies ? hn::Mul(x, bias) : hn::Add(x, bias); });
     }
     if (grouped) mask_groups(a, choice, group_value, keys, rows);
-    choose(choice, a.experts, count, keys, rows);
+    if (a.given == nullptr) {
+      choose(choice, a.experts, count, keys, rows);
+    } else {
+      std::fill(rows, rows + a.top_k * kW, Key<T>(0));
+      transpose(a.given + first * a.top_k, a.top_k, tokens, a.top_k, rows, kW);
+    }
     transpose(rows, kW, a.top_k, tokens, r.chosen + first * a.top_k, a.top_k);
-    for (std::int64_t t = 0; t < tokens && r.runner_up != nullptr; ++t)
-      r.runner_up[first + t] = count > a.top_k ? static_cast<std::int32_t>(rows[a.top_k * kW + t]) : -1;
+    for (std::int64_t t = 0; t < tokens && r.runner_up != nullptr; ++t) {
+      const bool is_there = count > a.top_k && a.given == nullptr;
+      r.runner_up[first + t] = is_there ? static_cast<std::int32_t>(rows[a.top_k * kW + t]) : -1;
+    }
     if (r.choice != nullptr) transpose(choice, kW, a.experts, tokens, r.choice + first * a.experts, a.experts);
     if (r.weights == nullptr) continue;
+    if (a.always > 0) {
+      if (tokens < kW) std::fill(of_always, of_always + a.always * kW, T(0));
+      transpose(a.always_logits + first * a.always, a.always, tokens, a.always, of_always, kW);
+      for (std::int64_t i = 0; i < a.always * kW; ++i)
+        of_always[i] = softcapped(of_always[i], a.logit_softcap, a.tensor_dtype);
+    }
     weigh(a, base, rows, weights);
     transpose(weights, kW, a.top_k, tokens, r.weights + first * a.top_k, a.top_k);
+    if (r.always_weights != nullptr)
+      transpose(of_always, kW, a.always, tokens, r.always_weights + first * a.always, a.always);
   }
 }
 void route_f32(const RouteArgs<float>& a, const RouteResult<float>& r) { route_all(a, r); }
@@ -773,14 +798,23 @@ template <class T>
 Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
   if (a.tokens < 0 || a.experts < 1 || a.experts > std::numeric_limits<std::int32_t>::max() / 64)
     return Status::kBadShape;
-  if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr)) return Status::kNullPointer;
+  if (a.always < 0 || a.always > a.experts) return Status::kBadShape;
+  if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr || (a.always > 0 && a.always_logits == nullptr)))
+    return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if (a.softmax_after_top_k && a.score != Score::kSoftmax) return Status::kBadOption;
+  if ((a.always > 0 && a.score == Score::kSoftmax) || (r.always_weights != nullptr && r.weights == nullptr))
+    return Status::kBadOption;
   if (a.group_score == GroupScore::kNone) return Status::kOk;
   if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups)
     return Status::kBadGroups;
   if (group_members(a) > a.experts / a.groups) return Status::kBadGroups;
   return Status::kOk;
+}
+
+template <class T>
+Status check_all(const RouteArgs<T>& a, const RouteResult<T>& r) {
+  const Status status = check(a, r);
+  return status == Status::kOk && !given_fits(a) ? Status::kBadShape : status;
 }
 
 }  // namespace
@@ -809,12 +843,12 @@ void round_values(const double* in, std::int64_t count, Float dtype, double* out
 Status check_route(const RouteArgs<float>& args, const RouteResult<float>& result) { return check(args, result); }
 Status check_route(const RouteArgs<double>& args, const RouteResult<double>& result) { return check(args, result); }
 Status route(const RouteArgs<float>& args, const RouteResult<float>& result) {
-  const Status status = check(args, result);
+  const Status status = check_all(args, result);
   if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(route_f32)(args, result);
   return status;
 }
 Status route(const RouteArgs<double>& args, const RouteResult<double>& result) {
-  const Status status = check(args, result);
+  const Status status = check_all(args, result);
   if (status == Status::kOk) HWY_DYNAMIC_DISPATCH(route_f64)(args, result);
   return status;
 }

@@ -85,6 +85,7 @@ enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
 enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 
 /// For each token:
+///   logits    : with logit_softcap c > 0, c tanh(logit / c) of each
 ///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) | sqrt(softplus(logits[e]))
 ///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
 ///             | score[e] * correction_bias[e]         with bias_multiplies
@@ -94,12 +95,15 @@ enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 ///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger
 ///   than
 ///               everything, as torch.topk has it
-///   weight[j] = score[chosen[j]]; renormalise: / (sum_j weight[j] + renormalise_eps), summed in the order of rank;
-///               times scaling; rounded to weights_dtype
-/// With softmax_after_top_k the choice is the logit itself and the weights are the softmax over the chosen ones.
-/// Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is the type of
-/// the arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in the
-/// frameworks.
+///   weight[j] = score[chosen[j]]; renormalise: / max(sum_j weight[j] + renormalise_eps, renormalise_floor), summed in
+///               the order of rank; times scaling; times expert_scale[chosen[j]]; rounded to weights_dtype
+/// With score_after_top_k the choice is the logit itself and the weights are the scores of the chosen ones, a softmax
+/// being one over them alone. With `given` nothing is chosen: those are the experts (a table by token id,
+/// modeling_deepseek_v4.py). `always` experts besides have every token (the shared experts of modeling_inkling.py):
+/// they are scored, join the sum of renormalise after the chosen ones, and are weighed as those are, but for
+/// expert_scale. Sums over experts run in kLanes lanes (elementary.h), those over the chosen in the order of rank. T is
+/// the type of the arithmetic. A softmax whose largest logit is infinite, or that meets a NaN, is NaN throughout, as in
+/// the frameworks.
 template <class T>
 struct RouteArgs {
   const T* logits = nullptr;           // [tokens, experts]
@@ -109,14 +113,20 @@ struct RouteArgs {
   std::int64_t experts = 0;
   std::int64_t top_k = 0;
   Score score = Score::kSoftmax;
-  bool softmax_after_top_k = false;
+  bool score_after_top_k = false;  // gpt-oss: softmax; llama4 and cohere2_moe: sigmoid
   GroupScore group_score = GroupScore::kNone;
   std::int64_t groups = 1;
   std::int64_t top_groups = 1;
   bool group_mask_is_zero = false;
   bool renormalise = false;
   T renormalise_eps = 0;
+  T renormalise_floor = 0;  // moe_norm_min, modeling_ernie4_5_moe.py
   T scaling = 1;
+  T logit_softcap = 0;                  // moe_router_logit_softcapping, modeling_laguna.py
+  const T* expert_scale = nullptr;      // [experts], or null; per_expert_scale, modeling_gemma4.py
+  const std::int32_t* given = nullptr;  // [tokens, top_k], or null: each within the experts
+  const T* always_logits = nullptr;     // [tokens, always]
+  std::int64_t always = 0;              // not with a softmax
   /// What the results of score, renormalisation and scaling are rounded to: the dtype of the tensors between the
   /// operations of a framework, each of which computes in float32 and rounds its output. kF64: no rounding beyond T.
   /// choice is not rounded: a float32 correction bias promotes the sum to float32.
@@ -124,6 +134,29 @@ struct RouteArgs {
   /// What the finished weights are cast to (routing_weights.to(hidden_states.dtype)); kF64: they are not.
   Float weights_dtype = Float::kF64;
 };
+
+/// Has a part that few routers have, which fast paths leave to the general one.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline bool is_rare(const RouteArgs<T>& a) {
+  return a.renormalise_floor > T(0) || a.logit_softcap > T(0) || a.expert_scale != nullptr || a.given != nullptr ||
+         a.always > 0 || (a.score_after_top_k && a.score != Score::kSoftmax);
+}
+
+/// The logit that the scores see. Tensors of `dtype` hold the quotient, its tanh and the product.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T softcapped(T logit, T softcap, Float dtype) {
+  if (!(softcap > T(0))) return logit;
+  const auto rounded = [dtype](T v) { return static_cast<T>(round_to(static_cast<double>(v), dtype)); };
+  return rounded(rounded(static_cast<T>(tanh_exact_order(static_cast<double>(rounded(logit / softcap))))) * softcap);
+}
+
+/// What renormalise divides by; a NaN stays one.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T denominator(const RouteArgs<T>& a, T sum) {
+  const auto rounded = [&a](T v) { return static_cast<T>(round_to(static_cast<double>(v), a.tensor_dtype)); };
+  const T by = rounded(rounded(sum) + a.renormalise_eps);
+  return by < a.renormalise_floor ? a.renormalise_floor : by;
+}
 
 /// Experts of a group that its score adds up.
 template <class T>
@@ -138,8 +171,10 @@ template <class T>
 struct RouteResult {
   std::int32_t* chosen = nullptr;     // [tokens, top_k]
   T* weights = nullptr;               // [tokens, top_k], or null
-  std::int32_t* runner_up = nullptr;  // [tokens], or null: the expert that top_k + 1 would add; -1 if there is none
+  std::int32_t* runner_up = nullptr;  // [tokens], or null: the expert that top_k + 1 would add; -1 if there is none, or
+                                      // the experts are given
   T* choice = nullptr;                // [tokens, experts], or null: choice after the group mask
+  T* always_weights = nullptr;        // [tokens, always], or null
 };
 
 /// An integer that sorts as the selection does: larger values larger, NaN above all, both zeros alike.
@@ -153,7 +188,16 @@ MOE_AUDIT_HOST_DEVICE inline float route_value(std::int32_t key) {
   return std::bit_cast<float>(key == kLargestKey ? 0x7fc00000 : key ^ (key >> 31 & kLargestKey));
 }
 
-/// What is wrong with the arguments; kOk if nothing. The calls below check by themselves.
+/// Whether each expert that is given is one of the experts; null pointers fit. Reads `given`.
+template <class T>
+bool given_fits(const RouteArgs<T>& a) {
+  for (std::int64_t i = 0; a.given != nullptr && i < a.tokens * a.top_k; ++i) {
+    if (a.given[i] < 0 || a.given[i] >= a.experts) return false;
+  }
+  return true;
+}
+
+/// What is wrong with the arguments; kOk if nothing. The calls below check by themselves, and that given_fits().
 Status check_route(const RouteArgs<float>& args, const RouteResult<float>& result);
 Status check_route(const RouteArgs<double>& args, const RouteResult<double>& result);
 

@@ -72,7 +72,7 @@ RouteOptions route_options(const Json& j) {
   o.top_k = j.value("top_k", 2);
   o.score = one_of<Score>(
       j, "score", {{"softmax", Score::kSoftmax}, {"sigmoid", Score::kSigmoid}, {"sqrtsoftplus", Score::kSqrtSoftplus}});
-  o.softmax_after_top_k = j.value("softmax_after_top_k", false);
+  o.score_after_top_k = j.value("score_after_top_k", false);
   o.group_score = one_of<GroupScore>(
       j, "group_score",
       {{"none", GroupScore::kNone}, {"max", GroupScore::kMax}, {"top2_sum", GroupScore::kTop2Sum}});
@@ -80,36 +80,59 @@ RouteOptions route_options(const Json& j) {
   o.top_groups = j.value("top_groups", 1);
   o.renormalise = j.value("renormalise", false);
   o.renormalise_eps = j.value("renormalise_eps", 0.0);
+  o.renormalise_floor = j.value("renormalise_floor", 0.0);
   o.scaling = j.value("scaling", 1.0);
+  o.logit_softcap = j.value("logit_softcap", 0.0);
   return o;
 }
-double route_roundings(const RouteOptions& o, const at::Tensor& logits) {
-  const double score = o.score == Score::kSoftmax ? softmax_roundings(logits) : 10;
-  return 2 * score + static_cast<double>(o.top_k) + 5;  // of the weight and of their sum; division, scaling
+RouteInputs route_inputs(const Inputs& in) {
+  const at::Tensor given = get(in, "given");
+  return {get(in, "correction_bias"), get(in, "expert_scale"), given.defined() ? given.to(at::kLong) : given, get(in, "always_logits")};
+}
+double route_roundings(const RouteOptions& o, const Inputs& in) {
+  const at::Tensor logits = get(in, "logits"), always = get(in, "always_logits");
+  double score = o.score == Score::kSoftmax ? softmax_roundings(logits) : 10;
+  // A capped logit has 11 roundings of its size (kernels/host/bounds.h, softcapped()), which a score feels as often as it is large.
+  if (o.logit_softcap > 0) score += 2 * 11 * o.logit_softcap;
+  const double terms = static_cast<double>(o.top_k + (always.defined() ? last(always) : 0));
+  return 2 * score + terms + 7;  // of the weight and of their sum; division, scaling, the expert's scale
 }
 
 Outputs route_of(const Json& j, const Inputs& in) {
   const at::Tensor logits = get(in, "logits");
   const RouteOptions o = route_options(j);
-  Routed r = route(logits, o, get(in, "correction_bias"));
+  Routed r = route(logits, o, route_inputs(in));
   if (j.value("weighs", std::string("scores")) == "choice") {  // W1: what chose is what weighs
     r.weights = r.choice.gather(-1, r.chosen);
     r.weights = r.weights / r.weights.sum(-1, true);
   }
-  return {{"chosen", {r.chosen, 0, 0}}, {"weights", {r.weights, twice(route_roundings(o, logits)), largest(r.weights)}}};
+  const double n = twice(route_roundings(o, in));
+  Outputs out = {{"chosen", {r.chosen, 0, 0}}, {"weights", {r.weights, n, largest(r.weights)}}};
+  if (r.always_weights.defined()) out["always_weights"] = {r.always_weights, n, largest(r.always_weights)};
+  return out;
 }
 
 Outputs route_backward(const Json& j, const Inputs& in) {
-  const at::Tensor logits = leaf(get(in, "logits")), upstream = get(in, "d_weights");
+  const at::Tensor logits = leaf(get(in, "logits")), upstream = get(in, "d_weights"), of_always = get(in, "d_always_weights");
   const RouteOptions o = route_options(j);
-  const Routed r = route(logits, o, get(in, "correction_bias"));
+  RouteInputs inputs = route_inputs(in), unscaled = inputs;
+  if (inputs.always_logits.defined()) inputs.always_logits = leaf(inputs.always_logits);
+  const Routed r = route(logits, o, inputs);
   RouteOptions raw = o;
   raw.renormalise = false, raw.scaling = 1;
-  const double least = route(logits.detach(), raw, get(in, "correction_bias")).weights.sum(-1).min().item<double>();
+  unscaled.expert_scale = at::Tensor();
+  const double least = route(logits.detach(), raw, unscaled).weights.sum(-1).min().item<double>();
   // Terms of one logit: scaling u_j / sum, and scaling sum_j u_j s_j / sum^2, both times a slope of at most 1.
-  const double scale = 2 * o.scaling * static_cast<double>(o.top_k) * largest(upstream) / (o.renormalise ? least : 1);
-  const double n = 2 * route_roundings(o, logits.detach()) + static_cast<double>(last(logits)) + 8;
-  return {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(r.weights, logits, upstream), twice(n), scale}}};
+  const double by_expert = inputs.expert_scale.defined() ? largest(inputs.expert_scale) : 1;
+  const double largest_upstream = std::max(by_expert * largest(upstream), of_always.defined() ? largest(of_always) : 0);
+  const double terms = static_cast<double>(o.top_k + (of_always.defined() ? last(of_always) : 0));
+  const double scale = 2 * o.scaling * terms * largest_upstream / (o.renormalise ? least : 1);
+  const double n = twice(2 * route_roundings(o, in) + static_cast<double>(last(logits)) + 8);
+  if (!of_always.defined()) return {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(r.weights, logits, upstream), n, scale}}};
+  const at::Tensor loss = (r.weights * upstream).sum() + (r.always_weights * of_always).sum();
+  return {{"chosen", {r.chosen, 0, 0}},
+          {"d_logits", {gradient(loss, logits), n, scale}},
+          {"d_always_logits", {gradient(loss, inputs.always_logits), n, scale}}};
 }
 
 Outputs gate_backward(const Json&, const Inputs& in) {

@@ -282,7 +282,7 @@ void router_vectors(Builder& b) {
   row("W1", "biased scores as weights", "Megatron-LM April 2025, vLLM #12002, transformers #39581", {"0.5213", "0.4787"}, w1, biased);
   row("W2", "bias on the logits", "the same window", {"0.5297", "0.4703"}, sigmoid, {{"logits", "logits with bias"}});
   row("W3-pre", "softmax, then top-k, no renormalisation", "mlxcel #391, SGLang #35160", {"0.5046", "0.2098"}, {{"top_k", 2}}, z);
-  row("W3-post", "top-k, then softmax", "gpt-oss, Mixtral as trained", {"0.7063", "0.2937"}, {{"top_k", 2}, {"softmax_after_top_k", true}}, z);
+  row("W3-post", "top-k, then softmax", "gpt-oss, Mixtral as trained", {"0.7063", "0.2937"}, {{"top_k", 2}, {"score_after_top_k", true}}, z);
   row("right-softmax", "softmax, top-k, renormalised: the same as top-k, then softmax", "transformers modeling_mixtral.py", {"0.7063", "0.2937"}, {{"top_k", 2}, {"renormalise", true}}, z);
   row("W4", "softmax of the softmax", "transformers 5.0 to 5.5", {"0.5732", "0.4268"}, {{"top_k", 2}, {"renormalise", true}}, {{"logits", "softmax"}});
   Json twice = sigmoid;
@@ -298,6 +298,23 @@ void router_vectors(Builder& b) {
   b.vector("router", "sqrtsoftplus", "route", "modeling_deepseek_v4.py", {{"top_k", 6}, {"score", "sqrtsoftplus"}, {"renormalise", true}, {"scaling", 1.5}}, biased);
   b.tensor("equal logits", at::full({3, 160}, 0.25, at::kDouble));
   b.vector("router", "ties", "route", "ties go to the lowest index", {{"top_k", 32}, {"renormalise", true}}, {{"logits", "equal logits"}});
+  b.tensor("scale of experts", spread({kE}, 0.6));
+  b.tensor("given experts", (at::arange(kT * kK) * 5).remainder(kE).reshape({kT, kK}).to(at::kDouble));
+  b.tensor("logits of two more", 2 * spread({kT, 2}, 0.8));
+  b.vector("router", "sigmoid-after-top-k", "route", "modeling_llama4.py, modeling_cohere2_moe.py",
+           {{"top_k", 3}, {"score", "sigmoid"}, {"score_after_top_k", true}, {"renormalise", true}}, z);
+  b.vector("router", "floor", "route", "modeling_ernie4_5_moe.py, with a floor that bites",
+           {{"top_k", 2}, {"renormalise", true}, {"renormalise_floor", 0.7}}, biased);
+  b.vector("router", "capped-logits", "route", "modeling_laguna.py",
+           {{"top_k", 3}, {"score", "sigmoid"}, {"logit_softcap", 2.0}, {"renormalise", true}}, biased);
+  b.vector("router", "scaled-by-expert", "route", "modeling_gemma4.py", {{"top_k", 3}, {"renormalise", true}},
+           {{"logits", "logits"}, {"expert_scale", "scale of experts"}});
+  b.vector("router", "given", "route", "modeling_deepseek_v4.py: experts by token id",
+           {{"top_k", 2}, {"score", "sqrtsoftplus"}, {"renormalise", true}, {"renormalise_eps", 1e-20}, {"scaling", 1.5}},
+           {{"logits", "logits"}, {"given", "given experts"}});
+  const Json with_two = {{"logits", "logits"}, {"correction_bias", "bias"}, {"always_logits", "logits of two more"}};
+  b.vector("router", "always", "route", "modeling_inkling.py: shared experts in the sum",
+           {{"top_k", 3}, {"score", "sigmoid"}, {"renormalise", true}, {"scaling", 8.0}}, with_two);
   b.tensor("gate x", spread({5, 150}, 0.1));
   b.tensor("gate w", spread({kE, 150}, 0.7));
   b.vector("router", "gate", "gate_logits", "logits = x W^T + b; 150 is more than one stretch of the sum", {}, {{"x", "gate x"}, {"w", "gate w"}, {"bias", "bias"}});
@@ -311,10 +328,16 @@ void router_vectors(Builder& b) {
   const char* autograd = "autograd of the reference";
   const Json softmax = {{"logits", "logits"}, {"d_weights", "d weights"}};
   b.vector("router_backward", "softmax", "route_backward", autograd, {{"top_k", 2}, {"renormalise", true}}, softmax);
-  b.vector("router_backward", "after-top-k", "route_backward", autograd, {{"top_k", 2}, {"softmax_after_top_k", true}}, softmax);
+  b.vector("router_backward", "after-top-k", "route_backward", autograd, {{"top_k", 2}, {"score_after_top_k", true}}, softmax);
   b.vector("router_backward", "sigmoid", "route_backward", autograd, {{"top_k", 4}, {"score", "sigmoid"}, {"renormalise", true}, {"renormalise_eps", 1e-20}, {"scaling", 2.5}},
            {{"logits", "logits"}, {"correction_bias", "bias"}, {"d_weights", "d weights of 4"}});
   b.vector("router_backward", "sqrtsoftplus", "route_backward", autograd, {{"top_k", 2}, {"score", "sqrtsoftplus"}}, softmax);
+  b.tensor("d weights of two more", spread({kT, 2}, 1.3));
+  b.vector("router_backward", "all-of-it", "route_backward", autograd,
+           {{"top_k", 2}, {"score", "sigmoid"}, {"logit_softcap", 2.0}, {"renormalise", true}, {"renormalise_eps", 1e-3}, {"scaling", 2.5}},
+           {{"logits", "logits"}, {"correction_bias", "bias"}, {"expert_scale", "scale of experts"}, {"always_logits", "logits of two more"},
+            {"d_weights", "d weights"}, {"d_always_weights", "d weights of two more"}});
+  b.vector("router_backward", "floor", "route_backward", autograd, {{"top_k", 2}, {"renormalise", true}, {"renormalise_floor", 0.7}}, softmax);
   b.tensor("gate x of 16", spread({kT, 12}, 0.2));
   b.tensor("gate w of 12", spread({kE, 12}, 0.9));
   b.tensor("d logits", spread({kT, kE}, 1.1));

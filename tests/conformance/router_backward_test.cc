@@ -41,7 +41,9 @@ struct Case {
   k::Score score = k::Score::kSoftmax;
   ref::Score reference = ref::Score::kSoftmax;
   bool after = false, renormalise = false;
-  double eps = 0, scaling = 1;
+  double eps = 0, scaling = 1, floor = 0, softcap = 0;
+  bool scaled = false;  // by expert
+  std::int64_t always = 0;
 };
 const Case kCases[] = {
     {"softmax"},
@@ -49,23 +51,57 @@ const Case kCases[] = {
     {"softmax after top-k", k::Score::kSoftmax, ref::Score::kSoftmax, true},
     {"sigmoid renormalised, scaled", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 1e-20, 2.5},
     {"sigmoid", k::Score::kSigmoid, ref::Score::kSigmoid},
-    {"sqrt softplus renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, true, 1e-9, 1.5}};
+    {"sqrt softplus renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, true, 1e-9, 1.5},
+    {"sigmoid after top-k", k::Score::kSigmoid, ref::Score::kSigmoid, true, true},
+    {"sums around the floor", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 1e-3, 1, 0.5},
+    {"capped logits", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 1, 0, 3},
+    {"softmax of capped logits", k::Score::kSoftmax, ref::Score::kSoftmax, false, false, 0, 1, 0, 3},
+    {"scaled by expert", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 2.5, 0, 0, true},
+    {"two experts always", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 8, 0, 0, false, 2},
+    {"all of it", k::Score::kSigmoid, ref::Score::kSigmoid, true, true, 1e-3, 2.5, 1.5, 2, true, 3},
+    {"always, not renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, false, 0, 2, 0, 0, true,
+     1}};
 
 struct Setup {
   std::int64_t tokens, experts, top_k;
   Doubles logits, bias, upstream;  // upstream: of the weights
   Ids chosen;
+  Doubles scale, always, always_upstream;
 };
 
 ref::RouteOptions options_of(const Case& c, std::int64_t top_k) {
   ref::RouteOptions o;
   o.top_k = top_k;
   o.score = c.reference;
-  o.softmax_after_top_k = c.after;
+  o.score_after_top_k = c.after;
   o.renormalise = c.renormalise;
   o.renormalise_eps = c.eps;
+  o.renormalise_floor = c.floor;
   o.scaling = c.scaling;
+  o.logit_softcap = c.softcap;
   return o;
+}
+
+/// What the reference makes of the logits z and of those that every token has.
+ref::Routed routed(const Case& c, const Setup& s, const at::Tensor& z, const at::Tensor& always) {
+  ref::RouteInputs in;
+  if (c.scaled) in.expert_scale = tensor(s.scale, 1).reshape({-1});
+  in.always_logits = always;
+  return ref::route(z, options_of(c, s.top_k), in);
+}
+at::Tensor always_of(const Case& c, const Setup& s) { return c.always > 0 ? tensor(s.always, s.tokens) : at::Tensor(); }
+/// Gradients of the logits, and of those that every token has, by autograd.
+struct Gradients {
+  at::Tensor logits, always;
+};
+Gradients autograd(const Case& c, const Setup& s) {
+  at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true), always = always_of(c, s);
+  if (always.defined()) always.set_requires_grad(true);
+  const ref::Routed r = routed(c, s, z, always);
+  at::Tensor loss = (r.weights * tensor(s.upstream, s.tokens)).sum();
+  if (always.defined()) loss = loss + (r.always_weights * tensor(s.always_upstream, s.tokens)).sum();
+  loss.backward();
+  return {z.grad(), always.defined() ? always.grad() : at::Tensor()};
 }
 
 Setup setup(const Case& c, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, double scale) {
@@ -75,8 +111,11 @@ Setup setup(const Case& c, std::int64_t tokens, std::int64_t experts, std::int64
           gaussians(tokens * experts, 1, scale),
           gaussians(experts, 2, 0.1),
           gaussians(tokens * top_k, 3),
-          {}};
-  const at::Tensor chosen = ref::route(tensor(s.logits, tokens), options_of(c, top_k)).chosen.contiguous();
+          {},
+          gaussians(experts, 9),
+          gaussians(tokens * c.always, 10, scale),
+          gaussians(tokens * c.always, 11)};
+  const at::Tensor chosen = routed(c, s, tensor(s.logits, tokens), always_of(c, s)).chosen.contiguous();
   for (std::int64_t i = 0; i < chosen.numel(); ++i)
     s.chosen.push_back(static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]));
   return s;
@@ -86,27 +125,48 @@ k::RouteBackwardArgs<double> args_of(const Case& c, const Setup& s) {
   k::RouteBackwardArgs<double> a;
   a.forward.logits = s.logits.data();
   a.forward.tokens = s.tokens, a.forward.experts = s.experts, a.forward.top_k = s.top_k;
-  a.forward.score = c.score, a.forward.softmax_after_top_k = c.after;
+  a.forward.score = c.score, a.forward.score_after_top_k = c.after;
   a.forward.renormalise = c.renormalise, a.forward.renormalise_eps = c.eps, a.forward.scaling = c.scaling;
+  a.forward.renormalise_floor = c.floor, a.forward.logit_softcap = c.softcap;
+  a.forward.expert_scale = c.scaled ? s.scale.data() : nullptr;
+  a.forward.always = c.always, a.forward.always_logits = s.always.data();
   a.chosen = s.chosen.data();
   a.weights = s.upstream.data();
+  a.always_weights = c.always > 0 ? s.always_upstream.data() : nullptr;
   return a;
 }
 
 /// The magnitudes that bounds::route_backward_relative() is relative to; of_scores: gradients of the scores, from
 /// elsewhere.
-at::Tensor sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = {}) {
-  const at::Tensor z = tensor(s.logits, s.tokens), u = tensor(s.upstream, s.tokens).abs();
+Gradients sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = {}) {
+  const auto capped = [&](const at::Tensor& v) { return c.softcap > 0 ? c.softcap * at::tanh(v / c.softcap) : v; };
+  const auto of_cap = [&](const at::Tensor& size, const at::Tensor& v) {
+    return c.softcap > 0 ? size * (1 + at::tanh(v / c.softcap).square()) : size;
+  };
+  const auto of_slope = [&](const at::Tensor& g, const at::Tensor& score, const at::Tensor& l) {
+    return c.score == k::Score::kSigmoid ? g * score * (1 + score) : g * at::sigmoid(l) / (2 * score);
+  };
+  const at::Tensor raw = tensor(s.logits, s.tokens), z = capped(raw);
+  at::Tensor u = tensor(s.upstream, s.tokens).abs();
   const at::Tensor chosen = at::tensor(s.chosen, at::kInt).to(at::kLong).reshape({s.tokens, s.top_k});
-  const at::Tensor score =
-      c.after ? at::zeros_like(z).scatter(1, chosen, at::softmax(z.gather(1, chosen), 1)) : ref::scores(z, c.reference);
-  const at::Tensor w = score.gather(1, chosen), by = w.sum(1, true) + c.eps;
-  const at::Tensor each = c.scaling * (c.renormalise ? u / by + (u * w).sum(1, true) / by / by : u);
-  at::Tensor g = at::zeros_like(z).scatter(1, chosen, each);
+  if (c.scaled) u = u * tensor(s.scale, 1).reshape({-1}).abs().index({chosen});
+  const at::Tensor score = c.after ? at::zeros_like(z).scatter(1, chosen, ref::scores(z.gather(1, chosen), c.reference))
+                                   : ref::scores(z, c.reference);
+  const at::Tensor w = score.gather(1, chosen);
+  at::Tensor total = w.sum(1, true) + c.eps, product = (u * w).sum(1, true), of_always, always_score, always;
+  if (c.always > 0) {
+    always = tensor(s.always, s.tokens), of_always = tensor(s.always_upstream, s.tokens).abs();
+    always_score = ref::scores(capped(always), c.reference);
+    total = total + always_score.sum(1, true);
+    product = product + (of_always * always_score).sum(1, true);
+  }
+  // Where rounding might lift a sum to its floor, or drop it below, both terms count.
+  const at::Tensor by = at::clamp_min(total, c.floor), along = product / by / by;
+  const auto each = [&](const at::Tensor& v) { return std::fabs(c.scaling) * (c.renormalise ? v / by + along : v); };
+  at::Tensor g = at::zeros_like(z).scatter(1, chosen, each(u));
   if (of_scores.defined()) g = g + of_scores.abs();
-  if (c.score == k::Score::kSigmoid) return g * score * (1 + score);
-  if (c.score == k::Score::kSqrtSoftplus) return g * at::sigmoid(z) / (2 * score);
-  return score * (g + (g * score).sum(1, true));
+  return {of_cap(c.score == k::Score::kSoftmax ? score * (g + (g * score).sum(1, true)) : of_slope(g, score, z), raw),
+          c.always > 0 ? of_cap(of_slope(each(of_always), always_score, capped(always)), always) : at::Tensor()};
 }
 
 /// Both sides are within the bound of the exact gradient.
@@ -114,10 +174,12 @@ void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const
                 const std::string& what) {
   const at::Tensor w = want.contiguous(), size = sizes.contiguous(), z = tensor(s.logits, s.tokens);
   const double range = (z.amax(1) - z.amin(1)).max().item<double>();
-  const double score = c.score == k::Score::kSoftmax ? k::bounds::softmax_relative(s.experts, 0, range, k::Float::kF64)
-                       : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(0, k::Float::kF64)
-                                                       : k::bounds::sqrt_softplus_relative(0, k::Float::kF64);
-  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k);
+  const double logit = k::bounds::softcapped(c.softcap, k::Float::kF64);
+  const double score = c.score == k::Score::kSoftmax
+                           ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
+                       : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
+                                                       : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
+  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k + c.always);
   for (std::size_t i = 0; i < got.size(); ++i) {
     const double off = std::fabs(got[i] - w.data_ptr<double>()[i]), bound = relative * size.data_ptr<double>()[i];
     BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
@@ -134,12 +196,17 @@ BOOST_AUTO_TEST_CASE(gradients_agree_with_autograd) {
       for (const double scale : {1e-310, 0.1, 1.0, 12.0}) {  // denormals: every score is tied
         const Setup s = setup(c, shape.tokens, shape.experts, shape.k, scale);
         const std::string what = c.name + " " + std::to_string(shape.experts) + "/" + std::to_string(shape.k);
-        at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true);
-        const ref::Routed r = ref::route(z, options_of(c, s.top_k));
-        (r.weights * tensor(s.upstream, s.tokens)).sum().backward();
-        Doubles d(s.logits.size());
-        BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
-        check_near(d, z.grad(), c, s, sizes_of(c, s), what);
+        const Gradients want = autograd(c, s), sizes = sizes_of(c, s);
+        Doubles d(s.logits.size()), d_always(s.always.size());
+        k::RouteBackwardArgs<double> a = args_of(c, s);
+        a.d_always_logits = d_always.data();
+        if (c.always > shape.experts) {
+          BOOST_CHECK(k::route_backward(a, d.data()) == k::Status::kBadShape);
+          continue;
+        }
+        BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
+        check_near(d, want.logits, c, s, sizes.logits, what);
+        if (c.always > 0) check_near(d_always, want.always, c, s, sizes.always, what + ", always");
       }
     }
   }
@@ -163,7 +230,7 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   a.logits = of_z.data_ptr<double>();
   Doubles d(s.logits.size());
   BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
-  check_near(d, z.grad(), c, s, sizes_of(c, s, tensor(other, s.tokens)) + of_z.abs(), "with losses");
+  check_near(d, z.grad(), c, s, sizes_of(c, s, tensor(other, s.tokens)).logits + of_z.abs(), "with losses");
   // Only losses: no weights, no choices.
   a.weights = nullptr;
   a.chosen = nullptr;
@@ -172,7 +239,7 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   Setup one = setup(c, 6, 8, 1, 1);
   Doubles none(one.logits.size());
   BOOST_REQUIRE(k::route_backward(args_of(c, one), none.data()) == k::Status::kOk);
-  check_near(none, at::zeros({6, 8}, at::kDouble), c, one, sizes_of(c, one), "one choice");
+  check_near(none, at::zeros({6, 8}, at::kDouble), c, one, sizes_of(c, one).logits, "one choice");
   // All dropped.
   std::fill(one.chosen.begin(), one.chosen.end(), -1);
   BOOST_REQUIRE(k::route_backward(args_of(kCases[0], one), none.data()) == k::Status::kOk);
@@ -199,8 +266,13 @@ BOOST_AUTO_TEST_CASE(narrow_tensors_have_the_gradients_of_autograd) {
     k::RouteBackwardArgs<float> a;
     k::RouteArgs<float>& f = a.forward;
     f.logits = logits.data(), f.tokens = tokens, f.experts = g["experts"], f.top_k = g["top_k"];
-    f.score = g["score"] == "softmax" ? k::Score::kSoftmax : k::Score::kSigmoid;
-    f.softmax_after_top_k = g["softmax_after_top_k"], f.renormalise = g["renormalise"];
+    f.score = g["score"] == "softmax"   ? k::Score::kSoftmax
+              : g["score"] == "sigmoid" ? k::Score::kSigmoid
+                                        : k::Score::kSqrtSoftplus;
+    const std::vector<float> scale = g["expert_scale"].is_null() ? std::vector<float>() : floats("expert_scale");
+    f.expert_scale = scale.empty() ? nullptr : scale.data();
+    f.renormalise_floor = g["floor"], f.logit_softcap = g["softcap"];
+    f.score_after_top_k = g["score_after_top_k"], f.renormalise = g["renormalise"];
     f.renormalise_eps = g["eps"], f.scaling = g["scaling"], f.tensor_dtype = dtype;
     Ids got_chosen(chosen.size());
     std::vector<float> got_weights(weights.size());
@@ -218,28 +290,34 @@ BOOST_AUTO_TEST_CASE(narrow_tensors_have_the_gradients_of_autograd) {
                           name << " at " << i << ": " << d[i] << ", not " << gradient[i]);
     }
   }
-  BOOST_CHECK_GT(compared, 2000u);
+  BOOST_CHECK_GT(compared, 8000u);
 }
 
 BOOST_AUTO_TEST_CASE(central_differences) {
   for (const Case& c : kCases) {
     const Setup s = setup(c, 3, 8, 2, 1);
-    Doubles d(s.logits.size());
-    BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
+    Doubles d(s.logits.size()), d_always(s.always.size());
+    k::RouteBackwardArgs<double> a = args_of(c, s);
+    a.d_always_logits = d_always.data();
+    BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
     const auto loss = [&](std::size_t at, double step) {
       Doubles z = s.logits, w(s.chosen.size());
-      z[at] += step;
+      if (at < z.size()) z[at] += step;
       Ids chosen(s.chosen.size());
       k::RouteArgs<double> f = args_of(c, s).forward;
-      f.logits = z.data();
-      BOOST_REQUIRE(k::route(f, {chosen.data(), w.data(), nullptr, nullptr}) == k::Status::kOk);
+      Doubles always = s.always, v(always.size());
+      if (at >= z.size()) always[at - z.size()] += step;
+      f.logits = z.data(), f.always_logits = always.data();
+      BOOST_REQUIRE(k::route(f, {chosen.data(), w.data(), nullptr, nullptr, v.data()}) == k::Status::kOk);
       BOOST_REQUIRE(chosen == s.chosen);
       double sum = 0;
       for (std::size_t i = 0; i < w.size(); ++i) sum += w[i] * s.upstream[i];
+      for (std::size_t i = 0; i < v.size(); ++i) sum += v[i] * s.always_upstream[i];
       return sum;
     };
     // Step^2 / 6 of the third derivative, at most some tens here, is 1e-9; so is the rounding of the loss over the
     // step.
+    d.insert(d.end(), d_always.begin(), d_always.end());
     for (std::size_t i = 0; i < d.size(); ++i) BOOST_CHECK_SMALL((loss(i, 1e-5) - loss(i, -1e-5)) / 2e-5 - d[i], 1e-8);
   }
 }
@@ -255,10 +333,8 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_with_its_token) {
       for (std::size_t e = 0; e < 8; ++e) {
         Setup s = fine;
         s.logits[8 + e] = bad;
-        at::Tensor z = tensor(s.logits, 4).set_requires_grad(true);
-        const ref::Routed r = ref::route(z, options_of(c, 2));
-        (r.weights * tensor(s.upstream, 4)).sum().backward();
-        const at::Tensor chosen = r.chosen.contiguous(), gradient = z.grad().contiguous();
+        const at::Tensor chosen = routed(c, s, tensor(s.logits, 4), always_of(c, s)).chosen.contiguous(),
+                         gradient = autograd(c, s).logits.contiguous();
         for (std::size_t i = 0; i < 8; ++i) s.chosen[i] = static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]);
         BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);
         const auto finite = [](const double* row) {

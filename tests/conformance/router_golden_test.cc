@@ -110,7 +110,7 @@ Golden golden_of(const Node& c, const moeaudit::Routing& routing) {
   g.args = moeaudit::route_args<float>(routing, g.experts, g.top_k);
   g.options.top_k = g.top_k;
   g.options.score = static_cast<ref::Score>(g.args.score);
-  g.options.softmax_after_top_k = g.args.softmax_after_top_k;
+  g.options.score_after_top_k = g.args.score_after_top_k;
   g.options.group_score = static_cast<ref::GroupScore>(g.args.group_score);
   g.options.groups = g.args.groups;
   g.options.top_groups = g.args.top_groups;
@@ -258,7 +258,7 @@ void check_run(const Golden& g, const Node& run, const std::string& what, Tallie
     double reach = bounds::softmax_relative(g.experts, gate == Float::kF32 ? logit_error : 0, range, Float::kF32);
     // Scores that live in bfloat16 tie where the exact ones are within one rounding of each other.
     const auto scores = choice.begin() + t * g.experts;
-    if (a.tensor_dtype == Float::kBF16 && !a.softmax_after_top_k)
+    if (a.tensor_dtype == Float::kBF16 && !a.score_after_top_k)
       reach += k::spacing(*std::max_element(scores, scores + g.experts), Float::kBF16);
     const std::string token = what + " token " + std::to_string(t);
     BOOST_CHECK_MESSAGE(same_choice(lib, kernel, choice.data() + t * g.experts, reach), token << ": kernel");

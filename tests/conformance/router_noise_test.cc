@@ -124,7 +124,7 @@ BOOST_AUTO_TEST_CASE(noisy_top_k_and_its_gradients) {
   std::vector<std::int32_t> chosen(upstream.size());
   k::RouteBackwardArgs<double> b;
   k::RouteArgs<double>& f = b.forward;
-  f.logits = noisy.data(), f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.softmax_after_top_k = true;
+  f.logits = noisy.data(), f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score_after_top_k = true;
   const auto loss = [&](const std::vector<double>& z, const std::vector<double>& r) {
     const k::NoisyLogitsArgs<double> a{z.data(), noise.data(), r.data(), tokens, experts, 1e-2, 0};
     BOOST_REQUIRE(k::noisy_logits(a, noisy.data()) == k::Status::kOk);
@@ -140,7 +140,7 @@ BOOST_AUTO_TEST_CASE(noisy_top_k_and_its_gradients) {
   BOOST_REQUIRE(k::noisy_logits_backward(a, d_clean.data(), d_raw.data()) == k::Status::kOk);
   const at::Tensor z = tensor(clean, tokens).set_requires_grad(true), r = tensor(raw, tokens).set_requires_grad(true);
   ref::RouteOptions o;
-  o.top_k = top_k, o.softmax_after_top_k = true;
+  o.top_k = top_k, o.score_after_top_k = true;
   (ref::route(ref::noisy_logits(z, tensor(noise, tokens), r, 1e-2), o).weights * tensor(upstream, tokens))
       .sum()
       .backward();

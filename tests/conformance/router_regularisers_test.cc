@@ -178,7 +178,7 @@ BOOST_AUTO_TEST_CASE(importance_agrees_with_the_reference) {
       if (masked && s.tokens == 1) continue;
       const at::Tensor z = tensor(gaussians(s.tokens * s.experts, 2, 2), {s.tokens, s.experts});
       ref::RouteOptions o;
-      o.top_k = s.top_k, o.softmax_after_top_k = true;
+      o.top_k = s.top_k, o.score_after_top_k = true;
       const ref::Routed routed = ref::route(z, o);
       for (const bool sparse : {true, false}) {
         const Doubles gates = values(sparse ? routed.weights : ref::scores(z, ref::Score::kSoftmax));

@@ -244,6 +244,8 @@ struct Case {
   std::int64_t experts, top_k;
   ref::RouteOptions options;  // top_k is filled in
   bool correction = false;
+  bool scaled = false, given = false;  // expert_scale; the choice is given
+  std::int64_t always = 0;
 };
 
 std::vector<Case> cases() {
@@ -257,7 +259,7 @@ std::vector<Case> cases() {
   };
   const auto nothing = [](ref::RouteOptions&) {};
   const auto renormalised = [](ref::RouteOptions& o) { o.renormalise = true; };
-  const auto after = [](ref::RouteOptions& o) { o.softmax_after_top_k = true; };
+  const auto after = [](ref::RouteOptions& o) { o.score_after_top_k = true; };
   const auto grouped = [](ref::GroupScore s, std::int64_t groups, std::int64_t top, ref::Score score, bool zero) {
     return [=](ref::RouteOptions& o) {
       o.group_score = s, o.groups = groups, o.top_groups = top, o.score = score, o.group_mask_is_zero = zero;
@@ -293,10 +295,69 @@ std::vector<Case> cases() {
       "multiplied bias", 64, 8,
       [](ref::RouteOptions& o) { o.bias_multiplies = true, o.renormalise = true, o.renormalise_eps = 1e-20; }, true);
   add("groups of logits, softmax after", 64, 6, [](ref::RouteOptions& o) {  // Megatron-LM without pre-softmax
-    o.softmax_after_top_k = true, o.group_score = ref::GroupScore::kTop2Sum, o.groups = 8, o.top_groups = 3;
+    o.score_after_top_k = true, o.group_score = ref::GroupScore::kTop2Sum, o.groups = 8, o.top_groups = 3;
   });
   add("all groups kept", 16, 4, grouped(ref::GroupScore::kMax, 4, 4, ref::Score::kSigmoid, false));
+  // What is_rare().
+  add("llama4", 16, 1, [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.score_after_top_k = true; });
+  add("cohere2_moe, sigmoid", 128, 8,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.score_after_top_k = true, o.renormalise = true; });
+  add(
+      "ernie4_5_moe", 64, 6, [](ref::RouteOptions& o) { o.renormalise = true, o.renormalise_floor = 1e-12; }, true);
+  add(
+      "a floor above most sums", 64, 6,
+      [](ref::RouteOptions& o) { o.renormalise = true, o.renormalise_floor = 0.5, o.renormalise_eps = 0.01; }, true);
+  add(
+      "laguna", 256, 8,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.logit_softcap = 30, o.renormalise = true; }, true);
+  add("softmax of capped logits", 60, 4, [](ref::RouteOptions& o) { o.logit_softcap = 2; });
+  add("gemma4", 128, 8, renormalised);
+  all.back().scaled = true;
+  add(
+      "inkling", 64, 6,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.renormalise = true, o.scaling = 8; }, true);
+  all.back().always = 2;
+  add("deepseek_v4, by token id", 256, 6, [](ref::RouteOptions& o) {
+    o.score = ref::Score::kSqrtSoftplus, o.renormalise = true, o.renormalise_eps = 1e-20, o.scaling = 1.5;
+  });
+  all.back().given = true;
+  add(
+      "all of it", 24, 3,
+      [](ref::RouteOptions& o) {
+        o.score = ref::Score::kSigmoid, o.logit_softcap = 4, o.renormalise = true, o.renormalise_floor = 1.2;
+        o.renormalise_eps = 1e-3, o.scaling = 2.5;
+      },
+      true);
+  all.back().always = 3, all.back().scaled = all.back().given = true;
   return all;
+}
+
+/// What a case has besides logits and bias.
+struct Extras {
+  std::vector<float> scale, always;
+  std::vector<std::int32_t> given;
+  template <class T>
+  static std::vector<T> as(const std::vector<float>& v) {
+    return {v.begin(), v.end()};
+  }
+};
+Extras extras(const Case& c, std::int64_t tokens) {
+  Extras x;
+  if (c.scaled) x.scale = gaussians(c.experts, 24);
+  x.always = gaussians(tokens * c.always, 23, 2.0f);
+  for (std::int64_t i = 0; c.given && i < tokens * c.top_k; ++i)
+    x.given.push_back(static_cast<std::int32_t>((i / c.top_k * 5 + i % c.top_k * 11) % c.experts));
+  return x;
+}
+ref::Routed reference_route(const Case& c, const at::Tensor& logits, const std::vector<double>& bias) {
+  const std::int64_t tokens = logits.size(0);
+  const Extras x = extras(c, tokens);
+  ref::RouteInputs in;
+  if (c.correction) in.correction_bias = tensor(bias, {c.experts});
+  if (c.scaled) in.expert_scale = tensor(widened(x.scale), {c.experts});
+  if (c.given) in.given = at::tensor(x.given, at::kInt).to(at::kLong).reshape({tokens, c.top_k});
+  if (c.always > 0) in.always_logits = tensor(widened(x.always), {tokens, c.always});
+  return ref::route(logits, c.options, in);
 }
 
 template <class T>
@@ -308,7 +369,7 @@ k::RouteArgs<T> args_of(const Case& c, const std::vector<T>& logits, const std::
   a.experts = c.experts;
   a.top_k = c.top_k;
   a.score = static_cast<k::Score>(c.options.score);
-  a.softmax_after_top_k = c.options.softmax_after_top_k;
+  a.score_after_top_k = c.options.score_after_top_k;
   a.group_score = static_cast<k::GroupScore>(c.options.group_score);
   a.groups = c.options.groups;
   a.top_groups = c.options.top_groups;
@@ -316,8 +377,21 @@ k::RouteArgs<T> args_of(const Case& c, const std::vector<T>& logits, const std::
   a.bias_multiplies = c.options.bias_multiplies;
   a.renormalise = c.options.renormalise;
   a.renormalise_eps = static_cast<T>(c.options.renormalise_eps);
+  a.renormalise_floor = static_cast<T>(c.options.renormalise_floor);
   a.scaling = static_cast<T>(c.options.scaling);
+  a.logit_softcap = static_cast<T>(c.options.logit_softcap);
   return a;
+}
+template <class T>
+k::Status route_case(const Case& c, const std::vector<T>& logits, const std::vector<T>& bias,
+                     const k::RouteResult<T>& r) {
+  k::RouteArgs<T> a = args_of<T>(c, logits, bias);
+  const Extras x = extras(c, a.tokens);
+  const std::vector<T> scale = Extras::as<T>(x.scale), always = Extras::as<T>(x.always);
+  a.expert_scale = c.scaled ? scale.data() : nullptr;
+  a.given = c.given ? x.given.data() : nullptr;
+  a.always_logits = always.data(), a.always = c.always;
+  return k::route(a, r);
 }
 static_assert(static_cast<int>(k::Score::kSqrtSoftplus) == static_cast<int>(ref::Score::kSqrtSoftplus));
 static_assert(static_cast<int>(k::GroupScore::kTopShareSum) == static_cast<int>(ref::GroupScore::kTopShareSum));
@@ -340,11 +414,12 @@ std::vector<float> edge_logits(std::int64_t experts) {
 
 /// Relative error that the score may have between two evaluations in formats a and b, from equal logits.
 double score_relative(const Case& c, double range, Float f) {
-  const std::int64_t terms = c.options.softmax_after_top_k ? c.top_k : c.experts;
+  const std::int64_t terms = c.options.score_after_top_k ? c.top_k : c.experts;
+  const double logit = bounds::softcapped(c.options.logit_softcap, f);
   switch (c.options.score) {
-    case ref::Score::kSoftmax: return bounds::softmax_relative(terms, 0.0, range, f);
-    case ref::Score::kSigmoid: return bounds::sigmoid_relative(0.0, f);
-    case ref::Score::kSqrtSoftplus: return bounds::sqrt_softplus_relative(0.0, f);
+    case ref::Score::kSoftmax: return bounds::softmax_relative(terms, logit, range, f);
+    case ref::Score::kSigmoid: return bounds::sigmoid_relative(logit, f);
+    case ref::Score::kSqrtSoftplus: return bounds::sqrt_softplus_relative(logit, f);
   }
   return kNan;
 }
@@ -360,8 +435,9 @@ double range_of(const std::vector<float>& logits, std::int64_t token, std::int64
 double weight_bound(const Case& c, double weight, double scores, double range, Float f) {
   const auto one = [&](Float format) {
     double r = score_relative(c, range, format);
-    if (c.options.renormalise) r = bounds::renormalised_relative(r, c.top_k, format);
-    return bounds::scaled_relative(r, format);
+    if (c.options.renormalise) r = bounds::renormalised_relative(r, c.top_k + c.always, format);
+    r = bounds::scaled_relative(r, format);
+    return c.scaled ? bounds::scaled_relative(r, format) : r;
   };
   const double underflow = c.options.renormalise
                                ? bounds::renormalised_underflow(scores + c.options.renormalise_eps, c.top_k, f)
@@ -369,10 +445,14 @@ double weight_bound(const Case& c, double weight, double scores, double range, F
   return (one(f) + one(Float::kF64)) * weight + std::fabs(c.options.scaling) * underflow + 0.5 * bounds::smallest(f);
 }
 
-/// Sum of the chosen scores of each token, before renormalisation.
-std::vector<double> chosen_scores(const Case& c, const at::Tensor& logits, const at::Tensor& chosen) {
-  if (c.options.softmax_after_top_k) return std::vector<double>(static_cast<std::size_t>(logits.size(0)), 1.0);
-  return values(ref::scores(logits, c.options.score).gather(-1, chosen).sum(-1));
+/// Sum of the chosen scores of each token, and of those that it always has, before renormalisation.
+std::vector<double> chosen_scores(const Case& c, const at::Tensor& logits, const std::vector<double>& bias) {
+  Case raw = c;
+  raw.options.renormalise = raw.scaled = false;
+  raw.options.scaling = 1;
+  const ref::Routed r = reference_route(raw, logits, bias);
+  const at::Tensor sum = r.weights.sum(-1);
+  return values(c.always > 0 ? sum + r.always_weights.sum(-1) : sum);
 }
 
 template <class T>
@@ -382,14 +462,15 @@ void check_route(const Case& c, Float f) {
   const std::vector<T> logits(logits32.begin(), logits32.end()), bias(bias32.begin(), bias32.end());
   const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
   const at::Tensor wide_logits = tensor(widened(logits32), {tokens, c.experts});
-  const ref::Routed truth =
-      ref::route(wide_logits, c.options, c.correction ? tensor(widened(bias32), {c.experts}) : at::Tensor());
-  const std::vector<double> sums = chosen_scores(c, wide_logits, truth.chosen);
+  const ref::Routed truth = reference_route(c, wide_logits, widened(bias32));
+  const std::vector<double> sums = chosen_scores(c, wide_logits, widened(bias32));
   const std::vector<double> choice = values(truth.choice), weights = values(truth.weights);
+  const std::vector<double> always = c.always > 0 ? values(truth.always_weights) : std::vector<double>();
   const std::vector<std::int64_t> chosen = ids(truth.chosen);
   std::vector<std::int32_t> got(static_cast<std::size_t>(tokens * c.top_k));
-  std::vector<T> got_weights(got.size());
-  const k::Status status = k::route(args_of<T>(c, logits, bias), {got.data(), got_weights.data(), nullptr, nullptr});
+  std::vector<T> got_weights(got.size()), got_always(always.size());
+  const k::Status status =
+      route_case<T>(c, logits, bias, {got.data(), got_weights.data(), nullptr, nullptr, got_always.data()});
   BOOST_REQUIRE_MESSAGE(status == k::Status::kOk, c.name << ": " << k::name_of(status));
 
   int compared = 0;
@@ -417,6 +498,11 @@ void check_route(const Case& c, Float f) {
     require_ok(compare(Values<double>{shape, {weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}},
                        Values<T>{shape, {got_weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}}, o),
                c.name + " token " + std::to_string(t));
+    const auto s = static_cast<std::size_t>(c.always);
+    if (c.always > 0)
+      require_ok(compare(Values<double>{{c.always}, {always.data() + t * c.always, s}},
+                         Values<T>{{c.always}, {got_always.data() + t * c.always, s}}, o),
+                 c.name + " always, token " + std::to_string(t));
     ++compared;
   }
   BOOST_CHECK_GE(compared, 20);
@@ -440,12 +526,11 @@ void what_is_not_finite_chooses_alike() {
     at(1, 1) = at(1, 5) = -kInf;
     at(2, 3) = kNan;
     const ref::Routed truth =
-        ref::route(tensor(std::vector<double>{logits.begin(), logits.end()}, {3, c.experts}), c.options,
-                   c.correction ? tensor(std::vector<double>{bias.begin(), bias.end()}, {c.experts}) : at::Tensor());
+        reference_route(c, tensor(std::vector<double>{logits.begin(), logits.end()}, {3, c.experts}),
+                        std::vector<double>{bias.begin(), bias.end()});
     std::vector<std::int32_t> got(static_cast<std::size_t>(3 * c.top_k));
     std::vector<T> weights(got.size());
-    BOOST_REQUIRE(k::route(args_of<T>(c, logits, bias), {got.data(), weights.data(), nullptr, nullptr}) ==
-                  k::Status::kOk);
+    BOOST_REQUIRE(route_case<T>(c, logits, bias, {got.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
     const std::vector<std::int64_t> want = ids(truth.chosen);
     BOOST_CHECK_MESSAGE(std::equal(want.begin(), want.end(), got.begin(), got.end()), c.name);
     const std::vector<double> expected = values(truth.weights);
@@ -463,13 +548,13 @@ BOOST_AUTO_TEST_CASE(infinite_and_nan_logits_choose_alike) {
 /// A token alone has the bits that it has among others.
 BOOST_AUTO_TEST_CASE(one_token) {
   for (const Case& c : cases()) {
+    if (c.given || c.always > 0) continue;  // theirs differ by token
     const std::vector<float> logits = edge_logits(c.experts), bias = gaussians(c.experts, 21, 0.05f);
     const auto route = [&](const std::vector<float>& z) {
       std::vector<std::int32_t> chosen(z.size() / static_cast<std::size_t>(c.experts) *
                                        static_cast<std::size_t>(c.top_k));
       std::vector<float> weights(chosen.size());
-      BOOST_REQUIRE(k::route(args_of<float>(c, z, bias), {chosen.data(), weights.data(), nullptr, nullptr}) ==
-                    k::Status::kOk);
+      BOOST_REQUIRE(route_case<float>(c, z, bias, {chosen.data(), weights.data(), nullptr, nullptr}) == k::Status::kOk);
       return std::pair(chosen, weights);
     };
     const auto all = route(logits);
@@ -488,29 +573,38 @@ BOOST_AUTO_TEST_CASE(one_token) {
 /// Second derivation, one token, plain loops: selection by counting how many experts beat each one.
 struct Plain {
   std::vector<std::int64_t> chosen;
-  std::vector<double> weights;
+  std::vector<double> weights, always;
 };
-Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const std::vector<double>& bias) {
+Plain plain_route(std::vector<double> logits, const Case& c, std::int64_t t, std::int64_t tokens,
+                  const std::vector<double>& bias) {
+  const ref::RouteOptions& o = c.options;
+  const Extras x = extras(c, tokens);
   const std::size_t n = logits.size();
+  const auto cap = [&o](double l) {
+    const long double by = o.logit_softcap;
+    return o.logit_softcap > 0 ? static_cast<double>(by * std::tanh(l / by)) : l;
+  };
+  for (double& l : logits) l = cap(l);
+  const auto alone = [&o](long double l) -> long double {
+    return o.score == ref::Score::kSigmoid ? 1 / (1 + std::exp(-l)) : std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
+  };
   std::vector<long double> score(n);
   const double top = *std::max_element(logits.begin(), logits.end());
   long double total = 0;
   for (std::size_t e = 0; e < n; ++e) total += std::exp(static_cast<long double>(logits[e]) - top);
   for (std::size_t e = 0; e < n; ++e) {
     const long double l = logits[e];
-    if (o.softmax_after_top_k)
+    if (o.score_after_top_k)
       score[e] = l;
     else if (o.score == ref::Score::kSoftmax)
       score[e] = std::exp(l - top) / total;
-    else if (o.score == ref::Score::kSigmoid)
-      score[e] = 1 / (1 + std::exp(-l));
     else
-      score[e] = std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
+      score[e] = alone(l);
   }
   std::vector<double> choice(n);
   for (std::size_t e = 0; e < n; ++e) {
     choice[e] = static_cast<double>(score[e]);
-    if (!bias.empty()) choice[e] = o.bias_multiplies ? choice[e] * bias[e] : choice[e] + bias[e];
+    if (c.correction) choice[e] = o.bias_multiplies ? choice[e] * bias[e] : choice[e] + bias[e];
   }
   const auto rank = [](const std::vector<double>& v, std::size_t i) {
     std::size_t beaten_by = 0;
@@ -540,17 +634,28 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
     const std::size_t r = rank(choice, e);
     if (r < p.chosen.size()) p.chosen[r] = static_cast<std::int64_t>(e);
   }
+  for (std::size_t j = 0; c.given && j < p.chosen.size(); ++j) p.chosen[j] = x.given[t * c.top_k + j];
+  const bool over_chosen = o.score_after_top_k && o.score == ref::Score::kSoftmax;
   long double sum = 0;
   std::vector<long double> weight;
   for (const std::int64_t e : p.chosen) {
-    weight.push_back(o.softmax_after_top_k ? std::exp(score[e] - score[p.chosen[0]]) : score[e]);
+    weight.push_back(over_chosen           ? std::exp(score[e] - score[p.chosen[0]])
+                     : o.score_after_top_k ? alone(score[e])
+                                           : score[e]);
     sum += weight.back();
   }
-  for (const long double w : weight) {
-    long double v = w;
-    if (o.softmax_after_top_k) v /= sum;
-    if (o.renormalise) v /= sum + static_cast<long double>(o.renormalise_eps);
-    p.weights.push_back(static_cast<double>(v * o.scaling));
+  for (std::int64_t s = 0; s < c.always; ++s) {
+    weight.push_back(alone(cap(x.always[t * c.always + s])));
+    sum += weight.back();
+  }
+  for (std::size_t j = 0; j < weight.size(); ++j) {
+    long double v = weight[j];
+    if (over_chosen) v /= sum;
+    if (o.renormalise)
+      v /= std::max(sum + static_cast<long double>(o.renormalise_eps), static_cast<long double>(o.renormalise_floor));
+    v *= o.scaling;
+    if (c.scaled && j < p.chosen.size()) v *= x.scale[p.chosen[j]];
+    (j < p.chosen.size() ? p.weights : p.always).push_back(static_cast<double>(v));
   }
   return p;
 }
@@ -558,16 +663,17 @@ Plain plain_route(std::vector<double> logits, const ref::RouteOptions& o, const 
 BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
   for (const Case& c : cases()) {
     const std::vector<float> logits = edge_logits(c.experts);
-    const std::vector<double> bias = c.correction ? widened(gaussians(c.experts, 21, 0.05f)) : std::vector<double>();
+    const std::vector<double> bias = widened(gaussians(c.experts, 21, 0.05f));
     const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
     const at::Tensor l = tensor(widened(logits), {tokens, c.experts});
-    const ref::Routed r = ref::route(l, c.options, c.correction ? tensor(bias, {c.experts}) : at::Tensor());
-    const std::vector<double> sums = chosen_scores(c, l, r.chosen);
+    const ref::Routed r = reference_route(c, l, bias);
+    const std::vector<double> sums = chosen_scores(c, l, bias);
     const std::vector<std::int64_t> chosen = ids(r.chosen);
-    const std::vector<double> weights = values(r.weights);
+    const std::vector<double> weights = values(r.weights),
+                              always = c.always > 0 ? values(r.always_weights) : std::vector<double>();
     for (std::int64_t t = 0; t < tokens; ++t) {
       const Plain p =
-          plain_route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts}, c.options, bias);
+          plain_route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts}, c, t, tokens, bias);
       BOOST_CHECK_MESSAGE(std::equal(p.chosen.begin(), p.chosen.end(), chosen.begin() + t * c.top_k),
                           c.name << " token " << t);
       CompareOptions o;
@@ -577,6 +683,10 @@ BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
       require_ok(compare(Values<double>{{c.top_k}, p.weights},
                          Values<double>{{c.top_k}, {weights.data() + t * c.top_k, k_values}}, o),
                  c.name + " plain, token " + std::to_string(t));
+      if (c.always > 0)
+        require_ok(compare(Values<double>{{c.always}, p.always},
+                           Values<double>{{c.always}, {always.data() + t * c.always, p.always.size()}}, o),
+                   c.name + " plain always, token " + std::to_string(t));
     }
   }
 }
@@ -600,10 +710,12 @@ BOOST_AUTO_TEST_CASE(reference_gate_agrees_with_plain_loops) {
 // Relabelling the experts (by whole groups, and inside groups) relabels the choice and leaves the weights.
 BOOST_AUTO_TEST_CASE(permuting_experts_permutes_the_choice) {
   for (const Case& c : cases()) {
+    if (c.scaled || c.given || c.always > 0) continue;
     const std::int64_t n = c.experts, T = 24;  // the ordinary tokens: no ties, which a permutation may break otherwise
     const std::vector<float> all = edge_logits(n);
     const at::Tensor logits = tensor(widened({all.begin(), all.begin() + T * n}), {T, n});
-    const at::Tensor bias = tensor(widened(gaussians(n, 21, 0.05f)), {n});
+    const std::vector<double> biases = widened(gaussians(n, 21, 0.05f));
+    const at::Tensor bias = tensor(biases, {n});
     const std::int64_t size = n / c.options.groups;
     std::vector<std::int64_t> order;  // new place -> old place: groups reversed, members rotated
     for (std::int64_t g = c.options.groups; g-- > 0;) {
@@ -621,7 +733,7 @@ BOOST_AUTO_TEST_CASE(permuting_experts_permutes_the_choice) {
     CompareOptions o;
     const std::vector<double> wa = values(a.weights), wb = values(b.weights);
     const double range = 2 * 2 * 6.34;  // the largest the generator gives, both signs, times 2
-    const std::vector<double> sums = chosen_scores(c, logits, a.chosen);
+    const std::vector<double> sums = chosen_scores(c, logits, biases);
     o.bound = [&](std::size_t i, double w) {
       return weight_bound(c, std::fabs(w), sums[i / static_cast<std::size_t>(c.top_k)], range, Float::kF64);
     };
@@ -632,7 +744,7 @@ BOOST_AUTO_TEST_CASE(permuting_experts_permutes_the_choice) {
 // Adding a number to all logits of a token changes no softmax. A power of two keeps the logits exact here.
 BOOST_AUTO_TEST_CASE(softmax_does_not_see_a_shift) {
   for (const Case& c : cases()) {
-    if (c.options.score != ref::Score::kSoftmax) continue;
+    if (c.options.score != ref::Score::kSoftmax || c.options.logit_softcap > 0) continue;
     std::vector<double> logits = widened(gaussians(10 * c.experts, 40));
     for (double& l : logits) l = std::ldexp(std::nearbyint(std::ldexp(l, 20)), -20);
     const at::Tensor l = tensor(logits, {10, c.experts});
@@ -644,14 +756,19 @@ BOOST_AUTO_TEST_CASE(softmax_does_not_see_a_shift) {
 
 BOOST_AUTO_TEST_CASE(weights_have_the_sum_they_promise) {
   for (const Case& c : cases()) {
+    if (c.options.renormalise_floor > 0) continue;  // a sum below it stays below 1
     const std::vector<float> all = edge_logits(c.experts);
+    const bool over_chosen = c.options.score_after_top_k && c.options.score == ref::Score::kSoftmax;
+    Case unscaled = c;  // by expert, that is
+    unscaled.correction = unscaled.scaled = false;
     const ref::Routed r =
-        ref::route(tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), c.options);
-    const std::vector<double> sums = values(r.weights.sum(-1));
+        reference_route(unscaled, tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), {});
+    const std::vector<double> sums =
+        values(c.always > 0 ? r.weights.sum(-1) + r.always_weights.sum(-1) : r.weights.sum(-1));
     for (const double s : sums) {
-      if (c.options.renormalise || c.options.softmax_after_top_k) {
-        BOOST_CHECK_LE(std::fabs(s - c.options.scaling),
-                       c.options.scaling * bounds::gamma(2.0 * static_cast<double>(c.top_k) + 4, 0x1p-53));
+      if (c.options.renormalise || over_chosen) {
+        const auto terms = static_cast<double>(c.top_k + c.always);
+        BOOST_CHECK_LE(std::fabs(s - c.options.scaling), c.options.scaling * bounds::gamma(2.0 * terms + 4, 0x1p-53));
       } else if (c.options.score == ref::Score::kSoftmax) {
         BOOST_CHECK(s > 0 && s <= 1 + bounds::gamma(static_cast<double>(c.experts) + 8, 0x1p-53));
       }
@@ -672,9 +789,9 @@ BOOST_AUTO_TEST_CASE(reference_refuses_what_does_not_fit) {
                     c10::Error);
   BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kTop2Sum, o.groups = 6; })),
                     c10::Error);
-  BOOST_CHECK_THROW(
-      ref::route(logits, with([](auto& o) { o.softmax_after_top_k = true, o.score = ref::Score::kSigmoid; })),
-      c10::Error);
+  ref::RouteInputs always;
+  always.always_logits = at::zeros({2, 1}, at::kDouble);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto&) {}), always), c10::Error);  // a softmax over which of them?
   BOOST_CHECK_THROW(ref::gate_logits(logits, at::zeros({3, 5}, at::kDouble)), c10::Error);
 }
 

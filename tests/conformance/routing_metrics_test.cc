@@ -51,7 +51,7 @@ Doubles gaussians(std::int64_t n, std::uint64_t stream) {
 /// The k largest of each row, best first.
 Ids top(const Doubles& v, std::int64_t experts, std::int64_t top_k) {
   ref::RouteOptions o;
-  o.top_k = top_k, o.softmax_after_top_k = true;
+  o.top_k = top_k, o.score_after_top_k = true;
   const at::Tensor chosen =
       ref::route(tensor(v, {static_cast<std::int64_t>(v.size()) / experts, experts}), o).chosen.contiguous();
   return {chosen.data_ptr<std::int64_t>(), chosen.data_ptr<std::int64_t>() + chosen.numel()};

@@ -150,9 +150,9 @@ struct OneToken {
     const double relative = error(token);
     for (std::size_t e = 0; e < choice.size(); ++e) {
       const double value = choice[e];
-      const double score = args.softmax_after_top_k ? 0.0 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[e]));
+      const double score = args.score_after_top_k ? 0.0 : std::fabs(value - (l.bias.empty() ? 0.0 : l.bias[e]));
       band[e] = relative * score + 2 * unit(Float::kF32) * std::fabs(value) +
-                (args.softmax_after_top_k ? l.logit_error : 0.0);
+                (args.score_after_top_k ? l.logit_error : 0.0);
     }
     std::fill(in.begin(), in.end(), 0);
     for (std::int64_t j = 0; j < l.top_k; ++j) {
@@ -266,7 +266,7 @@ void name_weights(const Routing& routing, const k::RouteArgs<double>& args, cons
   const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
   const std::vector<double> band(got.size(), relative);
   w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
-  if (!w->name.found && args.renormalise && !args.softmax_after_top_k) name_epsilon(args, l, recorded, n, relative, &w->name);
+  if (!w->name.found && args.renormalise && !args.score_after_top_k) name_epsilon(args, l, recorded, n, relative, &w->name);
 }
 
 /// Tokens that went outside their groups, where the masked ones got 0.0 instead of -inf.

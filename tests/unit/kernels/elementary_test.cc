@@ -46,6 +46,20 @@ TEST(Elementary, ExpAtItsLimits) {
   EXPECT_TRUE(std::isnan(exp_exact_order(std::nan(""))));
 }
 
+TEST(Elementary, TanhWithinFourPlaces) {
+  double worst = 0;
+  for (int i = -400000; i <= 400000; ++i) {
+    for (const double x : {i * 1e-5 + 1e-9 * (i % 13), i * 5e-5, std::ldexp(i, -700)}) {
+      if (x != 0) worst = std::max(worst, places(tanh_exact_order(x), std::tanh(static_cast<long double>(x))));
+    }
+  }
+  EXPECT_LE(worst, 4.0);
+  EXPECT_EQ(tanh_exact_order(0.0), 0.0);
+  EXPECT_EQ(tanh_exact_order(kInf), 1.0);
+  EXPECT_EQ(tanh_exact_order(-kInf), -1.0);
+  EXPECT_TRUE(std::isnan(tanh_exact_order(std::nan(""))));
+}
+
 TEST(Elementary, Float32ExpAndSigmoid) {
   double of_exp = 0, of_sigmoid = 0;
   const auto off = [](double got, double exact) { return std::fabs(got - exact) / spacing(exact, Float::kF32); };

@@ -39,6 +39,9 @@ struct Case {
   Float dtype = Float::kF64;
   double spread = 1;      // of the logits
   bool upstream = false;  // gradients of scores and logits from elsewhere, too
+  double floor = 0, softcap = 0;
+  bool scaled = false;
+  std::int64_t always = 0;
 };
 
 template <class T>
@@ -55,9 +58,17 @@ void check(const Case& c, const std::string& what) {
   RouteBackwardArgs<T> a;
   RouteArgs<T>& f = a.forward;
   f.logits = logits.data();
-  f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score = c.score, f.softmax_after_top_k = c.after,
+  f.tokens = tokens, f.experts = experts, f.top_k = top_k, f.score = c.score, f.score_after_top_k = c.after,
   f.renormalise = c.renormalise;
   f.renormalise_eps = T(1e-9), f.scaling = T(2.5), f.tensor_dtype = c.dtype;
+  f.renormalise_floor = static_cast<T>(c.floor), f.logit_softcap = static_cast<T>(c.softcap), f.always = c.always;
+  const std::vector<T> scale = gaussians<T>(experts, 7), always = gaussians<T>(tokens * c.always, 8);
+  const std::vector<double> of_always = gaussians<double>(tokens * c.always, 9);
+  std::vector<double> d_always(of_always.size(), -7);
+  const test::OnDevice<T> g_scale(scale), g_always(always);
+  const test::OnDevice<double> g_of_always(of_always), g_d_always(d_always);
+  f.expert_scale = c.scaled ? scale.data() : nullptr, f.always_logits = always.data();
+  a.always_weights = of_always.data(), a.d_always_logits = d_always.data();
   ASSERT_EQ(route(f, {chosen.data(), weights.data(), nullptr, nullptr}), Status::kOk) << what;
   for (std::size_t i = 5; i < chosen.size(); i += 11) chosen[i] = -1;              // dropped
   if (chosen.size() > 40 && top_k > 1) chosen[3 * top_k + 1] = chosen[3 * top_k];  // twice the same
@@ -76,6 +87,8 @@ void check(const Case& c, const std::string& what) {
             Status::kOk)
       << what;
   f.logits = g_logits.data(), a.chosen = g_chosen.data(), a.weights = g_upstream.data();
+  f.expert_scale = c.scaled ? g_scale.data() : nullptr, f.always_logits = g_always.data();
+  a.always_weights = g_of_always.data(), a.d_always_logits = g_d_always.data();
   if (a.scores != nullptr) a.scores = g_of_scores.data();
   if (a.logits != nullptr) a.logits = g_of_logits.data();
   ASSERT_EQ(cuda::route_backward(a, g_d_logits.data(), workspace.data(), nullptr), Status::kOk) << what;
@@ -85,6 +98,7 @@ void check(const Case& c, const std::string& what) {
       << what;
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
   test::expect_same(d_logits, g_d_logits.fetch(), what + " logits");
+  test::expect_same(d_always, g_d_always.fetch(), what + " always");
   test::expect_same(d_w, g_d_w.fetch(), what + " gate");
   test::expect_same(d_x, g_d_x.fetch(), what + " inputs");
   if constexpr (std::is_same_v<T, float>) {  // the same, rounded once, for the tensor cores
@@ -92,7 +106,7 @@ void check(const Case& c, const std::string& what) {
     const test::OnDevice<std::uint16_t> g_rounded(
         std::vector<std::uint16_t>(static_cast<std::size_t>(tokens * stride), 0x7fc0));
     const Status status = cuda::route_backward(a, g_rounded.data(), nullptr);
-    if (experts > 384 || top_k > 32 || is_narrow(c.dtype)) {
+    if (experts > 384 || top_k > 32 || is_narrow(c.dtype) || is_rare(f)) {
       EXPECT_EQ(status, Status::kBadShape) << what;
       return;
     }
@@ -117,6 +131,23 @@ TEST_F(RouterBackwardCuda, SameBitsAsTheHost) {
   check<float>({33, 8, 64, 33, Score::kSigmoid}, "33 choices");
   check<float>({33, 8, 64, 8, Score::kSoftmax, false, true, Float::kBF16}, "bfloat16 tensors");
   check<float>({33, 8, 60, 4, Score::kSigmoid, false, true, Float::kF16}, "float16 tensors");
+  check<float>({33, 8, 60, 4, Score::kSqrtSoftplus, false, true, Float::kBF16}, "square root of softplus, bfloat16");
+  for (const Float dtype : {Float::kF64, Float::kBF16}) {
+    const Case plain{20, 8, 60, 4, Score::kSigmoid, false, true, dtype, 1, true};
+    Case c = plain;
+    c.floor = 2.5;
+    check<float>(c, "floor");
+    c = plain, c.softcap = 2;
+    check<float>(c, "capped");
+    c = plain, c.scaled = true;
+    check<float>(c, "scaled by expert");
+    c = plain, c.after = true;
+    check<float>(c, "sigmoid after top-k");
+  }
+  Case c{20, 8, 60, 4, Score::kSigmoid, false, true, Float::kF64, 1, true};
+  c.floor = 3, c.softcap = 2, c.scaled = true, c.always = 3;
+  check<float>(c, "all of it");
+  check<double>(c, "all of it");
 }
 
 /// Every number of lanes that share a token, full and not, with what is added from elsewhere, logits so far apart that

@@ -28,8 +28,14 @@ using test::OnDevice;
 
 class RouterCuda : public test::OnCuda {};
 
+/// What is_rare() besides numbers.
+struct Rare {
+  bool scaled = false, given = false;
+  std::int64_t always = 0;
+};
+
 template <class T>
-void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::string& what) {
+void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::string& what, const Rare& rare = {}) {
   std::vector<float> g(static_cast<std::size_t>(tokens * a.experts)), b(static_cast<std::size_t>(a.experts));
   unit_gaussians(5, 1, 0, tokens * a.experts, g.data());
   unit_gaussians(5, 2, 0, a.experts, b.data());
@@ -40,7 +46,17 @@ void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::stri
     logits[0] = std::numeric_limits<T>::infinity();
     logits[static_cast<std::size_t>(a.experts)] = std::numeric_limits<T>::quiet_NaN();
   }
+  std::vector<float> s(static_cast<std::size_t>(a.experts)), l(static_cast<std::size_t>(tokens * rare.always));
+  unit_gaussians(5, 3, 0, a.experts, s.data());
+  unit_gaussians(5, 4, 0, tokens * rare.always, l.data());
+  const std::vector<T> scale(s.begin(), s.end()), always_logits(l.begin(), l.end());
+  std::vector<T> always(l.size(), T(-7));
+  const OnDevice<T> d_scale(scale), d_always_logits(always_logits), d_always(always);
   const auto chosen_size = static_cast<std::size_t>(tokens * a.top_k);
+  std::vector<std::int32_t> given;
+  for (std::int64_t i = 0; i < tokens * a.top_k; ++i) given.push_back(static_cast<std::int32_t>(i * 5 % a.experts));
+  const OnDevice<std::int32_t> d_given(given);
+  a.always = rare.always;
   std::vector<std::int32_t> chosen(chosen_size, -7), runner_up(static_cast<std::size_t>(tokens), -7);
   std::vector<T> weights(chosen_size, T(-7)), choice(logits.size(), T(-7));
   const OnDevice<T> d_logits(logits), d_bias(bias), d_weights(weights), d_choice(choice);
@@ -48,10 +64,15 @@ void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::stri
   a.tokens = tokens;
   a.logits = logits.data();
   a.correction_bias = correction ? bias.data() : nullptr;
-  ASSERT_EQ(route(a, {chosen.data(), weights.data(), runner_up.data(), choice.data()}), Status::kOk);
+  a.expert_scale = rare.scaled ? scale.data() : nullptr, a.given = rare.given ? given.data() : nullptr;
+  a.always_logits = always_logits.data();
+  ASSERT_EQ(route(a, {chosen.data(), weights.data(), runner_up.data(), choice.data(), always.data()}), Status::kOk);
   a.logits = d_logits.data();
   a.correction_bias = correction ? d_bias.data() : nullptr;
-  ASSERT_EQ(cuda::route(a, {d_chosen.data(), d_weights.data(), d_runner_up.data(), d_choice.data()}, nullptr),
+  a.expert_scale = rare.scaled ? d_scale.data() : nullptr, a.given = rare.given ? d_given.data() : nullptr;
+  a.always_logits = d_always_logits.data();
+  ASSERT_EQ(cuda::route(a, {d_chosen.data(), d_weights.data(), d_runner_up.data(), d_choice.data(), d_always.data()},
+                        nullptr),
             Status::kOk)
       << what;
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
@@ -59,6 +80,42 @@ void check(RouteArgs<T> a, std::int64_t tokens, bool correction, const std::stri
   expect_same(runner_up, d_runner_up.fetch(), what + " runner-up");
   expect_same(weights, d_weights.fetch(), what + " weights");
   expect_same(choice, d_choice.fetch(), what + " choice");
+  expect_same(always, d_always.fetch(), what + " always");
+}
+
+template <class T>
+void check_rare() {
+  for (const Float dtype : {Float::kF64, Float::kBF16}) {
+    for (const Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSqrtSoftplus}) {
+      for (const auto& [experts, top_k] : std::vector<std::array<std::int64_t, 2> >{{4, 4}, {64, 8}, {384, 8}}) {
+        RouteArgs<T> plain;
+        plain.experts = experts, plain.top_k = top_k, plain.score = score, plain.tensor_dtype = dtype;
+        plain.renormalise = true;
+        const std::string what = std::to_string(experts) + " experts, score " + std::to_string(static_cast<int>(score));
+        RouteArgs<T> a = plain;
+        a.renormalise_floor = T(0.4);
+        check(a, 9, true, what + ", floor");
+        a = plain, a.logit_softcap = T(1.5);
+        check(a, 9, true, what + ", capped");
+        a.score_after_top_k = true;
+        check(a, 9, false, what + ", capped, score after");
+        check(plain, 9, false, what + ", scaled by expert", {true});
+        check(plain, 9, true, what + ", given", {false, true});
+        if (score == Score::kSoftmax) continue;
+        a = plain, a.score_after_top_k = true;
+        check(a, 9, true, what + ", score after");
+        check(plain, 9, false, what + ", always", {false, false, 2});
+        a.logit_softcap = T(2), a.renormalise_floor = T(1), a.renormalise_eps = T(0.1), a.scaling = T(2.5);
+        a.weights_dtype = Float::kBF16;
+        check(a, 9, true, what + ", all of it", {true, true, 4});
+      }
+    }
+  }
+}
+
+TEST_F(RouterCuda, WhatFewRoutersHave) {
+  check_rare<float>();
+  check_rare<double>();
 }
 
 template <class T>
@@ -78,7 +135,7 @@ void check_all() {
         a.group_mask_is_zero = true;
         if (groups > 1) check(a, 5, true, what + ", zero mask");
         if (score == Score::kSoftmax) {
-          a.softmax_after_top_k = true, a.renormalise = false, a.group_mask_is_zero = false;
+          a.score_after_top_k = true, a.renormalise = false, a.group_mask_is_zero = false;
           check(a, 37, false, what + ", softmax after top-k");
         }
       }
@@ -102,19 +159,19 @@ TEST_F(RouterCuda, EveryRegisterWidth) {
       const std::string what = std::to_string(experts) + " experts, " + std::to_string(top_k) + " chosen";
       check(a, 19, false, what);
       check(a, 19, true, what + ", bias");
-      a.softmax_after_top_k = true;
+      a.score_after_top_k = true;
       check(a, 19, false, what + ", softmax after");
       if (experts % 32 != 0 || experts == 32) continue;
-      a.softmax_after_top_k = false, a.score = Score::kSigmoid;
+      a.score_after_top_k = false, a.score = Score::kSigmoid;
       for (const GroupScore group : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
         a.group_score = group, a.groups = experts / 32, a.top_groups = (a.groups + 1) / 2;
         if (group_members(a) > 32) continue;
         check(a, 19, true, what + ", groups");
         a.group_mask_is_zero = true;
         check(a, 19, true, what + ", groups, zero mask");
-        a.group_mask_is_zero = false, a.softmax_after_top_k = true, a.score = Score::kSoftmax;
+        a.group_mask_is_zero = false, a.score_after_top_k = true, a.score = Score::kSoftmax;
         check(a, 19, false, what + ", groups, softmax after");
-        a.softmax_after_top_k = false, a.score = Score::kSigmoid;
+        a.score_after_top_k = false, a.score = Score::kSigmoid;
       }
       a.group_score = GroupScore::kNone, a.bias_multiplies = true, a.weights_dtype = Float::kBF16;
       check(a, 19, true, what + ", multiplied bias, weights in bfloat16");

@@ -169,7 +169,7 @@ TEST(Route, SoftmaxByHand) {
 TEST(Route, SoftmaxAfterTopK) {
   RouteArgs<double> a;
   a.top_k = 2;
-  a.softmax_after_top_k = true;
+  a.score_after_top_k = true;
   const Routed r = route_one(a, {-5, 1, 1 + std::log(4.0), 0});
   EXPECT_EQ(r.chosen, (Ids{2, 1}));
   EXPECT_NEAR(r.weights[0], 0.8, 1e-15);
@@ -223,7 +223,7 @@ TEST(Route, MaskOfZeroBeatsNegativeChoices) {
 TEST(Route, NanIsLargestAndTiesGoToTheLowestIndex) {
   RouteArgs<double> a;
   a.top_k = 3;
-  a.softmax_after_top_k = true;
+  a.score_after_top_k = true;
   EXPECT_EQ(route_one(a, {1, kNan, kInf, kNan}).chosen, (Ids{1, 3, 2}));
   EXPECT_EQ(route_one(a, {-kInf, -kInf, -kInf, -kInf}).chosen, (Ids{0, 1, 2}));
   EXPECT_EQ(route_one(a, {0.0, -0.0, 0.0, -1}).chosen, (Ids{0, 1, 2}));
@@ -306,9 +306,9 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
   const auto rounded = [](T x, Float f) { return static_cast<T>(round_to(x, f)); };
   const std::vector<T> logits(a.logits + token * a.experts, a.logits + (token + 1) * a.experts);
   std::vector<T> scores = logits;
-  if (!a.softmax_after_top_k && a.score == Score::kSoftmax) {
+  if (!a.score_after_top_k && a.score == Score::kSoftmax) {
     scores = softmax_by_the_book(logits, a.tensor_dtype);
-  } else if (!a.softmax_after_top_k) {
+  } else if (!a.score_after_top_k) {
     for (T& x : scores)
       x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_in(x, a.tensor_dtype)),
                   a.tensor_dtype);
@@ -335,7 +335,7 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
   *chosen = best_by_the_book(*choice, a.top_k);
   weights->clear();
   for (const std::int32_t e : *chosen) weights->push_back(scores[e]);
-  if (a.softmax_after_top_k) *weights = softmax_by_the_book(*weights, a.tensor_dtype);
+  if (a.score_after_top_k) *weights = softmax_by_the_book(*weights, a.tensor_dtype);
   T sum = 0;
   for (const T w : *weights) sum += w;
   sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
@@ -422,10 +422,10 @@ TEST(Route, WrittenOrderOnEveryTarget) {
           a.correction_bias = &kSomeDouble;
       };
       both([](auto& a) { a.renormalise = true; });
-      both([](auto& a) { a.softmax_after_top_k = true, a.weights_dtype = Float::kBF16; });
+      both([](auto& a) { a.score_after_top_k = true, a.weights_dtype = Float::kBF16; });
       both([](auto& a) { a.renormalise = true, a.scaling = 1.5, a.tensor_dtype = Float::kBF16; });
       both([&](auto& a) {
-        a.softmax_after_top_k = true, a.group_score = GroupScore::kMax, a.groups = s.groups,
+        a.score_after_top_k = true, a.group_score = GroupScore::kMax, a.groups = s.groups,
         a.top_groups = s.top_groups;
       });
       both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.renormalise = true, a.renormalise_eps = 1e-20f; });
@@ -468,7 +468,7 @@ TEST(Route, RefusesBadOptions) {
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 2, b.top_groups = 3; }),
             Status::kBadGroups);
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kTop2Sum, b.groups = 4; }), Status::kBadGroups);
-  EXPECT_EQ(status([](auto& b) { b.softmax_after_top_k = true, b.score = Score::kSigmoid; }), Status::kBadOption);
+  EXPECT_EQ(status([](auto& b) { b.score_after_top_k = true, b.score = Score::kSigmoid; }), Status::kBadOption);
 }
 
 }  // namespace
