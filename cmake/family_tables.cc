@@ -206,10 +206,21 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
          ", .linear_bias_tensor = " + tensor("linear_bias_tensor", bias == "true") +
          ", .correction_bias_tensor = " + tensor("correction_bias_tensor", correction == "true") +
          ", .input_norm_tensor = " + tensor("input_norm", false) +
-         ", .input_norm_adds_one = " + yes("input_norm_adds_one") + "}";
+         ", .input_norm_adds_one = " + yes("input_norm_adds_one") +
+         ", .input_norm_over_root = " + yes("input_norm_over_root") +
+         ", .expert_scale_tensor = " + tensor("expert_scale_tensor", false) + "}";
   const std::vector<std::string> groups_if = conditions(m, "groups_if");
   if (groups_if.size() > 1) fail(m.file(), m.node("groups_if").Mark(), "'groups_if' must be one {config_key: value}");
-  const std::string around = (groups_if.empty() ? "{}" : groups_if[0]) + ", " +
+  const auto config_number = [&](const std::string& key) {
+    const std::string text = m.text_or(key, "0");
+    const std::size_t equals = text.find('=');
+    const std::string value = equals == std::string::npos ? text : text.substr(equals + 1);
+    double number = 0;
+    if (!YAML::convert<double>::decode(YAML::Node(value), number) || !(number >= 0))
+      fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
+    return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
+  };
+  const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " + (groups_if.empty() ? "{}" : groups_if[0]) + ", " +
                              w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
                              (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
                              quoted(m.text_or("not_replayed", ""));

@@ -58,7 +58,7 @@ const char* name_of(AdapterFault v);
 /// bias for selection only, group mask, top-k, gather, renormalise, scale).
 struct Routing {
   Scoring scoring = Scoring::kSoftmax;
-  bool score_after_top_k = false;   // gpt_oss: top-k on logits, softmax over the k
+  bool score_after_top_k = false;     // top-k on logits, then the score of the k alone: gpt_oss softmax, llama4 sigmoid
   bool linear_bias = false;           // a bias that is part of the logits
   bool correction_bias = false;       // added to the scores for selection only
   GroupScore group_score = GroupScore::kNone;
@@ -66,7 +66,9 @@ struct Routing {
   bool group_mask_is_zero = false;    // masked groups get 0.0 instead of -inf (transformers before 5.6)
   bool renormalise = false;
   double renormalise_eps = 0.0;       // added to the sum
+  double renormalise_floor = 0.0;     // the sum is at least this (ernie4_5_moe)
   double scaling = 1.0;
+  double logit_softcap = 0.0;         // > 0: logits become cap tanh(logit / cap) first (laguna)
   DType logits_dtype = DType::kUnknown;  // as written; kUnknown: the dtype of the activations
   DType scores_dtype = DType::kF32;      // dtype in which softmax/sigmoid runs
   bool scores_cast_back = false;         // the scores are rounded to the dtype of the activations before the choice
@@ -75,6 +77,8 @@ struct Routing {
   std::string correction_bias_tensor;    // empty if none
   std::string input_norm_tensor;         // RMSNorm weight in front of the MoE block, for the probe
   bool input_norm_adds_one = false;      // that norm multiplies by 1 + weight (zero-centred)
+  bool input_norm_over_root = false;     // what it gives is divided by the root of the hidden size (gemma4)
+  std::string expert_scale_tensor;       // [experts], multiplies the finished weights (gemma4); empty if none
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -88,7 +92,9 @@ struct Routing {
     f("group_mask_is_zero", s.group_mask_is_zero);
     f("renormalise", s.renormalise);
     f("renormalise_eps", s.renormalise_eps);
+    f("renormalise_floor", s.renormalise_floor);
     f("scaling", s.scaling);
+    f("logit_softcap", s.logit_softcap);
     f("logits_dtype", s.logits_dtype);
     f("scores_dtype", s.scores_dtype);
     f("scores_cast_back", s.scores_cast_back);
@@ -97,7 +103,10 @@ struct Routing {
     f("correction_bias_tensor", s.correction_bias_tensor);
     f("input_norm_tensor", s.input_norm_tensor);
     f("input_norm_adds_one", s.input_norm_adds_one);
+    f("input_norm_over_root", s.input_norm_over_root);
+    f("expert_scale_tensor", s.expert_scale_tensor);
   }
+  bool softmax_over_chosen() const { return score_after_top_k && scoring == Scoring::kSoftmax; }
 };
 
 // ---- weights -----------------------------------------------------------------------------------------------------

@@ -43,6 +43,12 @@ struct LayerKey {
   std::int64_t fallback;
 };
 
+/// A number of the config, and what the class takes without it. No key: a constant of the family.
+struct ConfigNumber {
+  std::string_view key;
+  double fallback;
+};
+
 /// A config key that has this value. Key "": no condition.
 struct FamilyCondition {
   std::string_view key, value;
@@ -67,7 +73,8 @@ struct Family {
   std::span<const FamilyTensor> tensors;
   MoeLayerRule moe_layer_rule;         // of the encoder, where there is one
   MoeLayerRule decoder_layer_rule;     // of the decoder behind it
-  Routing routing;                     // conventions; groups, scaling and renormalise are overwritten from the config
+  Routing routing;                     // conventions; groups, scaling, renormalise and the next two are overwritten from the config
+  ConfigNumber logit_softcap, renormalise_floor;
   FamilyCondition groups_if;           // groups count only where the config says so
   std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
   bool scores_dtype_by_version;        // routing.scores_dtype is behaviours' "router_scores_dtype"

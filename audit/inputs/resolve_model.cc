@@ -169,6 +169,12 @@ void resolve_routing(Resolver& r, const Source& source) {
     before.until = Version::parse("5.6.0");
     routing.group_mask_is_zero = v->inside(before);
   }
+  const auto number = [&](const ConfigNumber& n) {
+    const Node* says = config_value(r, n.key);
+    return (says ? node_double(*says) : std::nullopt).value_or(n.fallback);
+  };
+  routing.logit_softcap = number(family.logit_softcap);
+  routing.renormalise_floor = number(family.renormalise_floor);
   if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
   if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
   f.routing.set(std::move(routing), Origin::kFamily, source);

@@ -198,6 +198,8 @@ class RouterPrecision {
       ++without_norm_;
     } else if (routing_.input_norm_adds_one) {
       for (float& w : r->norm) w += 1.0f;
+    } else if (routing_.input_norm_over_root) {
+      for (float& w : r->norm) w /= std::sqrt(static_cast<float>(r->hidden));
     }
     inputs_.make_probe(tokens, r->hidden, ctx_.threads);
     return {};

@@ -41,14 +41,15 @@ ReadyMode make_ready(const Mode& mode, const Router& r) {
   return ready;
 }
 
-/// Slope of the score at logit l: how far a small change of the logit moves it.
-double slope(Scoring scoring, double l) {
-  const double s = k::sigmoid_exact_order(l);
-  if (scoring == Scoring::kSqrtSoftplus) {
+/// Slope of the score at a logit: how far a small change of the logit moves it.
+double slope(const Routing& routing, double logit) {
+  const double cap = routing.logit_softcap, l = k::softcapped(logit, cap, Float::kF64);
+  const double of_cap = cap > 0 ? 1 - l / cap * (l / cap) : 1, s = k::sigmoid_exact_order(l);
+  if (routing.scoring == Scoring::kSqrtSoftplus) {
     const double score = k::sqrt_softplus_exact_order(l);
-    return score > 0 ? s / (2 * score) : 0;
+    return score > 0 ? of_cap * s / (2 * score) : 0;
   }
-  return s * (1 - s);  // sigmoid; for a softmax with a correction bias this is the largest it can be
+  return of_cap * s * (1 - s);  // sigmoid; for a softmax with a correction bias this is the largest it can be
 }
 
 }  // namespace
@@ -85,6 +86,11 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
         table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
     fault = read_floats(model, name, out->experts, &out->correction_bias);
   }
+  if (fault.empty() && !routing.expert_scale_tensor.empty()) {
+    std::string name = beside(out->tensor, routing.weight_tensor, routing.expert_scale_tensor);
+    if (model.find(name) == nullptr) name = with_layer(routing.expert_scale_tensor, out->layer);
+    fault = read_floats(model, name, out->experts, &out->expert_scale);
+  }
   return fault;
 }
 
@@ -112,9 +118,11 @@ k::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::in
   a.groups = routing.groups;
   a.top_groups = routing.top_groups;
   a.group_mask_is_zero = routing.group_mask_is_zero;
-  a.renormalise = routing.renormalise && !routing.score_after_top_k;  // a softmax over the chosen sums to one already
+  a.renormalise = routing.renormalise && !routing.softmax_over_chosen();  // which sums to one already
   a.renormalise_eps = static_cast<T>(routing.renormalise_eps);
+  a.renormalise_floor = static_cast<T>(routing.renormalise_floor);
   a.scaling = static_cast<T>(routing.scaling);
+  a.logit_softcap = static_cast<T>(routing.logit_softcap);
   return a;
 }
 
@@ -130,7 +138,8 @@ RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::in
       activations_(activations),
       truth_w_(k::packed_gate_size<double>(router.experts, router.hidden)),
       truth_bias_(router.linear_bias.begin(), router.linear_bias.end()),
-      correction_wide_(router.correction_bias.begin(), router.correction_bias.end()) {
+      correction_wide_(router.correction_bias.begin(), router.correction_bias.end()),
+      scale_wide_(router.expert_scale.begin(), router.expert_scale.end()) {
   k::pack_gate(router.w.data(), router.experts, router.hidden, truth_w_.data());
   for (const Mode& mode : modes) modes_.push_back(make_ready(mode, router));
 }
@@ -144,8 +153,8 @@ bool RouterReplay::near_tie(Float dtype, const double* logits, const double* cho
   if (correction_wide_.empty()) {  // the score grows with the logit: compare logits (a masked expert is not in reach)
     return choice[next] > -INFINITY && logits[last] - logits[next] <= reach_last + reach_next;
   }
-  reach_last *= slope(routing_.scoring, logits[last]);
-  reach_next *= slope(routing_.scoring, logits[next]);
+  reach_last *= slope(routing_, logits[last]);
+  reach_next *= slope(routing_, logits[next]);
   return choice[last] - choice[next] <= reach_last + reach_next;
 }
 
@@ -201,6 +210,7 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
   args.logits = s.narrow.data();
   args.tokens = n;
   args.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
+  args.expert_scale = r.expert_scale.empty() ? nullptr : r.expert_scale.data();
   if (routing_.scores_dtype == DType::kUnknown && ready.mode.dtype != Float::kF32) args.tensor_dtype = ready.mode.dtype;
   if (routing_.scores_cast_back && activations_ != Float::kF32) args.tensor_dtype = activations_;
   backend_.route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
@@ -222,6 +232,7 @@ void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratc
   args.logits = s.truth.data();
   args.tokens = n;
   args.correction_bias = ready.mode.correction.data();
+  args.expert_scale = scale_wide_.empty() ? nullptr : scale_wide_.data();
   backend_.route(args, k::RouteResult<double>{s.mode_chosen.data(), s.mode_weights.data(), nullptr, nullptr});
   std::copy(s.mode_weights.begin(), s.mode_weights.begin() + n * top_k_, s.narrow_weights.begin());
   for (std::int64_t t = 0; t < n; ++t) compare_token(t, s, tally);
@@ -236,6 +247,7 @@ void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   args.logits = s.truth.data();
   args.tokens = n;
   args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
+  args.expert_scale = scale_wide_.empty() ? nullptr : scale_wide_.data();
   backend_.route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
   out->tokens = n;
   for (std::int64_t i = 0; i < n * r.experts; ++i)

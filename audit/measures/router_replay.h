@@ -34,7 +34,7 @@ struct Router {
   std::string tensor;
   std::int64_t experts = 0;
   std::int64_t hidden = 0;
-  std::vector<float> w, linear_bias, correction_bias, norm;
+  std::vector<float> w, linear_bias, correction_bias, expert_scale, norm;
 };
 
 /// "model.layers.{L}.gate" of layer 3: "model.layers.3.gate".
@@ -138,7 +138,7 @@ class RouterReplay {
   std::int64_t top_k_;
   kernels::Float activations_;
   Aligned<double> truth_w_;
-  std::vector<double> truth_bias_, correction_wide_;
+  std::vector<double> truth_bias_, correction_wide_, scale_wide_;
   std::vector<ReadyMode> modes_;
 };
 

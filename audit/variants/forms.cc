@@ -510,7 +510,7 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
     add("W2", "bias added to the logits", [](RouteForm& f) { f.bias_on_logits = true; });
     add("A18", "chosen without the correction bias", [](RouteForm& f) { f.ignore_bias = true; });
   }
-  if (!right.score_after_top_k) {
+  if (!right.score_after_top_k || right.score != k::Score::kSoftmax) {
     if (right.top_k == 1 && !right.renormalise)
       add("W5", "the one weight over itself: 1, without a gradient", [](RouteForm& f) { f.args.renormalise = true; });
     else
@@ -574,7 +574,7 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   };
   const bool as_it_is = !form.softmax_first && !form.bias_on_logits && form.logits_dtype == k::Float::kF64 &&
                         !form.mask_first && !form.over_kept && form.times == 1 && bias.empty();
-  if (as_it_is && !l.softmax.empty() && form.args.score == k::Score::kSoftmax && !form.args.score_after_top_k &&
+  if (as_it_is && !k::is_rare(form.args) && !l.softmax.empty() && form.args.score == k::Score::kSoftmax && !form.args.score_after_top_k &&
       form.args.group_score == k::GroupScore::kNone) {
     *chosen = l.top;
     weights->resize(chosen->size());

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -310,6 +311,120 @@ void check_version(const std::string& version) {
 
 BOOST_AUTO_TEST_CASE(transformers_4_57_6) { check_version("4.57.6"); }
 BOOST_AUTO_TEST_CASE(transformers_5_23_0) { check_version("5.23.0"); }
+
+// Routers with what few have (is_rare()), from their own logits: transformers' classes against kernel and reference.
+BOOST_AUTO_TEST_CASE(rare_routers_5_23_0) {
+  std::ifstream raw(MOE_AUDIT_SOURCE_DIR "/fixtures/golden/router/rare-5.23.0.json");
+  const nlohmann::json root = nlohmann::json::parse(raw);
+  std::size_t compared = 0;
+  for (const nlohmann::json& c : root["cases"]) {
+    const auto doubles = [](const nlohmann::json& j) { return j.get<std::vector<double>>(); };
+    const nlohmann::json& order = c["order"];
+    const auto tokens = c["tokens"].get<std::int64_t>(), experts = c["experts"].get<std::int64_t>(),
+               top_k = c["top_k"].get<std::int64_t>(), always = c["always"].get<std::int64_t>();
+    ref::RouteOptions o;
+    o.top_k = top_k;
+    const std::string score = order["score"];
+    o.score = score == "softmax"   ? ref::Score::kSoftmax
+              : score == "sigmoid" ? ref::Score::kSigmoid
+                                   : ref::Score::kSqrtSoftplus;
+    o.score_after_top_k = order.value("score_after_top_k", false);
+    o.renormalise = order.value("renormalise", false);
+    o.renormalise_eps = order.value("renormalise_eps", 0.0);
+    o.renormalise_floor = order.value("renormalise_floor", 0.0);
+    o.scaling = order.value("scaling", 1.0);
+    o.logit_softcap = order.value("logit_softcap", 0.0);
+    const std::vector<double> bias = doubles(c["correction_bias"]), scale = doubles(c["expert_scale"]);
+    const auto given = c["given"].get<std::vector<std::int32_t>>();
+    const std::vector<float> bias32 = narrowed(bias), scale32 = narrowed(scale);
+    for (const nlohmann::json& run : c["runs"]) {
+      const std::string what = c["family"].get<std::string>() + " " + run["dtype"].get<std::string>();
+      const bool bf16 = run["dtype"] == "bfloat16", narrow = bf16 && order.value("tensors", "") == "logits";
+      // The gate's rows: the experts, then those that every token has.
+      std::vector<double> logits, always_logits;
+      const std::vector<double> all = doubles(run["logits"]);
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        const auto row = static_cast<std::int64_t>(i) % (experts + always);
+        (row < experts ? logits : always_logits).push_back(all[i]);
+      }
+      ref::RouteInputs in;
+      in.correction_bias = tensor(bias, {experts}), in.expert_scale = tensor(scale, {experts});
+      if (!given.empty()) in.given = at::tensor(given, at::kInt).to(at::kLong).reshape({tokens, top_k});
+      in.always_logits = tensor(always_logits, {tokens, always});
+      const ref::Routed truth = ref::route(tensor(logits, {tokens, experts}), o, in);
+      const std::vector<double> choice = values(truth.choice), true_weights = values(truth.weights),
+                                true_chosen = values(truth.chosen),
+                                true_always = always > 0 ? values(truth.always_weights) : std::vector<double>();
+      const std::vector<float> logits32 = narrowed(logits), always32 = narrowed(always_logits);
+      k::RouteArgs<float> a;
+      a.logits = logits32.data(), a.tokens = tokens, a.experts = experts, a.top_k = top_k;
+      a.correction_bias = bias.empty() ? nullptr : bias32.data(),
+      a.expert_scale = scale.empty() ? nullptr : scale32.data();
+      a.given = given.empty() ? nullptr : given.data(), a.always_logits = always32.data(), a.always = always;
+      a.score = static_cast<k::Score>(o.score), a.score_after_top_k = o.score_after_top_k,
+      a.renormalise = o.renormalise;
+      a.renormalise_eps = static_cast<float>(o.renormalise_eps),
+      a.renormalise_floor = static_cast<float>(o.renormalise_floor);
+      a.scaling = static_cast<float>(o.scaling), a.logit_softcap = static_cast<float>(o.logit_softcap);
+      if (narrow) a.tensor_dtype = Float::kBF16;
+      if (run["weights_dtype"] == "bfloat16") a.weights_dtype = Float::kBF16;
+      std::vector<std::int32_t> chosen(static_cast<std::size_t>(tokens * top_k));
+      std::vector<float> weights(chosen.size()), got_always(always_logits.size());
+      BOOST_REQUIRE(k::route(a, {chosen.data(), weights.data(), nullptr, nullptr, got_always.data()}) ==
+                    k::Status::kOk);
+      const std::vector<double> lib_weights = doubles(run["weights"]), lib_always = doubles(run["always_weights"]);
+      const auto lib = run["indices"].get<std::vector<std::int64_t>>();
+      // Two float32 evaluations of the scores, of the capped logits, of the sum and of the products.
+      const double logit = bounds::softcapped(o.logit_softcap, Float::kF32);
+      const auto [low, high] = std::minmax_element(logits.begin(), logits.end());
+      double relative = score == "softmax"   ? bounds::softmax_relative(experts, logit, *high - *low, Float::kF32)
+                        : score == "sigmoid" ? bounds::sigmoid_relative(logit, Float::kF32)
+                                             : bounds::sqrt_softplus_relative(logit, Float::kF32);
+      const double of_score = relative;
+      relative =
+          bounds::scaled_relative(bounds::renormalised_relative(relative, top_k + always, Float::kF32), Float::kF32);
+      const auto bound = [&](double w) {
+        // Stored in bfloat16 once at the end; or each tensor in between, where a float32 on the other side of halfway
+        // moves the score, the sum, the quotient and the product by a place each.
+        const double place = k::spacing(w, Float::kBF16);
+        return 2 * relative * std::fabs(w) + (narrow ? 4 * place : run["weights_dtype"] == "bfloat16" ? place : 0.0);
+      };
+      int same = 0;
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const auto at = [&](std::int64_t j) { return static_cast<std::size_t>(t * top_k + j); };
+        std::vector<std::int64_t> theirs, ours, exact;
+        for (std::int64_t j = 0; j < top_k; ++j) {
+          theirs.push_back(lib[at(j)]), ours.push_back(chosen[at(j)]);
+          exact.push_back(static_cast<std::int64_t>(true_chosen[at(j)]));
+        }
+        const auto values_of = choice.begin() + t * experts;
+        const double largest = *std::max_element(values_of, values_of + experts);
+        const double reach =
+            2 * of_score * (std::fabs(largest) + 1) + (narrow ? k::spacing(largest, Float::kBF16) : 0.0);
+        BOOST_CHECK_MESSAGE(same_choice(theirs, ours, choice.data() + t * experts, reach), what << " token " << t);
+        BOOST_CHECK_MESSAGE(same_choice(theirs, exact, choice.data() + t * experts, reach), what << " token " << t);
+        if (std::set<std::int64_t>(theirs.begin(), theirs.end()) != std::set<std::int64_t>(ours.begin(), ours.end()))
+          continue;
+        ++same;
+        const auto want = by_expert(theirs, lib_weights, at(0));
+        for (std::int64_t j = 0; j < top_k; ++j, ++compared) {
+          const double w = weights[at(j)], theirs_w = want.at(ours[static_cast<std::size_t>(j)]);
+          BOOST_CHECK_MESSAGE(std::fabs(w - theirs_w) <= bound(theirs_w), what << " token " << t << " expert "
+                                                                               << chosen[at(j)] << ": " << w
+                                                                               << " against " << theirs_w);
+        }
+        for (std::int64_t s = 0; s < always; ++s) {
+          const auto i = static_cast<std::size_t>(t * always + s);
+          BOOST_CHECK_MESSAGE(std::fabs(got_always[i] - lib_always[i]) <= bound(lib_always[i]),
+                              what << " token " << t << " always");
+          if (!bf16) BOOST_CHECK_LE(std::fabs(true_always[i] - lib_always[i]), bound(lib_always[i]));
+        }
+      }
+      BOOST_CHECK_GE(same, tokens - 2);
+    }
+  }
+  BOOST_CHECK_GE(compared, 900u);
+}
 
 BOOST_AUTO_TEST_CASE(bitsandbytes_0_50_2) {
   const Node root = load("bitsandbytes-0.50.2.json");

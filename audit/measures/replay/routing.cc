@@ -49,6 +49,12 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
       }
     }
   };
+  const auto number = [&](const ConfigNumber& n) {
+    const Node* says = n.key.empty() ? nullptr : config(n.key);
+    return (says ? says->as_double() : std::nullopt).value_or(n.fallback);
+  };
+  r.logit_softcap = number(family->logit_softcap);
+  r.renormalise_floor = number(family->renormalise_floor);
   fact("router.num_groups",
        [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
   fact("router.top_groups",
@@ -334,7 +340,10 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (ctx->facts.routing_replayed.value_or(false)) return unknown("the experts are a rollout's (training.routing_replayed)");
   if (!ctx->routing) return unknown(ctx->why_not_routed);
   if (ctx->routing->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
-  const k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
+  if (!ctx->routing->expert_scale_tensor.empty() && w.missing.empty())
+    w.missing = "the weights are multiplied by a scale of their expert, which a trace does not hold";
+  k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
+  args.logit_softcap = 0;  // a trace's logits are what the router gives out, or the scores get: capped already
   if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
     return unknown("the groups do not divide the experts");
   const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
@@ -346,7 +355,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   OneToken one(args, l, scores);
   r.held_to = std::string("the k largest of the ") + (t.router_logits ? "recorded" : "recomputed") + " logits, by " + family_words(*ctx);
   std::vector<double> recorded_weights;
-  if (t.routing_weights) {
+  if (t.routing_weights && w.missing.empty()) {
     recorded_weights.resize(l.chosen.size());
     if (!read_values(*t.routing_weights, 0, l.tokens * l.top_k, recorded_weights.data())) recorded_weights.clear();
     w.held_to = "weights of the chosen, by " + family_words(*ctx);

@@ -37,7 +37,7 @@ Outcome check(Facts& f) {
   if (trains && !*trains) return Outcome::not_applicable("no gradient updates the routers");
   if (f.missing()) return f.cannot_tell();
   const Routing* routing = f.want(f->routing);
-  const bool over_chosen = routing && routing->score_after_top_k;
+  const bool over_chosen = routing && routing->softmax_over_chosen();
   if (!*renormalised && !over_chosen) return Outcome::pass("the weight of the chosen expert is its own score");
 
   const std::string& full = f->renormalised.source().key;
