@@ -468,7 +468,16 @@ TEST(Route, RefusesBadOptions) {
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kMax, b.groups = 2, b.top_groups = 3; }),
             Status::kBadGroups);
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kTop2Sum, b.groups = 4; }), Status::kBadGroups);
-  EXPECT_EQ(status([](auto& b) { b.score_after_top_k = true, b.score = Score::kSigmoid; }), Status::kBadOption);
+  EXPECT_EQ(status([&](auto& b) { b.always_logits = logits, b.always = 1; }), Status::kBadOption);  // a softmax
+  EXPECT_EQ(status([](auto& b) { b.always = 1, b.score = Score::kSigmoid; }), Status::kNullPointer);
+  EXPECT_EQ(status([&](auto& b) { b.always_logits = logits, b.always = 5, b.score = Score::kSigmoid; }),
+            Status::kBadShape);
+  for (const std::int32_t id : {-1, 4}) {
+    EXPECT_EQ(status([&](auto& b) { b.given = &id; }), Status::kBadShape);
+  }
+  const std::int32_t third = 3;
+  EXPECT_EQ(status([&](auto& b) { b.given = &third; }), Status::kOk);
+  EXPECT_EQ(chosen[0], 3);
 }
 
 }  // namespace
