@@ -122,7 +122,7 @@ TEST_P(SavedModel, HasExactlyTheTensorsOfItsFamily) {
   ASSERT_NE(family, nullptr);
   const bool fused = std::string(GetParam()).find("fused") != std::string::npos;
   const auto have = tensors_of(dir);
-  ASSERT_GT(have.size(), 30u);
+  ASSERT_GT(have.size(), 20u);  // stacked families have few
   const Comparison c = compare(*family, shape_of(config), fused ? Where::kMemory : Where::kHub, have);
   EXPECT_EQ(c.missing, std::vector<std::string>{});
   EXPECT_EQ(c.unexpected, std::vector<std::string>{});
@@ -164,7 +164,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "minimax-tf5", "glm4_moe_lite-tf5", "deepseek_v32-tf5", "glm_moe_dsa-tf5",
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
-                                         "glm4v_moe-tf5"),
+                                         "glm4v_moe-tf5", "mellum-tf5", "granitemoe_swa-tf5", "mistral4-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
