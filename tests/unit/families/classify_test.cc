@@ -58,6 +58,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"glm4_moe", "model.layers.3.mlp.experts.gate_up_proj", kExpert, 3, -1, true},
                     Case{"dots1", "model.layers.3.mlp.gate.weight", Part::kRouter, 3},
                     Case{"granitemoe", "model.layers.7.block_sparse_moe.router.layer.weight", Part::kRouter, 7},
+                    Case{"granitemoe_swa", "model.layers.7.self_attn.sinks", Part::kAttention, 7},
+                    Case{"qwen3_vl_moe", "model.language_model.layers.7.mlp.experts.gate_up_proj", kExpert, 7, -1, true},
                     Case{"granitemoe", "model.layers.7.block_sparse_moe.input_linear.weight", kExpert, 7, -1, true},
                     Case{"granitemoe", "model.layers.7.block_sparse_moe.experts.down_proj", kExpert, 7, -1, true},
                     Case{"llama4_text", "model.layers.1.feed_forward.router.weight", Part::kRouter, 1},
