@@ -65,7 +65,10 @@ class Layout {
     std::string why;
     if (!family_ || !model_shape(f_, &shape, &why)) return;
     for (FamilyTensor::Where where : {FamilyTensor::Where::kHub, FamilyTensor::Where::kMemory}) {
-      for (ExpandedTensor& t : expand(*family_, shape, where)) shapes_.emplace(std::move(t.name), std::move(t.shape));
+      for (ExpandedTensor& t : expand(*family_, shape, where)) {
+        const auto [at, first] = shapes_.emplace(std::move(t.name), t.shape);
+        if (!first && at->second != t.shape) either_way_.insert(at->first);
+      }
     }
   }
 
@@ -124,7 +127,7 @@ class Layout {
       return fault(m, AdapterFault::kBaseShape, pair_text(rows, takes_last ? last : first, takes_last ? first : last));
     }
     judge_rank(m, rows);
-    if (!a_takes_last_) return;
+    if (!a_takes_last_ || either_way_.count(m.path)) return;
     const std::int64_t in = *a_takes_last_ ? last : first;
     const bool square = first == last;
     if (square ? !a_took_last_ || *a_took_last_ == *a_takes_last_ : m.in == in) return;
@@ -165,6 +168,7 @@ class Layout {
   std::optional<bool> a_took_last_;   // under the one that wrote it, if that is another
   std::set<std::int64_t> ranks_;
   std::map<std::string, std::vector<std::int64_t>, std::less<>> shapes_;
+  std::set<std::string, std::less<>> either_way_;  // stacks whose sides lie the one way in files and the other in memory
   AdapterLayout out_;
 };
 

@@ -78,6 +78,29 @@ bool is_float(DType d) {
   return d == DType::kF64 || d == DType::kF32 || d == DType::kBF16 || d == DType::kF16 || d == DType::kF8E4M3 || d == DType::kF8E5M2;
 }
 
+bool same_shape(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
+  return std::equal(expected.begin(), expected.end(), found.begin(), found.end(),
+                    [](std::int64_t e, std::int64_t n) { return e < 0 || e == n; });
+}
+
+/// Tensors of the files, and those that have the family's shape.
+std::pair<std::size_t, std::size_t> count_found(const TensorStore& model, const std::vector<ExpandedTensor>& expected) {
+  std::pair<std::size_t, std::size_t> n;
+  for (const ExpandedTensor& t : expected) {
+    n.first += is_there(model, t.name);
+    const TensorView* view = model.find(t.name);
+    n.second += view && same_shape(t.shape, view->shape);
+  }
+  return n;
+}
+
+/// The layout, per expert or fused, that the files have: by their names, and where these are the same by their shapes.
+FamilyTensor::Where layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
+  const auto hub = count_found(model, expand(family, shape, FamilyTensor::Where::kHub));
+  const auto memory = count_found(model, expand(family, shape, FamilyTensor::Where::kMemory));
+  return memory > hub ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
+}
+
 // ---- routers -------------------------------------------------------------------------------------------------------
 
 struct LayerRow {
@@ -143,11 +166,17 @@ std::string without_numbers(std::string_view name) {
   return out;
 }
 
-RouterTable find_routers(const TensorStore& model, const Family& family, const std::set<int>& skipped, std::int64_t encoder_layers,
-                         ExpertStorage* storage) {
+/// Rows of `layout` stand before those of the same name in the other one: a stack may be stored either way round.
+RouterTable find_routers(const TensorStore& model, const Family& family, FamilyTensor::Where layout, const std::set<int>& skipped,
+                         std::int64_t encoder_layers, ExpertStorage* storage) {
   std::unordered_multimap<std::string, const FamilyTensor*> patterns;
+  const auto in_layout = [&](const FamilyTensor& row) {
+    return std::any_of(family.tensors.begin(), family.tensors.end(),
+                       [&](const FamilyTensor& t) { return t.where == layout && t.name == row.name; });
+  };
   for (const FamilyTensor& row : family.tensors) {
-    if (row.part == Part::kRouter || row.part == Part::kRoutedExpert) patterns.emplace(without_numbers(row.name), &row);
+    if (row.part != Part::kRouter && row.part != Part::kRoutedExpert) continue;
+    if (row.where == layout || !in_layout(row)) patterns.emplace(without_numbers(row.name), &row);
   }
   const std::string_view correction = leaf_of(family.routing.correction_bias_tensor);
   std::map<int, LayerRow> layers;
@@ -191,19 +220,6 @@ RouterTable find_routers(const TensorStore& model, const Family& family, const s
 }
 
 // ---- missing and unexpected ----------------------------------------------------------------------------------------
-
-std::size_t count_found(const TensorStore& model, const std::vector<ExpandedTensor>& expected) {
-  return static_cast<std::size_t>(
-      std::count_if(expected.begin(), expected.end(), [&](const ExpandedTensor& t) { return is_there(model, t.name); }));
-}
-
-/// In the layout, per expert or fused, that the files have.
-std::vector<ExpandedTensor> expected_tensors(const TensorStore& model, const Family& family, const FamilyShape& shape) {
-  std::vector<ExpandedTensor> expected = expand(family, shape, FamilyTensor::Where::kHub);
-  std::vector<ExpandedTensor> fused = expand(family, shape, FamilyTensor::Where::kMemory);
-  if (count_found(model, fused) > count_found(model, expected)) expected.swap(fused);
-  return expected;
-}
 
 TensorDiff compare(const TensorStore& model, const Family& family, const std::vector<ExpandedTensor>& expected,
                    const std::set<int>& skipped) {
@@ -253,11 +269,6 @@ int only_difference(const std::vector<std::int64_t>& expected, std::span<const s
     axis = static_cast<int>(i);
   }
   return axis;
-}
-
-bool same_shape(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
-  return std::equal(expected.begin(), expected.end(), found.begin(), found.end(),
-                    [](std::int64_t e, std::int64_t n) { return e < 0 || e == n; });
 }
 
 bool same_sizes_in_another_order(const std::vector<std::int64_t>& expected, std::span<const std::int64_t> found) {
@@ -326,7 +337,11 @@ void run(MeasureContext& context) {
   if (family) skipped = prediction_layers(model, f);
   ExpertStorage storage;
   const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
-  RouterTable routers = family ? find_routers(model, *family, skipped, encoder_layers, &storage) : recognise_moe(model).table;
+  FamilyShape shape;
+  std::string why = "the family of this model is not known";
+  const bool shaped = family && model_shape(f, &shape, &why);
+  const FamilyTensor::Where layout = shaped ? layout_of(model, *family, shape) : FamilyTensor::Where::kHub;
+  RouterTable routers = family ? find_routers(model, *family, layout, skipped, encoder_layers, &storage) : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
   if (routers.layer.empty()) {
@@ -340,9 +355,7 @@ void run(MeasureContext& context) {
   if (storage.dtype.empty()) f.expert_storage.explain_unknown("no routed expert of a known family is in the weight files");
   else f.expert_storage.set(std::move(storage), Origin::kMeasured, source);
 
-  FamilyShape shape;
-  std::string why = "the family of this model is not known";
-  if (!family || !model_shape(f, &shape, &why)) {
+  if (!shaped) {
     f.weight_shapes.explain_unknown(why);
     if (model.missing_in_index().empty()) {
       f.tensor_diff.explain_unknown(why);
@@ -363,7 +376,7 @@ void run(MeasureContext& context) {
     f.weight_shapes.explain_unknown(why);
     return;
   }
-  const std::vector<ExpandedTensor> expected = expected_tensors(model, *family, shape);
+  const std::vector<ExpandedTensor> expected = expand(*family, shape, layout);
   f.tensor_diff.set(compare(model, *family, expected, skipped), Origin::kMeasured, source);
   f.weight_shapes.set(compare_shapes(model, expected), Origin::kMeasured, source);
 }

@@ -258,6 +258,16 @@ std::vector<std::string> UnitNames::stack_keys(std::string_view parameter, int e
   return {in_memory(parameter) + "/" + std::to_string(expert)};
 }
 
+bool UnitNames::either_way_round(std::string_view stack) const {
+  if (!family_) return false;
+  const auto rows = [&](FamilyTensor::Where where) {
+    return std::find_if(family_->tensors.begin(), family_->tensors.end(),
+                        [&](const FamilyTensor& t) { return t.where == where && match_pattern(t.name, stack); });
+  };
+  const auto hub = rows(FamilyTensor::Where::kHub), memory = rows(FamilyTensor::Where::kMemory);
+  return hub != family_->tensors.end() && memory != family_->tensors.end() && hub->part == Part::kRoutedExpert && hub->shape != memory->shape;
+}
+
 bool UnitNames::cut(const TensorView& t, std::vector<WeightUnit>* out) const {
   const NamedPart part = part_of(t.name);
   const auto& s = t.shape;
@@ -323,7 +333,12 @@ WeightPairs pair_weights(const TensorStore& base, const TensorStore& trained, co
       continue;
     }
     met[found->second] = 1;
-    const WeightUnit& b = from[found->second];
+    WeightUnit& b = from[found->second];
+    const bool turned = b.matrix.rows == unit.matrix.columns && b.matrix.columns == unit.matrix.rows && b.matrix.rows != b.matrix.columns;
+    if (turned && unit.part.part == Part::kRoutedExpert && names.either_way_round(unit.matrix.tensor->name)) {
+      std::swap(b.matrix.rows, b.matrix.columns);
+      std::swap(b.matrix.row_stride, b.matrix.column_stride);
+    }
     if (b.matrix.rows != unit.matrix.rows || b.matrix.columns != unit.matrix.columns) {
       once(&out.other_shape, std::string(unit.matrix.tensor->name) + " (" + shape_text(b.matrix) + " in the base, " + shape_text(unit.matrix) + " here)");
       continue;

@@ -47,6 +47,8 @@ class UnitNames {
   /// Keys of the matrices that stand above each other in one expert's slice of the stack `parameter`.
   std::vector<std::string> stack_keys(std::string_view parameter, int expert) const;
   NamedPart part_of(std::string_view tensor) const;
+  /// A stack that one of the family's layouts stores [E, in, out] and the other [E, out, in], under one name.
+  bool either_way_round(std::string_view stack) const;
 
  private:
   struct Place {

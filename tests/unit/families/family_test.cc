@@ -9,7 +9,10 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
+
+#include "audit/behaviours/behaviour.h"
 
 namespace moeaudit {
 namespace {
@@ -52,7 +55,8 @@ std::int64_t number(const Json& config, std::initializer_list<const char*> keys)
 }
 
 FamilyShape shape_of(const Json& root) {
-  const Json& c = root.contains("text_config") ? root["text_config"] : root;
+  const Json& outer = root.contains("thinker_config") ? root["thinker_config"] : root;
+  const Json& c = outer.contains("text_config") ? outer["text_config"] : outer;
   FamilyShape s;
   s.layers = number(c, {"num_hidden_layers", "n_layers"});
   const Json& ffn = c.contains("ffn_config") ? c["ffn_config"] : c;
@@ -107,8 +111,9 @@ Comparison compare(const Family& family, const FamilyShape& shape, Where where,
     for (std::size_t i = 0; same && i < t.shape.size(); ++i) same = t.shape[i] == -1 || t.shape[i] == found->second[i];
     if (!same) result.wrong_shape.push_back(t.name);
   }
-  for (const auto& [name, dims] : have) {  // what a vision tower holds is nobody's business here
-    if (!known.count(name) && name.rfind("model.visual.", 0) != 0) result.unexpected.push_back(name);
+  for (const auto& [name, dims] : have) {  // what another tower holds is nobody's business here
+    const bool tower = is_known_extra(family, name) && classify(&family, name).part == Part::kOther;
+    if (!known.count(name) && !tower) result.unexpected.push_back(name);
   }
   return result;
 }
@@ -120,9 +125,11 @@ TEST_P(SavedModel, HasExactlyTheTensorsOfItsFamily) {
   const Json config = read_json(dir / "config.json");
   const Family* family = find_family_by_model_type(config["model_type"].get<std::string>());
   ASSERT_NE(family, nullptr);
-  const bool fused = std::string(GetParam()).find("fused") != std::string::npos;
+  // As in memory: what was saved so, and what transformers 5 does not turn round when it saves.
+  const std::string name = GetParam();
+  const bool fused = name.find("fused") != std::string::npos || name == "qwen3_vl_moe-tf5";
   const auto have = tensors_of(dir);
-  ASSERT_GT(have.size(), 30u);
+  ASSERT_GT(have.size(), 20u);  // stacked families have few
   const Comparison c = compare(*family, shape_of(config), fused ? Where::kMemory : Where::kHub, have);
   EXPECT_EQ(c.missing, std::vector<std::string>{});
   EXPECT_EQ(c.unexpected, std::vector<std::string>{});
@@ -164,7 +171,9 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "minimax-tf5", "glm4_moe_lite-tf5", "deepseek_v32-tf5", "glm_moe_dsa-tf5",
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
-                                         "glm4v_moe-tf5"),
+                                         "glm4v_moe-tf5", "mellum-tf5", "granitemoe_swa-tf5", "mistral4-tf5", "qwen3_vl_moe-tf4",
+                                         "qwen3_vl_moe-tf5", "qwen3_omni_moe-tf4", "qwen3_omni_moe-tf5",
+                                         "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -230,6 +239,12 @@ TEST(Family, KnownExtras) {
   EXPECT_FALSE(is_known_extra(f, "model.layers.3.mlp.gate.weight"));
 }
 
+/// A flag that only the call can set is no field of the config class, and its coefficient need not be one.
+bool flag_is_no_field(const std::string& family, const std::string& version) {
+  const std::optional<VersionSet> set = VersionSet::parse(version);
+  return ask({"transformers", "aux_flag_effect", {{"family", family}}}, set ? &*set : nullptr).value == "keyword_only";
+}
+
 /// Every default of every family, against the real config classes of several transformers releases.
 TEST(Family, DefaultsAreThoseOfTheConfigClasses) {
   const Json versions = read_json(kSource / "fixtures/families/defaults.json");
@@ -244,6 +259,7 @@ TEST(Family, DefaultsAreThoseOfTheConfigClasses) {
         if (row.keys.empty()) continue;
         const auto spelling =
             std::find_if(row.keys.begin(), row.keys.end(), [&](auto k) { return config.contains(std::string(k)); });
+        if (spelling == row.keys.end() && row.fact.starts_with("balance.") && flag_is_no_field(name, version)) continue;
         ASSERT_NE(spelling, row.keys.end()) << version << " " << name << " has no " << row.keys[0];
         const Json& value = config[std::string(*spelling)];
         if (row.default_value.empty()) continue;

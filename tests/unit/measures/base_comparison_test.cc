@@ -88,6 +88,32 @@ TEST(BaseComparison, LayoutsOfTheSameModelAreEqual) {
   }
 }
 
+TEST(BaseComparison, AStackStoredTheOtherWayRoundIsTurned) {
+  const std::string stack = "model.language_model.layers.0.mlp.experts.down_proj";
+  WeightFile base, trained;
+  base.add_f32(stack, {2, 2, 3}, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12});
+  trained.add_f32(stack, {2, 3, 2}, {1, 4, 2, 5, 3, 6, 7, 10, 8, 11, 9, 13});  // the last was 12
+  TempTree tree;
+  tree.write("base/model.safetensors", base.text());
+  tree.write("trained/model.safetensors", trained.text());
+  for (const char* family : {"qwen3_vl_moe", "llama4_text"}) {  // of the second, one layout alone is known
+    SCOPED_TRACE(family);
+    Bench bench;
+    bench.facts = testing::facts_from_json({{"model.family", family}, {"router.num_experts", 2}});
+    bench.base = open_weights(tree.path("base"));
+    bench.model = open_weights(tree.path("trained"));
+    bench.run(measure_base_comparison);
+    std::int64_t changed = 0, compared = 0;
+    if (bench.facts.base_changes.known()) {
+      for (std::int64_t n : bench.facts.base_changes.value().changed) changed += n;
+      for (std::int64_t n : bench.facts.base_changes.value().elements) compared += n;
+    }
+    const bool turned = family == std::string("qwen3_vl_moe");
+    EXPECT_EQ(compared, turned ? 12 : 0);
+    EXPECT_EQ(changed, turned ? 1 : 0);
+  }
+}
+
 TEST(BaseComparison, ThreadsDoNotShow) {
   Pair one("pairs/mixtral/base", "pairs/mixtral/full/checkpoint-3", 1), four("pairs/mixtral/base", "pairs/mixtral/full/checkpoint-3", 4);
   EXPECT_EQ(one.bench.facts.base_changes.value().change_norm, four.bench.facts.base_changes.value().change_norm);
