@@ -234,14 +234,26 @@ void check_complete(Map& top, const std::set<std::string>& given, const std::vec
   }
 }
 
-std::string renamed(const std::string& name, const std::vector<std::pair<std::string, std::string>>& prefixes) {
+using Prefixes = std::vector<std::pair<std::string, std::string>>;
+
+Prefixes prefixes_of(const fs::path& path, const YAML::Node& own, const char* key) {
+  Prefixes out;
+  const YAML::Node rename = own[key];
+  if (!rename) return out;
+  Map map(path.string(), rename);
+  for (const auto& entry : rename) out.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
+  return out;
+}
+
+std::string renamed(const std::string& name, const Prefixes& prefixes) {
   for (const auto& [from, to] : prefixes) {
     if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
   }
   return name;
 }
 
-/// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`.
+/// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`;
+/// where memory has others than files, with those of `rename_memory`.
 YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
   const YAML::Node like = own["like"];
   if (!like) return own;
@@ -249,22 +261,27 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
   if (!fs::exists(other)) fail(path.string(), like.Mark(), "like: there is no " + like.Scalar() + ".yaml");
   YAML::Node out = load(other);
   if (out["like"]) fail(path.string(), like.Mark(), "like: '" + like.Scalar() + "' is itself like another family");
-  std::vector<std::pair<std::string, std::string>> prefixes;
-  if (const YAML::Node rename = own["rename"]) {
-    Map map(path.string(), rename);
-    for (const auto& entry : rename) prefixes.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
-  }
-  for (YAML::Node tensor : out["tensors"]) {
-    for (const char* key : {"name", "instead"}) {
-      if (tensor[key]) tensor[key] = renamed(tensor[key].Scalar(), prefixes);
+  const Prefixes files = prefixes_of(path, own, "rename");
+  const Prefixes memory = own["rename_memory"] ? prefixes_of(path, own, "rename_memory") : files;
+  YAML::Node tensors;
+  for (const YAML::Node& tensor : out["tensors"]) {
+    for (const auto& [where, prefixes] : {std::pair{"hub", files}, std::pair{"memory", memory}}) {
+      if (tensor["where"].Scalar() != where && tensor["where"].Scalar() != "both") continue;
+      YAML::Node one = YAML::Clone(tensor);
+      one["where"] = where;
+      for (const char* key : {"name", "instead"}) {
+        if (one[key]) one[key] = renamed(one[key].Scalar(), prefixes);
+      }
+      tensors.push_back(one);
     }
   }
+  out["tensors"] = tensors;
   for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm"}) {
-    if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), prefixes);
+    if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), files);
   }
   for (const auto& entry : own) {
     const std::string key = entry.first.Scalar();
-    if (key != "like" && key != "rename") out[key] = entry.second;
+    if (key != "like" && key != "rename" && key != "rename_memory") out[key] = entry.second;
   }
   return out;
 }

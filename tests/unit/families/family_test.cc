@@ -108,7 +108,8 @@ Comparison compare(const Family& family, const FamilyShape& shape, Where where,
     if (!same) result.wrong_shape.push_back(t.name);
   }
   for (const auto& [name, dims] : have) {  // what a vision tower holds is nobody's business here
-    if (!known.count(name) && name.rfind("model.visual.", 0) != 0) result.unexpected.push_back(name);
+    const bool seen = name.find("visual.") != std::string::npos || name.find("vision_tower.") == 0 || name.find("multi_modal_projector.") == 0;
+    if (!known.count(name) && !seen) result.unexpected.push_back(name);
   }
   return result;
 }
@@ -122,7 +123,7 @@ TEST_P(SavedModel, HasExactlyTheTensorsOfItsFamily) {
   ASSERT_NE(family, nullptr);
   const bool fused = std::string(GetParam()).find("fused") != std::string::npos;
   const auto have = tensors_of(dir);
-  ASSERT_GT(have.size(), 30u);
+  ASSERT_GT(have.size(), 25u);
   const Comparison c = compare(*family, shape_of(config), fused ? Where::kMemory : Where::kHub, have);
   EXPECT_EQ(c.missing, std::vector<std::string>{});
   EXPECT_EQ(c.unexpected, std::vector<std::string>{});
@@ -164,7 +165,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "minimax-tf5", "glm4_moe_lite-tf5", "deepseek_v32-tf5", "glm_moe_dsa-tf5",
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
-                                         "glm4v_moe-tf5"),
+                                         "glm4v_moe-tf5", "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
