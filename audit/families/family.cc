@@ -129,7 +129,7 @@ constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "kv_b_proj", "Wqkv",   "sinks"};
 constexpr std::array<std::string_view, 6> kEmbeddings = {"embed_tokens",    "wte",            "wpe",
                                                          "word_embeddings", "tok_embeddings", "shared"};
-constexpr std::array<std::string_view, 2> kHeads = {"lm_head", "embed_out"};
+constexpr std::array<std::string_view, 3> kHeads = {"lm_head", "embed_out", "score"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
 constexpr std::array<std::string_view, 13> kMlpLeaves = {
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo"};
@@ -273,6 +273,12 @@ bool matches_glob(std::string_view pattern, std::string_view name) {
 }
 
 }  // namespace
+
+double weight_scaling(const Family& family, double routed_scaling, std::int64_t top_k) {
+  if (family.weight_scaling == WeightScaling::kBehindExperts) return 1;
+  if (family.weight_scaling == WeightScaling::kInverseK) return top_k > 0 ? 1.0 / static_cast<double>(top_k) : 1.0;
+  return routed_scaling;
+}
 
 const Family* find_family_by_model_type(std::string_view model_type) {
   for (int i = 0; i < kNumFamilies; ++i) {
