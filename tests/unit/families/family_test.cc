@@ -59,8 +59,8 @@ FamilyShape shape_of(const Json& root) {
   s.experts = number(ffn, {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"});
   s.hidden = number(c, {"hidden_size", "d_model"});
   s.expert_width = number(ffn, {"moe_intermediate_size", "intermediate_size", "ffn_hidden_size"});
-  s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size")
-                       ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size"})
+  s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size") || c.contains("share_expert_dim")
+                       ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
                        : number(c, {"n_shared_experts", "moe_num_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
@@ -109,7 +109,7 @@ Comparison compare(const Family& family, const FamilyShape& shape, Where where,
   }
   for (const auto& [name, dims] : have) {  // what a vision tower holds is nobody's business here
     bool seen = false;
-    for (const char* tower : {"model.visual.", "vision_tower.", "multi_modal_projector.", "patch_merge_mlp."}) seen |= name.rfind(tower, 0) == 0;
+    for (const char* tower : {"model.visual.", "vision_tower.", "multi_modal_projector.", "patch_merge_mlp.", "vision_model.", "vit_large_projector."}) seen |= name.rfind(tower, 0) == 0;
     if (!known.count(name) && !seen) result.unexpected.push_back(name);
   }
   return result;
@@ -167,7 +167,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
                                          "glm4v_moe-tf5", "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
-                                         "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5"),
+                                         "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
