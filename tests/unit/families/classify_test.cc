@@ -101,6 +101,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"minimax_m3_vl", "language_model.model.layers.3.self_attn.index_k_proj.weight", Part::kAttention, 3},
                     Case{"minimax_m3_vl", "model.language_model.layers.3.mlp.shared_experts.gate_up_proj.weight", Part::kSharedExpert, 3},
                     Case{"openai_privacy_filter", "score.weight", Part::kHead},
+                    Case{"laguna", "model.layers.4.mlp.experts.e_score_correction_bias", Part::kRouter, 4},
                     Case{"step3p7", "model.layers.4.moe.gate_proj.weight", kExpert, 4, -1, true},
                     Case{"step3p7", "model.layers.4.moe.gate.weight", Part::kRouter, 4},
                     Case{"step3p7", "model.layers.4.moe.router_bias", Part::kRouter, 4},

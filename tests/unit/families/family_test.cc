@@ -61,7 +61,7 @@ FamilyShape shape_of(const Json& root) {
   s.expert_width = number(ffn, {"moe_intermediate_size", "intermediate_size", "ffn_hidden_size"});
   s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size") || c.contains("share_expert_dim")
                        ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
-                       : number(c, {"n_shared_experts", "moe_num_shared_experts"}) * s.expert_width;
+                       : number(c, {"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
@@ -167,7 +167,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "exaone_moe-tf5", "solar_open-tf5", "mimo_v2_flash-tf5", "granitemoehybrid-tf4",
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
                                          "glm4v_moe-tf5", "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
-                                         "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5"),
+                                         "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
+                                         "laguna-tf5", "cohere2_moe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
