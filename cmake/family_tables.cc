@@ -46,6 +46,7 @@ const Words kBalance = {
 const std::string kByVersion = "by_version";
 const Words kScoresDTypes = {{"logits", "kUnknown"}, {"float32", "kF32"}, {kByVersion, "kUnknown"}};
 const Words kDTypes = {{"activations", "kUnknown"}, {"float32", "kF32"}};
+const Words kWeightScaling = {{"routed", "kRouted"}, {"behind_experts", "kBehindExperts"}, {"inverse_k", "kInverseK"}};
 const Words kRenormalise = {{"always", ""}, {"never", ""}, {"config", ""}};
 
 struct FamilyTables {
@@ -146,7 +147,7 @@ std::vector<std::string> conditions(Map& m, const std::string& key) {
 }
 
 /// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
-std::string layer_rule(Map& top, const std::string& key) {
+std::string layer_rule(Map& top, const std::string& key, Writer& w) {
   const YAML::Node node = top.node(key);
   if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\", {}}";
   if (!node.IsMap()) fail(top.file(), node.Mark(), "'" + key + "' is 'all' or a mapping (docs/add_a_family.md)");
@@ -159,16 +160,17 @@ std::string layer_rule(Map& top, const std::string& key) {
       fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
-  std::string types = "{}";
-  if (m.has("types")) {
-    const std::string text = m.text("types");
+  std::vector<std::string> types;
+  const bool one = m.has("types") && m.node("types").IsScalar();
+  for (const std::string& text : one ? std::vector<std::string>{m.text("types")} : m.list("types", false)) {
     const std::size_t equals = text.find('=');
     if (equals == std::string::npos) fail(m.file(), m.node("types").Mark(), "'types': write config_key=word");
-    types = "{" + quoted(text.substr(0, equals)) + ", " + quoted(text.substr(equals + 1)) + "}";
+    types.push_back("{" + quoted(text.substr(0, equals)) + ", " + quoted(text.substr(equals + 1)) + "}");
   }
   const std::string out = "{" + number("from", "0") + ", " + number("to", "-1") + ", " + number("every", "1") + ", " +
                           number("offset", "-1") + ", " + quoted(m.text_or("dense", "")) + ", " +
-                          quoted(m.text_or("only", "")) + ", " + types + "}";
+                          quoted(m.text_or("only", "")) + ", " +
+                          w.array("FamilyCondition", types) + "}";
   m.done();
   return out;
 }
@@ -221,7 +223,8 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
   const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " + (groups_if.empty() ? "{}" : groups_if[0]) + ", " +
-                             w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
+                             w.array("FamilyCondition", conditions(m, "holds_if")) + ", WeightScaling::" +
+                             (m.has("weight_scaling") ? m.word("weight_scaling", kWeightScaling) : "kRouted") + ", " +
                              (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
                              quoted(m.text_or("not_replayed", ""));
   sources.cite(m);
@@ -245,14 +248,26 @@ void check_complete(Map& top, const std::set<std::string>& given, const std::vec
   }
 }
 
-std::string renamed(const std::string& name, const std::vector<std::pair<std::string, std::string>>& prefixes) {
+using Prefixes = std::vector<std::pair<std::string, std::string>>;
+
+Prefixes prefixes_of(const fs::path& path, const YAML::Node& own, const char* key) {
+  Prefixes out;
+  const YAML::Node rename = own[key];
+  if (!rename) return out;
+  Map map(path.string(), rename);
+  for (const auto& entry : rename) out.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
+  return out;
+}
+
+std::string renamed(const std::string& name, const Prefixes& prefixes) {
   for (const auto& [from, to] : prefixes) {
     if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
   }
   return name;
 }
 
-/// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`.
+/// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`;
+/// where memory has others than files, with those of `rename_memory`; `files: memory`: files have the names of memory.
 YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
   const YAML::Node like = own["like"];
   if (!like) return own;
@@ -260,22 +275,29 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
   if (!fs::exists(other)) fail(path.string(), like.Mark(), "like: there is no " + like.Scalar() + ".yaml");
   YAML::Node out = load(other);
   if (out["like"]) fail(path.string(), like.Mark(), "like: '" + like.Scalar() + "' is itself like another family");
-  std::vector<std::pair<std::string, std::string>> prefixes;
-  if (const YAML::Node rename = own["rename"]) {
-    Map map(path.string(), rename);
-    for (const auto& entry : rename) prefixes.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
-  }
-  for (YAML::Node tensor : out["tensors"]) {
-    for (const char* key : {"name", "instead"}) {
-      if (tensor[key]) tensor[key] = renamed(tensor[key].Scalar(), prefixes);
+  const Prefixes files = prefixes_of(path, own, "rename");
+  const Prefixes memory = own["rename_memory"] ? prefixes_of(path, own, "rename_memory") : files;
+  const YAML::Node layout = own["files"];
+  if (layout && layout.Scalar() != "memory") fail(path.string(), layout.Mark(), "'files' can say memory only");
+  YAML::Node tensors;
+  for (const YAML::Node& tensor : out["tensors"]) {
+    for (const auto& [where, prefixes] : {std::pair{"hub", files}, std::pair{"memory", memory}}) {
+      if (tensor["where"].Scalar() != (layout ? "memory" : where) && tensor["where"].Scalar() != "both") continue;
+      YAML::Node one = YAML::Clone(tensor);
+      one["where"] = where;
+      for (const char* key : {"name", "instead"}) {
+        if (one[key]) one[key] = renamed(one[key].Scalar(), prefixes);
+      }
+      tensors.push_back(one);
     }
   }
+  out["tensors"] = tensors;
   for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm"}) {
-    if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), prefixes);
+    if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), files);
   }
   for (const auto& entry : own) {
     const std::string key = entry.first.Scalar();
-    if (key != "like" && key != "rename") out[key] = entry.second;
+    if (key != "like" && key != "rename" && key != "rename_memory" && key != "files") out[key] = entry.second;
   }
   return out;
 }
@@ -322,8 +344,8 @@ void read_family(const fs::path& path, FamilyTables& t) {
   Writer& w = t.writer;
   std::ostringstream out;
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
-      << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule") << ", "
-      << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule") << ", " << routing << ", " << around << ",\n     "
+      << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule", w) << ", "
+      << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule", w) << ", " << routing << ", " << around << ",\n     "
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "

@@ -129,7 +129,7 @@ constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "kv_b_proj", "Wqkv",   "sinks"};
 constexpr std::array<std::string_view, 6> kEmbeddings = {"embed_tokens",    "wte",            "wpe",
                                                          "word_embeddings", "tok_embeddings", "shared"};
-constexpr std::array<std::string_view, 2> kHeads = {"lm_head", "embed_out"};
+constexpr std::array<std::string_view, 3> kHeads = {"lm_head", "embed_out", "score"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
 constexpr std::array<std::string_view, 13> kMlpLeaves = {
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo"};
@@ -224,6 +224,13 @@ std::optional<Part> part_by_family(const Family& family, const Path& path) {
   return ambiguous ? std::nullopt : found;
 }
 
+/// "block_sparse_moe.input_linear", and "moe.gate_proj" of step3p5: the matrices of all experts where a module of experts has none.
+bool is_stack(const Names& tail) {
+  if (tail.size() == 2 && tail.front() == "moe" && contains(kMlpLeaves, tail.back())) return true;
+  return !tail.empty() && contains(kStackLeaves, tail.back()) &&
+         std::any_of(tail.begin(), tail.end(), [](auto part) { return contains(kMlps, part); });
+}
+
 Part part_by_common_names(const Path& path) {
   const Names& tail = path.tail;
   if (path.other_tower || tail.empty()) return Part::kOther;
@@ -235,13 +242,13 @@ Part part_by_common_names(const Path& path) {
   };
   const std::string_view leaf = tail.back();
   if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
-  if (leaf == "e_score_correction_bias" || leaf == "expert_bias") return Part::kRouter;
-  if (any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
+  if (leaf == "e_score_correction_bias" || leaf == "expert_bias" || leaf == "router_bias") return Part::kRouter;
+  if (any_prefix("share_expert") || any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
   if (contains(tail, "experts") || contains(tail, "local_experts")) return Part::kRoutedExpert;
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;
   if (leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
   if (any(kAttentions) || contains(kAttentionLeaves, leaf)) return Part::kAttention;
-  if (any(kMlps) && contains(kStackLeaves, leaf)) return Part::kRoutedExpert;
+  if (is_stack(tail)) return Part::kRoutedExpert;
   if (any(kMlps) && contains(kMlpLeaves, leaf)) return Part::kDenseMlp;
   if (contains(kEmbeddings, leaf)) return Part::kEmbedding;
   if (contains(kHeads, leaf)) return Part::kHead;
@@ -273,6 +280,12 @@ bool matches_glob(std::string_view pattern, std::string_view name) {
 }
 
 }  // namespace
+
+double weight_scaling(const Family& family, double routed_scaling, std::int64_t top_k) {
+  if (family.weight_scaling == WeightScaling::kBehindExperts) return 1;
+  if (family.weight_scaling == WeightScaling::kInverseK) return top_k > 0 ? 1.0 / static_cast<double>(top_k) : 1.0;
+  return routed_scaling;
+}
 
 const Family* find_family_by_model_type(std::string_view model_type) {
   for (int i = 0; i < kNumFamilies; ++i) {
@@ -341,7 +354,7 @@ NamedPart classify(const Family* family, std::string_view name, std::int64_t enc
   out.part = by_family ? *by_family : part_by_common_names(path);
   if (out.part != Part::kRoutedExpert) return out;
   out.expert = expert_index(path.tail);
-  const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") ||
+  const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") || is_stack(path.tail) ||
                      contains(kStackLeaves, path.tail.back());
   out.fused = stack && out.expert < 0;
   return out;

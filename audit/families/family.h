@@ -56,11 +56,18 @@ struct FamilyCondition {
 
 /// Which layers are MoE: those from `from` to `to` (both included; to < 0: to the last) whose index divided by `every`
 /// leaves `offset` (offset < 0: every - 1), but none that the list `dense` names. A list `only` replaces all of it, and so
-/// does the list `types.key` of words, one a layer: those with the word `types.value`.
+/// does a list of words, one a layer, that the config has under a key of `types`: those with the word `value`.
 struct MoeLayerRule {
   LayerKey from, to, every, offset;
   std::string_view dense, only;  // config keys of lists; may be ""
-  FamilyCondition types;
+  std::span<const FamilyCondition> types;
+};
+
+/// What of the scaling the router's own weights have.
+enum class WeightScaling {
+  kRouted,         // the factor of router.routed_scaling
+  kBehindExperts,  // none of it: the block multiplies the sum of its experts' outputs by it
+  kInverseK,       // they are divided by k, and the block multiplies that sum by k
 };
 
 /// Everything moe-audit knows of one family that does not depend on the version of the framework; what does depend on
@@ -77,6 +84,7 @@ struct Family {
   ConfigNumber logit_softcap, renormalise_floor;
   FamilyCondition groups_if;           // groups count only where the config says so
   std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
+  WeightScaling weight_scaling;        // routing.scaling is overwritten accordingly
   bool scores_dtype_by_version;        // routing.scores_dtype is behaviours' "router_scores_dtype"
   std::string_view not_replayed;       // why `routing` cannot be replayed: an order that its fields cannot express; ""
   std::string_view renormalise;        // "always" | "never" | "config" (key of router.renormalised)
@@ -105,6 +113,9 @@ struct HubModel {
 };
 extern const HubModel kHubModels[];
 extern const int kNumHubModels;
+
+/// The factor on the weights that the router gives its experts.
+double weight_scaling(const Family& family, double routed_scaling, std::int64_t top_k);
 
 const Family* find_family_by_model_type(std::string_view model_type);
 const Family* find_family(std::string_view name);

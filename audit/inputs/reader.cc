@@ -250,8 +250,11 @@ bool is_moe_key(std::string_view key) {
 bool family_reads(const Family& family, std::string_view key) {
   if (key.empty()) return false;
   for (const MoeLayerRule& rule : {family.moe_layer_rule, family.decoder_layer_rule}) {
-    for (std::string_view read : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only, rule.types.key}) {
+    for (std::string_view read : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only}) {
       if (read == key) return true;
+    }
+    for (const FamilyCondition& types : rule.types) {
+      if (types.key == key) return true;
     }
   }
   if (key == family.groups_if.key) return true;

@@ -1,6 +1,7 @@
 // The model: family, numbers of its config.json as the config class would read them, MoE layers.
 #include <algorithm>
 #include <charconv>
+#include <sstream>
 #include <type_traits>
 
 #include "audit/inputs/reader.h"
@@ -176,7 +177,8 @@ void resolve_routing(Resolver& r, const Source& source) {
   routing.logit_softcap = number(family.logit_softcap);
   routing.renormalise_floor = number(family.renormalise_floor);
   if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
-  if (f.routed_scaling.known()) routing.scaling = f.routed_scaling.value();
+  routing.scaling = weight_scaling(family, f.routed_scaling.known() ? f.routed_scaling.value() : routing.scaling,
+                                   f.top_k.known() ? f.top_k.value() : 0);
   f.routing.set(std::move(routing), Origin::kFamily, source);
 }
 
@@ -269,8 +271,17 @@ std::int64_t config_number(const Resolver& r, const LayerKey& wanted) {
 
 std::optional<std::vector<std::int64_t>> config_numbers(const Resolver& r, std::string_view key) {
   const Node* v = config_value(r, key);
-  if (!v || !v->is_list()) return std::nullopt;
   std::vector<std::int64_t> out;
+  if (v && v->is_string()) {  // step3p5: "3,4,5"
+    std::stringstream text(v->text);
+    for (std::string item; std::getline(text, item, ',');) {
+      std::int64_t number = 0;
+      const char* first = item.data() + std::min(item.find_first_not_of(' '), item.size());
+      if (std::from_chars(first, item.data() + item.size(), number).ec == std::errc()) out.push_back(number);
+    }
+    return out;
+  }
+  if (!v || !v->is_list()) return std::nullopt;
   for (const Node& item : v->items) {
     if (auto i = node_int(item)) out.push_back(*i);
   }
@@ -279,7 +290,9 @@ std::optional<std::vector<std::int64_t>> config_numbers(const Resolver& r, std::
 
 std::string rule_text(const MoeLayerRule& rule) {
   std::string out;
-  for (std::string_view key : {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only, rule.types.key}) {
+  std::vector<std::string_view> keys = {rule.from.key, rule.to.key, rule.every.key, rule.offset.key, rule.dense, rule.only};
+  for (const FamilyCondition& types : rule.types) keys.push_back(types.key);
+  for (std::string_view key : keys) {
     if (!key.empty()) out += (out.empty() ? "" : ", ") + std::string(key);
   }
   return out.empty() ? "all layers are MoE" : "the family's rule on " + out;
@@ -292,16 +305,21 @@ void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t fi
   const std::int64_t named = config_number(r, rule.offset);
   const std::int64_t offset = named < 0 ? every - 1 : named == 1 && every == 1 ? 0 : named;  // a step of 1: every layer
   const auto dense = config_numbers(r, rule.dense), only = config_numbers(r, rule.only);
-  const Node* types = config_value(r, rule.types.key);
+  const Node* types = nullptr;
+  std::string_view word;
+  for (const FamilyCondition& listed : rule.types) {
+    const Node* found = config_value(r, listed.key);
+    if (!types && found && found->is_list()) types = found, word = listed.value;
+  }
   auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return std::find(list.begin(), list.end(), i) != list.end();
   };
   for (std::int64_t i = 0; i < n; ++i) {
     const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == offset;
     const auto at = static_cast<std::size_t>(i);
-    if (types && types->is_list() ? at < types->items.size() && types->items[at].text == rule.types.value
-        : only                    ? names(*only, i)
-                                  : by_rule && !(dense && names(*dense, i)))
+    if (types  ? at < types->items.size() && types->items[at].text == word
+        : only ? names(*only, i)
+               : by_rule && !(dense && names(*dense, i)))
       layers->push_back(first + i);
   }
 }

@@ -61,6 +61,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
        [&](const Node& n) { r.top_groups = std::max<std::int64_t>(1, n.as_int().value_or(r.top_groups)); });
   fact("router.renormalised", [&](const Node& n) { r.renormalise = n.as_bool().value_or(r.renormalise); });
   fact("router.routed_scaling", [&](const Node& n) { r.scaling = n.as_double().value_or(r.scaling); });
+  r.scaling = weight_scaling(*family, r.scaling, f.top_k.value_or(0));
   if (!family->groups_if.key.empty()) {
     const Node* node = config(family->groups_if.key);
     if (!node || node->text != family->groups_if.value) r.groups = r.top_groups = 1;

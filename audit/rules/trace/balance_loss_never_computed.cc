@@ -21,7 +21,8 @@ Switch it on with `output_router_logits: true`, or write coefficient 0 and say s
 
 ## Limits
 A warning: most configs carry the coefficient of pre-training. A note where it is the default of the model's class, so that
-nobody need have asked for it. BL001 is an error where the user's own training config states the coefficient.
+nobody need have asked for it; nothing at all where that class computes no such loss in this release. BL001 is an error where
+the user's own training config states the coefficient.
 )md";
 
 Outcome check(Facts& f) {
@@ -39,6 +40,9 @@ Outcome check(Facts& f) {
     return replay::nothing_differs(f, rows, "the trace does not say whether a balance loss was to be computed", "");
   const double* usual = f.want(f->aux_coefficient_default);
   const bool by_default = !ignored && usual != nullptr && *usual == t->aux_coefficient;
+  const AuxEffect* effect = f.want(f->aux_effect);
+  const bool deaf = effect != nullptr && *effect == AuxEffect::kIgnored;  // to the flag: the class has no such loss
+  if (deaf && by_default) return Outcome::not_applicable(t->model_class + " computes no balance loss, and nobody asked for one");
   Finding finding;
   finding.severity = by_default ? Severity::kNote : Severity::kWarning;
   finding.message = "router_aux_loss_coef is " + say::number(t->aux_coefficient) +
@@ -49,9 +53,10 @@ Outcome check(Facts& f) {
                              : "output_router_logits is false.");
   finding.evidence = {{"trace coefficient", say::number(t->aux_coefficient), replay::head(*t)},
                       {"trace output_router_logits", t->output_router_logits, replay::head(*t)}};
-  finding.remedy = ignored ? "Ask for it in the call, and look whether aux_loss comes back:\n    "
-                             "model(**batch, output_router_logits=True)\nor say that it is off:\n    router_aux_loss_coef: 0"
-                           : "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is "
+  finding.remedy = deaf    ? t->model_class + " computes no balance loss: say that it is off.\n    router_aux_loss_coef: 0"
+                   : ignored ? "Ask for it in the call, and look whether aux_loss comes back:\n    "
+                               "model(**batch, output_router_logits=True)\nor say that it is off:\n    router_aux_loss_coef: 0"
+                             : "Switch the loss on in the model's config:\n    output_router_logits: true\nor say that it is "
                              "off:\n    router_aux_loss_coef: 0";
   finding.does_not_show = "That the load is uneven, or that the loss would help.";
   finding.locations = {replay::head(*t)};

@@ -63,9 +63,9 @@ FamilyShape shape_of(const Json& root) {
   s.experts = number(ffn, {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"});
   s.hidden = number(c, {"hidden_size", "d_model"});
   s.expert_width = number(ffn, {"moe_intermediate_size", "intermediate_size", "ffn_hidden_size"});
-  s.shared_width = c.contains("shared_expert_intermediate_size")
-                       ? number(c, {"shared_expert_intermediate_size"})
-                       : number(c, {"n_shared_experts", "moe_num_shared_experts"}) * s.expert_width;
+  s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size") || c.contains("share_expert_dim")
+                       ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
+                       : number(c, {"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
@@ -173,7 +173,10 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
                                          "glm4v_moe-tf5", "mellum-tf5", "granitemoe_swa-tf5", "mistral4-tf5", "qwen3_vl_moe-tf4",
                                          "qwen3_vl_moe-tf5", "qwen3_omni_moe-tf4", "qwen3_omni_moe-tf5",
-                                         "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5"),
+                                         "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5",
+                                         "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
+                                         "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
+                                         "laguna-tf5", "cohere2_moe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -278,16 +281,16 @@ TEST(Family, LayerRulesFallBackToTheDefaultsOfTheConfigClasses) {
   for (const auto& [version, families] : versions.items()) {
     for (const auto& [name, config] : families.items()) {
       const MoeLayerRule& rule = find_family(name)->moe_layer_rule;
-      if (!rule.types.key.empty()) {  // the class writes out the words that a config may leave out
-        const Json& words = config[std::string(rule.types.key)];
+      if (!rule.types.empty()) {  // the class writes out the words that a config may leave out
+        const Json& words = config[std::string(rule.types[0].key)];
         for (std::size_t l = 0; l < words.size(); ++l)
-          EXPECT_EQ(words[l] == rule.types.value, static_cast<std::int64_t>(l) >= rule.from.fallback) << version << " " << name << " " << l;
+          EXPECT_EQ(words[l] == rule.types[0].value, static_cast<std::int64_t>(l) >= rule.from.fallback) << version << " " << name << " " << l;
         EXPECT_GT(words.size(), 2u) << version << " " << name;
       }
       for (const LayerKey& key : {rule.from, rule.to, rule.every, rule.offset}) {
         if (key.key.empty()) continue;
         // Before 5.15, the class of glm_moe_dsa has the words alone.
-        if (!rule.types.key.empty() && !config.contains(std::string(key.key))) continue;
+        if (!rule.types.empty() && !config.contains(std::string(key.key))) continue;
         // The class of ernie4_5_moe puts the last layer for the -1 that its signature has.
         const bool last = key.fallback == -1;
         EXPECT_EQ(config[std::string(key.key)], last ? config["num_hidden_layers"].get<std::int64_t>() - 1 : key.fallback) << version << " " << name << " " << key.key;
