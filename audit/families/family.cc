@@ -118,8 +118,9 @@ constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bi
 // Steps in front of a name that say nothing of its part.
 constexpr std::array<std::string_view, 6> kRoots = {"module", "base_model", "model", "language_model", "transformer", "thinker"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
-constexpr std::array<std::string_view, 9> kOtherTowers = {"visual",        "vision_tower",          "vision_model", "vision_encoder", "audio_tower",
-                                                          "audio_model",   "multi_modal_projector", "talker",       "code2wav"};
+constexpr std::array<std::string_view, 11> kOtherTowers = {"visual",      "vision_tower",          "vision_model", "vision_encoder", "audio_tower",
+                                                           "audio_model", "multi_modal_projector", "talker",       "code2wav",       "sam_model",
+                                                           "qwen2_model"};
 constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
