@@ -174,7 +174,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "glm4v_moe-tf5", "mellum-tf5", "granitemoe_swa-tf5", "mistral4-tf5", "qwen3_vl_moe-tf4",
                                          "qwen3_vl_moe-tf5", "qwen3_omni_moe-tf4", "qwen3_omni_moe-tf5",
                                          "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5",
-                                         "deepseek_ocr2-tf5"),
+                                         "deepseek_ocr2-tf5", "jetmoe-tf4", "jetmoe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
