@@ -327,7 +327,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   check_complete(top, given, unknown);
 
   Map balance(top.file(), top.node("balance"));
-  const std::string kind = balance.word("kind", kBalance), per_k = balance.number("uniform_value_per_k", "0");
+  const std::string kind = balance.word("kind", kBalance), per_k = balance.number("uniform_value_per_k", "0"), twice = balance.text_or("counted_twice", "");
   if (kind == "kAuxLoss" && !balance.has("uniform_value_per_k"))
     fail(top.file(), balance.mark(),
          "an auxiliary loss needs uniform_value_per_k (1: uniform routing gives k; 0: gives 1)");
@@ -346,7 +346,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
       << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule", w) << ", "
       << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule", w) << ", " << routing << ", " << around << ",\n     "
-      << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << (documented ? "true" : "false")
+      << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << quoted(twice) << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "
       << w.strings(top.list("extras", false)) << ", " << w.strings(unknown) << ", " << w.strings(cites) << "}";

@@ -245,7 +245,8 @@ Part part_by_common_names(const Path& path) {
   if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
   if (leaf == "e_score_correction_bias" || leaf == "expert_bias" || leaf == "router_bias") return Part::kRouter;
   if (any_prefix("share_expert") || any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
-  if (contains(tail, "experts") || contains(tail, "local_experts")) return Part::kRoutedExpert;
+  const bool expert = contains(tail, "experts") || contains(tail, "local_experts");
+  if (expert && !any(kAttentions)) return Part::kRoutedExpert;  // JetMoE's attention is a mixture, too
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;
   if (leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
   if (any(kAttentions) || contains(kAttentionLeaves, leaf)) return Part::kAttention;

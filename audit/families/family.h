@@ -90,6 +90,7 @@ struct Family {
   std::string_view renormalise;        // "always" | "never" | "config" (key of router.renormalised)
   Balance balance;                     // kAuxLoss: the class has a balance-loss path when its flag is on
   double aux_uniform_value_per_k;      // 1: uniform routing gives k (HF form); 0: gives 1
+  std::string_view aux_counted_twice;  // routers below a module of this name are in that loss twice; may be ""
   bool documented_fp32_router;         // the modelling code upcasts the gate matmul, or the paper demands it
   std::string_view documented_fp32_cite;
   std::span<const std::string_view> fp32_tensors;  // kept in float32 by the class ("e_score_correction_bias")

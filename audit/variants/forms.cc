@@ -257,6 +257,10 @@ std::vector<BalanceForm> balance_forms(BalanceFamily family, bool softmax_router
 }
 
 void BalanceSum::add(const RoutedLayer& l) {
+  for (int i = 0; i < l.times; ++i) add_once(l);
+}
+
+void BalanceSum::add_once(const RoutedLayer& l) {
   ++layers_;
   Top top;
   const std::vector<double> p = probabilities_of(form_, l, &top);

@@ -14,6 +14,7 @@ namespace moeaudit::variants {
 /// One layer of one micro-batch.
 struct RoutedLayer {
   std::int64_t tokens = 0, experts = 0, top_k = 0, sequences = 1;
+  int times = 1;                                       // that the framework's balance loss counts it
   std::vector<double> logits;                          // [tokens, experts]
   std::vector<std::int32_t> chosen;                    // [tokens, top_k]: as recorded; empty: not recorded
   std::vector<std::uint8_t> dropped;                   // [tokens, top_k]; empty: not recorded
@@ -90,6 +91,7 @@ class BalanceSum {
   double tie_slack() const { return ties_; }
 
  private:
+  void add_once(const RoutedLayer& layer);
   BalanceForm form_;
   int layers_ = 0;
   double sum_ = 0, ties_ = 0;

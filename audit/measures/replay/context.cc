@@ -89,6 +89,7 @@ Context::Context(const Trace& trace, std::vector<WeightProblem>* problems)
   // Its classes share load_balancing_loss_func; what they hand to it is known of the families of the table.
   if (transformers && (!family || family->balance == Balance::kAuxLoss)) balance = v::BalanceFamily::kTransformers;
   balance_known = transformers && family && family->balance == Balance::kAuxLoss;
+  if (balance_known) counted_twice = family->aux_counted_twice;
   ranks_.insert(0);
   for (const MicroBatchRecord& m : trace.micro_batches()) ranks_.insert(m.rank);
   for (const TraceStep& s : trace.steps()) {
@@ -222,6 +223,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   l->experts = t.experts;
   const TraceLayer* stated = facts.layer(t.layer);
   l->top_k = t.top_k > 0 ? t.top_k : stated ? stated->top_k : 0;
+  if (stated && !counted_twice.empty() && stated->module.find("." + std::string(counted_twice) + ".") != std::string::npos) l->times = 2;
   l->backend = backend;
   l->sequences = shared.sequences;
   l->valid = shared.valid;

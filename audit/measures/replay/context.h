@@ -103,6 +103,7 @@ class Context {
   bool may_be_zero = false;  // the router's gradient, of a family whose order is not replayed
   v::BalanceFamily balance = v::BalanceFamily::kPerLayer;  // what this framework means by its balance loss
   bool balance_known = false;                              // else: what it is first compared with
+  std::string_view counted_twice;                          // modules whose routers are in it twice; "": none
   std::int64_t accumulation = 0;            // M: micro-batches of one step on one rank
 
   // Of the step at hand.

@@ -26,6 +26,7 @@ std::vector<double> of_logits(const v::RoutedLayer& l, const std::vector<double>
   a.forward.top_k = l.top_k;
   a.scores = slopes.data();
   if (k::route_backward(a, out.data()) != k::Status::kOk) out.clear();
+  for (double& v : out) v *= l.times;
   return out;
 }
 
@@ -67,7 +68,8 @@ void Gradients::read(const StepTensors& tensors) {
   }
 }
 
-/// What the balance loss puts on the logits of a micro-batch is known: its slope in every probability is E f_e / rows.
+/// What the balance loss puts on the logits of a micro-batch is known: its slope in every probability is E f_e / rows, for every
+/// time that it counts them.
 void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   const MicroBatchRecord& m = *mb.record;
   if (!Context::trains(m) || m.sampled_tokens || !m.aux_loss || mb.layers.size() != ctx_.facts.layers.size() ||
@@ -95,7 +97,7 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
     if (!ctx_.read_layer(m, shared, t, &l)) return;
     const std::vector<double> of_balance = of_logits(l, slopes);
     if (of_balance.empty()) return;
-    if (splits && t.logits_grad) split(m, t, of_balance, steepest);
+    if (splits && t.logits_grad) split(m, t, of_balance, l.times * steepest);
     if (wanted_.count(t.layer) > 0 && t.hidden_states) sum(m, t, of_balance);
   }
 }

@@ -176,7 +176,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5",
                                          "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
                                          "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
-                                         "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5"),
+                                         "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
+                                         "jetmoe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
