@@ -177,7 +177,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
                                          "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
                                          "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
-                                         "jetmoe-tf5"),
+                                         "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
