@@ -67,6 +67,8 @@ FamilyShape shape_of(const Json& root) {
                        ? number(c, {"shared_expert_intermediate_size"})
                        : number(c, {"n_shared_experts", "moe_num_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
+  if (const std::string type = root["model_type"]; type == "zaya") s.extra_rows = 1;
+  else if (type.starts_with("inkling")) s.extra_rows = number(c, {"n_shared_experts"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
     if (c.contains("mlp_layer_types")) {
@@ -173,7 +175,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "granitemoehybrid-tf5", "lfm2_moe-tf5", "glm4v_moe-tf4",
                                          "glm4v_moe-tf5", "mellum-tf5", "granitemoe_swa-tf5", "mistral4-tf5", "qwen3_vl_moe-tf4",
                                          "qwen3_vl_moe-tf5", "qwen3_omni_moe-tf4", "qwen3_omni_moe-tf5",
-                                         "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5"),
+                                         "qwen3_omni_moe_thinker-tf4", "qwen3_omni_moe_thinker-tf5",
+                                         "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
