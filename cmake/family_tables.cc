@@ -45,7 +45,7 @@ const Words kBalance = {
     {"aux_loss", "kAuxLoss"}, {"bias_update", "kBiasUpdate"}, {"bias_frozen", "kBiasFrozen"}, {"none", "kNone"}};
 const std::string kByVersion = "by_version";
 const Words kScoresDTypes = {{"logits", "kUnknown"}, {"float32", "kF32"}, {kByVersion, "kUnknown"}};
-const Words kDTypes = {{"activations", "kUnknown"}, {"float32", "kF32"}};
+const Words kDTypes = {{"activations", "kUnknown"}, {"float32", "kF32"}, {kByVersion, "kUnknown"}};
 const Words kWeightScaling = {{"routed", "kRouted"}, {"behind_experts", "kBehindExperts"}, {"inverse_k", "kInverseK"}};
 const Words kRenormalise = {{"always", ""}, {"never", ""}, {"config", ""}};
 
@@ -81,18 +81,21 @@ std::string family_keys(Map& top, const Sources& sources, FamilyTables& t, const
   return t.writer.array("FamilyKey", rows);
 }
 
-/// Every dimension: a product of symbols and numbers, or "?".
+/// Every dimension: a sum of products of symbols and numbers, or "?".
 std::string shape_of(Map& row) {
   const std::vector<std::string> dims = row.list("shape", true);
   for (const std::string& dim : dims) {
     if (dim == "?") continue;
     std::stringstream stream(dim);
-    for (std::string factor; std::getline(stream, factor, '*');) {
-      const bool symbol = factor.size() == 1 && std::string("EHISV").find(factor[0]) != std::string::npos;
-      const bool digits = !factor.empty() && factor.find_first_not_of("0123456789") == std::string::npos;
-      if (!symbol && !digits) {
-        fail(row.file(), row.node("shape").Mark(),
-             "shape '" + dim + "': write E, H, I, S, V, numbers, products like 2*I, or ?");
+    for (std::string term; std::getline(stream, term, '+');) {
+      std::stringstream product(term);
+      for (std::string factor; std::getline(product, factor, '*');) {
+        const bool symbol = factor.size() == 1 && std::string("EHISVX").find(factor[0]) != std::string::npos;
+        const bool digits = !factor.empty() && factor.find_first_not_of("0123456789") == std::string::npos;
+        if (!symbol && !digits) {
+          fail(row.file(), row.node("shape").Mark(),
+               "shape '" + dim + "': write E, H, I, S, V, X, numbers, products like 2*I, sums like E+X, or ?");
+        }
       }
     }
   }
@@ -144,6 +147,13 @@ std::vector<std::string> conditions(Map& m, const std::string& key) {
     out.push_back("{" + quoted(name) + ", " + quoted(Map(m.file(), node).text(name)) + "}");
   }
   return out;
+}
+
+/// The same where there can be but one.
+std::string condition(Map& m, const std::string& key) {
+  const std::vector<std::string> all = conditions(m, key);
+  if (all.size() > 1) fail(m.file(), m.node(key).Mark(), "'" + key + "' must be one {config_key: value}");
+  return all.empty() ? "{}" : all[0];
 }
 
 /// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
@@ -211,8 +221,7 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
          ", .input_norm_adds_one = " + yes("input_norm_adds_one") +
          ", .input_norm_over_root = " + yes("input_norm_over_root") +
          ", .expert_scale_tensor = " + tensor("expert_scale_tensor", false) + "}";
-  const std::vector<std::string> groups_if = conditions(m, "groups_if");
-  if (groups_if.size() > 1) fail(m.file(), m.node("groups_if").Mark(), "'groups_if' must be one {config_key: value}");
+  const std::string groups_if = condition(m, "groups_if");
   const auto config_number = [&](const std::string& key) {
     const std::string text = m.text_or(key, "0");
     const std::size_t equals = text.find('=');
@@ -222,8 +231,9 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
       fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
-  const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " + (groups_if.empty() ? "{}" : groups_if[0]) + ", " +
-                             w.array("FamilyCondition", conditions(m, "holds_if")) + ", WeightScaling::" +
+  const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " + groups_if + ", " +
+                             w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
+                             (m.text("logits_dtype") == kByVersion ? "true, " : "false, ") + "WeightScaling::" +
                              (m.has("weight_scaling") ? m.word("weight_scaling", kWeightScaling) : "kRouted") + ", " +
                              (m.text("scores_dtype") == kByVersion ? "true" : "false") + ", " +
                              quoted(m.text_or("not_replayed", ""));
@@ -292,7 +302,7 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
     }
   }
   out["tensors"] = tensors;
-  for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm"}) {
+  for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm", "expert_scale_tensor"}) {
     if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), files);
   }
   for (const auto& entry : own) {
@@ -345,7 +355,8 @@ void read_family(const fs::path& path, FamilyTables& t) {
   std::ostringstream out;
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
       << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule", w) << ", "
-      << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule", w) << ", " << routing << ", " << around << ",\n     "
+      << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule", w) << ", "
+      << condition(top, "moe_if") << ", " << routing << ", " << around << ",\n     "
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << quoted(twice) << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "

@@ -134,7 +134,7 @@ struct RouterTable {
   std::vector<std::string> file;
   std::vector<DType> dtype;
   std::vector<std::int64_t> experts;       // rows of the router weight
-  std::vector<std::int64_t> hidden;        // columns of the router weight
+  std::vector<std::int64_t> hidden;        // columns of the router weight, -1 if it is packed or the last matrix of an MLP
   std::vector<std::int64_t> expert_count;  // experts for which expert tensors exist in this layer
   std::vector<std::int64_t> expert_hidden; // hidden size as the expert tensors have it, -1 unknown (packed, or they disagree)
   std::vector<char> fused;                 // 1: one 3-D stack a layer; 0: one tensor an expert

@@ -48,20 +48,25 @@ std::int64_t symbol_value(char symbol, const FamilyShape& s) {
     case 'I': return s.expert_width;
     case 'S': return s.shared_width;
     case 'V': return s.vocabulary;
+    case 'X': return s.extra_rows;
   }
   return 0;
 }
 
-/// "2*I" -> 2 * expert_width; -1 where a symbol is unknown.
+/// "2*I" -> 2 * expert_width, "E+X" -> experts + extra_rows; -1 where a symbol is unknown.
 std::int64_t dimension(std::string_view text, const FamilyShape& shape) {
-  std::int64_t product = 1;
-  for (std::string_view factor : split(text, '*')) {
-    const int number = as_index(factor);
-    const std::int64_t value = number >= 0 ? number : factor.empty() ? 0 : symbol_value(factor[0], shape);
-    // Numbers come from a config.json: a product that overflows is as unknown as a missing one.
-    if (value <= 0 || __builtin_mul_overflow(product, value, &product)) return -1;
+  std::int64_t sum = 0;
+  for (std::string_view term : split(text, '+')) {
+    std::int64_t product = 1;
+    for (std::string_view factor : split(term, '*')) {
+      const int number = as_index(factor);
+      const std::int64_t value = number >= 0 ? number : factor.empty() ? 0 : symbol_value(factor[0], shape);
+      // Numbers come from a config.json: a product that overflows is as unknown as a missing one.
+      if (value <= 0 || __builtin_mul_overflow(product, value, &product)) return -1;
+    }
+    if (__builtin_add_overflow(sum, product, &sum)) return -1;
   }
-  return product;
+  return sum;
 }
 
 std::vector<std::int64_t> dimensions(std::string_view text, const FamilyShape& shape) {
@@ -116,11 +121,11 @@ constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bi
                                                              "weight_scale", "input_scale", "original",
                                                              "original0",    "original1",   "default"};
 // Steps in front of a name that say nothing of its part.
-constexpr std::array<std::string_view, 6> kRoots = {"module", "base_model", "model", "language_model", "transformer", "thinker"};
+constexpr std::array<std::string_view, 7> kRoots = {"module", "base_model", "model", "language_model", "transformer", "thinker", "llm"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
-constexpr std::array<std::string_view, 11> kOtherTowers = {"visual",      "vision_tower",          "vision_model", "vision_encoder", "audio_tower",
-                                                           "audio_model", "multi_modal_projector", "talker",       "code2wav",       "sam_model",
-                                                           "qwen2_model"};
+constexpr std::array<std::string_view, 12> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
+                                                           "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
+                                                           "sam_model",   "qwen2_model"};
 constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
@@ -128,12 +133,12 @@ constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn
 constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "q_proj",    "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
     "kv_b_proj", "Wqkv",   "sinks"};
-constexpr std::array<std::string_view, 6> kEmbeddings = {"embed_tokens",    "wte",            "wpe",
+constexpr std::array<std::string_view, 7> kEmbeddings = {"embed_tokens", "embed", "wte",            "wpe",
                                                          "word_embeddings", "tok_embeddings", "shared"};
-constexpr std::array<std::string_view, 3> kHeads = {"lm_head", "embed_out", "score"};
+constexpr std::array<std::string_view, 4> kHeads = {"lm_head", "embed_out", "score", "unembed"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
-constexpr std::array<std::string_view, 13> kMlpLeaves = {
-    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo"};
+constexpr std::array<std::string_view, 15> kMlpLeaves = {
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo", "w13_dn", "w2_md"};
 constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }

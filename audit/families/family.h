@@ -23,7 +23,7 @@ struct FamilyKey {
 };
 
 /// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert. Shape symbols: E experts, H hidden, I expert width,
-/// S shared width, V vocabulary, numbers, products ("2*I"), "?" any.
+/// S shared width, V vocabulary, X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
 struct FamilyTensor {
   enum class Where { kHub, kMemory };       // name in the saved file | parameter name in memory (transformers >= 5)
   enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: neither {L} nor {D}
@@ -80,10 +80,12 @@ struct Family {
   std::span<const FamilyTensor> tensors;
   MoeLayerRule moe_layer_rule;         // of the encoder, where there is one
   MoeLayerRule decoder_layer_rule;     // of the decoder behind it
+  FamilyCondition moe_if;              // the class builds experts only where the config says so; else the model is dense
   Routing routing;                     // conventions; groups, scaling, renormalise and the next two are overwritten from the config
   ConfigNumber logit_softcap, renormalise_floor;
   FamilyCondition groups_if;           // groups count only where the config says so
   std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
+  bool logits_dtype_by_version;        // routing.logits_dtype is behaviours' "router_logits_dtype"
   WeightScaling weight_scaling;        // routing.scaling is overwritten accordingly
   bool scores_dtype_by_version;        // routing.scores_dtype is behaviours' "router_scores_dtype"
   std::string_view not_replayed;       // why `routing` cannot be replayed: an order that its fields cannot express; ""
@@ -127,6 +129,7 @@ struct FamilyShape {
   std::int64_t layers = 0, experts = 0, hidden = 0, expert_width = 0, shared_width = 0, vocabulary = 0;
   std::vector<std::int64_t> moe_layers;
   std::int64_t encoder_layers = 0;     // of `layers`: layer encoder_layers is the decoder's first
+  std::int64_t extra_rows = 0;         // rows of the router beyond one an expert
 };
 struct ExpandedTensor {
   std::string name;

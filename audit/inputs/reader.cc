@@ -257,7 +257,7 @@ bool family_reads(const Family& family, std::string_view key) {
       if (types.key == key) return true;
     }
   }
-  if (key == family.groups_if.key) return true;
+  if (key == family.groups_if.key || key == family.moe_if.key) return true;
   for (const FamilyCondition& holds : family.routing_if) {
     if (key == holds.key) return true;
   }
@@ -297,9 +297,14 @@ std::string model_type_of(const Material& material) {
 const Family* family_of(const ModelConfig& config) {
   const Node* type = config.root.find("model_type");
   const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
-  if (family || !config.text) return family;
-  type = config.text->find("model_type");
-  return type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+  if (!family && config.text) {
+    type = config.text->find("model_type");
+    family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
+  }
+  if (!family || family->moe_if.key.empty()) return family;
+  const Node* says = (config.text ? *config.text : config.root).find(family->moe_if.key);
+  const auto yes = says ? says->as_bool() : std::nullopt;
+  return yes && (*yes ? "true" : "false") == family->moe_if.value ? family : nullptr;
 }
 
 const Family* family_of(const Material& material) {

@@ -149,13 +149,16 @@ void resolve_routing(Resolver& r, const Source& source) {
                               " only, and the configuration says something else");
     return;
   }
-  if (family.scores_dtype_by_version) {
-    const BehaviourAnswer answer = r.ask_about("transformers", "router_scores_dtype");
-    if (!answer.value) {
-      f.routing.explain_unknown(answer.why);
-      return;
-    }
-    routing.scores_dtype = dtype_from_text(*answer.value).value_or(DType::kUnknown);
+  const auto by_version = [&](bool asked, std::string_view topic, DType* dtype) {
+    if (!asked) return true;
+    const BehaviourAnswer answer = r.ask_about("transformers", topic);
+    if (!answer.value) f.routing.explain_unknown(answer.why);
+    else *dtype = dtype_from_text(*answer.value).value_or(DType::kUnknown);
+    return answer.value.has_value();
+  };
+  if (!by_version(family.logits_dtype_by_version, "router_logits_dtype", &routing.logits_dtype) ||
+      !by_version(family.scores_dtype_by_version, "router_scores_dtype", &routing.scores_dtype)) {
+    return;
   }
   if (f.num_groups.known()) routing.groups = std::max<std::int64_t>(1, f.num_groups.value());
   if (f.top_groups.known()) routing.top_groups = std::max<std::int64_t>(1, f.top_groups.value());

@@ -389,7 +389,17 @@ void resolve_precision(Resolver& r) {
     f.router_undone.explain_unknown(f.router_dtype.why_unknown());
     return;
   }
-  const DType written = r.family->routing.logits_dtype;  // kUnknown: the dtype of the activations
+  DType written = r.family->routing.logits_dtype;  // kUnknown: the dtype of the activations
+  if (r.family->logits_dtype_by_version) {
+    const BehaviourAnswer answer = r.ask_about("transformers", "router_logits_dtype");
+    if (!answer.value) {
+      f.router_dtype_written.explain_unknown(answer.why);
+      f.router_dtype.explain_unknown(answer.why);
+      f.router_undone.explain_unknown(answer.why);
+      return;
+    }
+    written = dtype_from_text(*answer.value).value_or(DType::kUnknown);
+  }
   if (written != DType::kUnknown) f.router_dtype_written.set(written, Origin::kFamily, f.family.source());
   if (!f.precision.known()) {
     f.router_dtype.explain_unknown(f.precision.why_unknown());

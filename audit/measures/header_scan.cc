@@ -105,6 +105,7 @@ FamilyTensor::Where layout_of(const TensorStore& model, const Family& family, co
 
 struct LayerRow {
   const TensorView* router = nullptr;
+  bool of_hidden = true;             // its columns are the hidden size's: not those of the last matrix of an MLP
   const TensorView* bias = nullptr;  // correction bias
   std::set<int> experts;
   std::int64_t stacked = 0;
@@ -192,8 +193,9 @@ RouterTable find_routers(const TensorStore& model, const Family& family, FamilyT
       if (row.part == Part::kRoutedExpert) {
         add_expert(t, row, *match, &layer);
         add_storage(t, storage);
-      } else if (row.shape == "E,H") {
+      } else if (row.shape == "E,H" || row.shape == "E+X,H" || row.shape == "E+X,?") {
         layer.router = &t;
+        layer.of_hidden = row.shape.ends_with(",H");
       } else if (!correction.empty() && leaf_of(row.name) == correction) {
         layer.bias = &t;
       }
@@ -210,7 +212,7 @@ RouterTable find_routers(const TensorStore& model, const Family& family, FamilyT
     out.file.push_back(model.files()[router.file]);
     out.dtype.push_back(router.dtype);
     out.experts.push_back(plain ? router.shape[0] : -1);
-    out.hidden.push_back(plain ? router.shape[1] : -1);
+    out.hidden.push_back(plain && row.of_hidden ? router.shape[1] : -1);
     out.expert_count.push_back(row.stacked > 0 ? row.stacked : static_cast<std::int64_t>(row.experts.size()));
     out.expert_hidden.push_back(row.hidden_agrees ? row.expert_hidden : -1);
     out.fused.push_back(row.stacked > 0);

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "audit/facts/fact_sheet.h"
+#include "audit/families/family.h"
 #include "audit/measures/expert_health.h"
 #include "audit/measures/measure.h"
 #include "audit/measures/replay_backend.h"
@@ -55,6 +56,29 @@ void append(const LayerHealth& l, TraceLoads* t) {
   t->busiest_rank.push_back(HealthMetric::kNone);
 }
 
+/// Why loads cannot be judged where a router has rows beyond one an expert: a choice that runs no expert may stay untaken. Empty
+/// if the trace counts the experts alone.
+std::string counts_more_than_experts(const TraceFacts& t) {
+  const Family* family = t.model_type.empty() ? nullptr : find_family_by_model_type(t.model_type);
+  const auto row = [&](std::string_view fact) -> const FamilyKey* {
+    if (!family) return nullptr;
+    const auto at = std::find_if(family->keys.begin(), family->keys.end(), [&](const FamilyKey& k) { return k.fact == fact; });
+    return at == family->keys.end() ? nullptr : &*at;
+  };
+  const FamilyKey* experts = row("router.num_experts");
+  if (!experts || !row("router.extra_rows")) return {};
+  std::optional<std::int64_t> stated;
+  const Node* text = t.config.is_map() ? t.config.find("text_config") : nullptr;
+  for (const Node* config : {text, &t.config}) {
+    for (std::string_view key : experts->keys) {
+      const Node* v = config && config->is_map() ? config->find(key) : nullptr;
+      if (v && !stated) stated = v->as_int();
+    }
+  }
+  const bool alone = stated && std::all_of(t.layers.begin(), t.layers.end(), [&](const TraceLayer& l) { return l.experts == *stated; });
+  return alone ? "" : "the router of " + t.model_type + " has rows beyond one an expert, and the trace may count them as experts";
+}
+
 void run(MeasureContext& ctx) {
   FactSheet& f = ctx.facts;
   if (ctx.trace == nullptr) {
@@ -79,7 +103,9 @@ void run(MeasureContext& ctx) {
   Source source;
   source.role = Role::kTrace;
   source.file = ctx.trace->facts().head;
-  if (loads.layer.empty())
+  if (const std::string why = counts_more_than_experts(ctx.trace->facts()); !why.empty())
+    f.trace_loads.explain_unknown(why);
+  else if (loads.layer.empty())
     f.trace_loads.explain_unknown("the trace holds neither choices nor counts, nor logits with a known k");
   else
     f.trace_loads.set(std::move(loads), Origin::kMeasured, source);

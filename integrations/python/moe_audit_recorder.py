@@ -106,12 +106,14 @@ class _Layer:
         self.number, self.name, self.router, self.block = number, name, router, block
         self.weight_name, self.num_experts, self.hidden_size = weight_name, _shape(weight)[0], _shape(weight)[1]
         self.top_k = top_k
+        # Gemma 4: what its linear map gets is normed and scaled by a vector of the router's own.
+        self.norms = "." in weight_name and any(p.numel() == self.hidden_size for p in router.parameters(recurse=False))
         self.logits_dtype, self.block_hooks = None, []
         self.clear()
 
     def clear(self):
         self.inside, self.alone, self.mode = False, False, None
-        self.hidden = self.linear = self.output = self.selected = self.weights = self.scattered = None
+        self.hidden = self.linear = self.normed = self.output = self.selected = self.weights = self.scattered = None
 
     def weight(self):
         """The parameter as it is now: wrappers come and go, so it is looked up again."""
@@ -143,7 +145,7 @@ class _Layer:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if self.inside and weight is not None and tuple(weight.shape)[0] == self.num_experts == out.shape[-1] and \
                     tuple(weight.shape)[1] == self.hidden_size:
-                self.linear = out
+                self.linear, self.normed = out, args[0] if args else kwargs.get("input")
         elif name == "topk":
             source = args[0] if args else kwargs.get("input")
             if source.shape[-1] == self.num_experts and (not self.top_k or out[1].shape[-1] == self.top_k):
@@ -482,6 +484,8 @@ class Recorder:
         if self.current is None:
             return
         layer.output = output
+        if layer.norms and layer.linear is not None and layer.hidden is not None:
+            layer.hidden = layer.normed.detach().reshape(-1, layer.hidden_size).clone()
         logits = layer.logits()
         if logits is None:
             self._warn("logits", f"{layer.name} ({type(router).__name__}) shows no logits")

@@ -84,6 +84,7 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   const Family* family = ctx->facts.model_type.empty() ? nullptr : find_family_by_model_type(ctx->facts.model_type);
   if (!family) return no(ctx->facts.model_type.empty() ? "the trace does not say model_type (trace.json, key model)"
                                                        : "no family for model_type " + ctx->facts.model_type);
+  if (family->logits_dtype_by_version) return no("the dtype of the logits is another in other releases of the class");
   if (family->routing.linear_bias) return no("the router has a bias, which a trace does not hold");
   const TraceLayer* stated = ctx->facts.layer(t.layer);
   if (stated && stated->lora.value_or(false)) return no("the router has an adapter, which rounds in between");

@@ -46,19 +46,20 @@ Disagreement describe(const Comparison& c, const RouterTable& t, std::size_t i) 
 void compare_sizes(Facts& f, const RouterTable& t, std::vector<Disagreement>* out) {
   const std::int64_t* experts = from_config(f, f->num_experts);
   const std::int64_t* hidden = from_config(f, f->hidden_size);
+  const std::int64_t* extra = f.want(f->extra_rows);
   bool experts_told = !experts, hidden_told = !hidden;
   for (std::size_t i = 0; i < t.layer.size(); ++i) {
     const bool readable = plain_float(t.dtype[i]);  // packed 4-bit weights do not have the shape of the matrix
     // Fewer experts than the router has rows are missing tensors (CK003); more than the config says are not.
-    if (!experts_told && readable && t.experts[i] != *experts) {
-      out->push_back(describe({&f->num_experts, "num_experts", t.experts[i], "has rows for"}, t, i));
+    if (!experts_told && readable && t.experts[i] != *experts + (extra ? *extra : 0)) {
+      out->push_back(describe({&f->num_experts, "num_experts", t.experts[i] - (extra ? *extra : 0), "has rows for"}, t, i));
       experts_told = true;
     } else if (!experts_told && t.expert_count[i] > *experts) {
       out->push_back(
           describe({&f->num_experts, "num_experts", t.expert_count[i], "stands beside experts numbering"}, t, i));
       experts_told = true;
     }
-    if (!hidden_told && readable && t.hidden[i] != *hidden) {
+    if (!hidden_told && readable && t.hidden[i] >= 0 && t.hidden[i] != *hidden) {
       out->push_back(describe({&f->hidden_size, "hidden_size", t.hidden[i], "has columns for"}, t, i));
       hidden_told = true;
     } else if (!hidden_told && t.expert_hidden[i] >= 0 && t.expert_hidden[i] != *hidden) {

@@ -67,6 +67,8 @@ FamilyShape shape_of(const Json& root) {
                        ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
                        : number(c, {"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}) * s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
+  if (const std::string type = root["model_type"]; type == "zaya") s.extra_rows = 1;
+  else if (type.starts_with("inkling")) s.extra_rows = number(c, {"n_shared_experts"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
     if (c.contains("mlp_layer_types")) {
@@ -177,7 +179,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "aria-tf4", "aria-tf5", "aria_text-tf4", "aria_text-tf5", "minimax_m3_vl-tf5",
                                          "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
                                          "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
-                                         "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5"),
+                                         "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5",
+                                         "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

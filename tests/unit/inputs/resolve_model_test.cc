@@ -119,6 +119,26 @@ TEST(ResolveModel, AnOrderThatIsNotKnownIsNotReplayed) {
   }
 }
 
+TEST(ResolveModel, DenseUnlessTheConfigSaysThatItHasExperts) {
+  const std::string sizes = R"("num_hidden_layers": 2, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 4)";
+  const FactSheet moe = facts_of(R"({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text", "enable_moe_block": true, )" + sizes + "}}");
+  EXPECT_TRUE(moe.has_moe.value());
+  EXPECT_EQ(moe.family.value(), "gemma4");
+  EXPECT_EQ(moe.moe_layers.value(), (Layers{0, 1}));
+  EXPECT_EQ(moe.top_k.value(), 2);
+  EXPECT_FALSE(moe.extra_rows.known());
+  for (const char* dense : {R"("enable_moe_block": false, )", ""}) {
+    const FactSheet f = facts_of(R"({"model_type": "gemma4_text", )" + std::string(dense) + R"("num_hidden_layers": 2, "num_experts": null})");
+    EXPECT_FALSE(f.has_moe.value());
+    EXPECT_FALSE(f.family.known());
+  }
+}
+
+TEST(ResolveModel, RowsOfTheRouterBeyondOneAnExpert) {
+  EXPECT_EQ(facts_of(R"({"model_type": "inkling_text", "num_hidden_layers": 2, "n_shared_experts": 3})").extra_rows.value(), 3);
+  EXPECT_EQ(facts_of(R"({"model_type": "zaya", "num_hidden_layers": 2})").extra_rows.value(), 1);
+}
+
 TEST(ResolveModel, DtypeOfTheScoresByRelease) {
   const std::string dbrx = R"({"model_type": "dbrx"})";
   EXPECT_EQ(facts_of(dbrx, "4.57.6").routing.value().scores_dtype, DType::kF32);

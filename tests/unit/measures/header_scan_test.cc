@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <set>
+#include <tuple>
 
 namespace moeaudit {
 extern const Measure measure_header_scan;
@@ -122,6 +123,23 @@ TEST(HeaderScan, StacksOfEitherOrderOfSides) {
     EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{});
     EXPECT_EQ(bench.facts.routers.value().expert_hidden, std::vector<std::int64_t>{64});
     EXPECT_EQ(bench.facts.routers.value().expert_count, std::vector<std::int64_t>{8});
+  }
+}
+
+TEST(HeaderScan, RowsOfTheRouterBeyondOneAnExpert) {
+  for (const auto& [name, extra, columns] : {std::tuple{"inkling_text-tf5", 2, 64}, {"zaya-tf5", 1, -1}}) {  // zaya: the last matrix of an MLP
+    SCOPED_TRACE(name);
+    nlohmann::json facts = model_facts(fixture(std::string("models/") + name));
+    if (name == std::string("inkling_text-tf5")) facts["model.moe_layers"] = {1};  // mlp_layer_types
+    for (const int told : {extra, extra + 1}) {
+      facts["router.extra_rows"] = told;
+      const Bench bench = scan(facts, open_weights(fixture(std::string("models/") + name)));
+      EXPECT_EQ(bench.facts.routers.value().experts.back(), 8 + extra);
+      EXPECT_EQ(bench.facts.routers.value().expert_count.back(), 8);
+      EXPECT_EQ(bench.facts.routers.value().hidden.back(), columns);
+      EXPECT_EQ(bench.facts.weight_shapes.value().tensor.empty(), told == extra);
+      EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{});
+    }
   }
 }
 
