@@ -106,14 +106,15 @@ class _Layer:
         self.number, self.name, self.router, self.block = number, name, router, block
         self.weight_name, self.num_experts, self.hidden_size = weight_name, _shape(weight)[0], _shape(weight)[1]
         self.top_k = top_k
-        # Gemma 4: what its linear map gets is normed and scaled by a vector of the router's own.
-        self.norms = "." in weight_name and any(p.numel() == self.hidden_size for p in router.parameters(recurse=False))
+        # Gemma 4 norms what it gets and scales it by a vector of its own: the module below sees what the weight is multiplied with.
+        norms = "." in weight_name and any(p.numel() == self.hidden_size for p in router.parameters(recurse=False))
+        self.product = router.get_submodule(weight_name.rpartition(".")[0]) if norms else None
         self.logits_dtype, self.block_hooks = None, []
         self.clear()
 
     def clear(self):
         self.inside, self.alone, self.mode = False, False, None
-        self.hidden = self.linear = self.normed = self.output = self.selected = self.weights = self.scattered = None
+        self.hidden = self.linear = self.output = self.selected = self.weights = self.scattered = None
 
     def weight(self):
         """The parameter as it is now: wrappers come and go, so it is looked up again."""
@@ -145,7 +146,7 @@ class _Layer:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if self.inside and weight is not None and tuple(weight.shape)[0] == self.num_experts == out.shape[-1] and \
                     tuple(weight.shape)[1] == self.hidden_size:
-                self.linear, self.normed = out, args[0] if args else kwargs.get("input")
+                self.linear = out
         elif name == "topk":
             source = args[0] if args else kwargs.get("input")
             if source.shape[-1] == self.num_experts and (not self.top_k or out[1].shape[-1] == self.top_k):
@@ -390,6 +391,8 @@ class Recorder:
         for layer in self.layers:
             put(layer.router.register_forward_pre_hook(guard(functools.partial(self._router_begins, layer)), with_kwargs=True))
             put(layer.router.register_forward_hook(guard(functools.partial(self._router_ends, layer))))
+            if layer.product is not None and self.hidden_states:
+                put(layer.product.register_forward_pre_hook(guard(functools.partial(self._product_begins, layer))))
             if not layer.block_hooks:
                 # The end also when the block leaves by an exception: non-reentrant checkpointing stops a recomputation that way.
                 layer.block_hooks = [
@@ -479,13 +482,15 @@ class Recorder:
         if self.hidden_states:
             layer.hidden = hidden.detach().reshape(-1, hidden.shape[-1]).clone()
 
+    def _product_begins(self, layer, module, args):
+        if layer.inside:
+            layer.hidden = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+
     def _router_ends(self, layer, router, args, output):
         layer.inside = False
         if self.current is None:
             return
         layer.output = output
-        if layer.norms and layer.linear is not None and layer.hidden is not None:
-            layer.hidden = layer.normed.detach().reshape(-1, layer.hidden_size).clone()
         logits = layer.logits()
         if logits is None:
             self._warn("logits", f"{layer.name} ({type(router).__name__}) shows no logits")
