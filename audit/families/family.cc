@@ -133,7 +133,7 @@ constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn
 constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "q_proj",    "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
     "kv_b_proj", "Wqkv",   "sinks"};
-constexpr std::array<std::string_view, 7> kEmbeddings = {"embed_tokens", "embed", "wte",            "wpe",
+constexpr std::array<std::string_view, 8> kEmbeddings = {"embed_tokens", "embed_tokens_per_layer", "embed", "wte",            "wpe",
                                                          "word_embeddings", "tok_embeddings", "shared"};
 constexpr std::array<std::string_view, 4> kHeads = {"lm_head", "embed_out", "score", "unembed"};
 constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};

@@ -102,22 +102,31 @@ def _expert_stacks(block, router, count, adapters=True):
 class _Layer:
     """One router of the model, what owns it, and what one forward of it showed."""
 
-    def __init__(self, number, name, router, block, weight_name, weight, top_k):
+    def __init__(self, number, name, router, block, weight_name, weight, top_k, experts):
         self.number, self.name, self.router, self.block = number, name, router, block
-        self.weight_name, self.num_experts, self.hidden_size = weight_name, _shape(weight)[0], _shape(weight)[1]
+        self.weight_name, self.hidden_size = weight_name, _shape(weight)[1]
+        # `rows` of the weight: one an expert, and where there are more either choices that run no expert (ZAYA, LongCat), which count
+        # as experts here, or shared experts (Inkling), which are behind those that a correction bias has a number for and are left out.
+        self.rows, self.experts = _shape(weight)[0], experts
+        self.num_experts = self.rows
+        if self.rows != experts:
+            self.num_experts = experts
+            if self.correction_bias() is None:
+                self.num_experts = self.rows
         self.top_k = top_k
-        # Gemma 4: what its linear map gets is normed and scaled by a vector of the router's own.
-        self.norms = "." in weight_name and any(p.numel() == self.hidden_size for p in router.parameters(recurse=False))
+        # Gemma 4 norms what it gets and scales it by a vector of its own: the module below sees what the weight is multiplied with.
+        norms = "." in weight_name and (self.rows != experts or any(p.numel() == self.hidden_size for p in router.parameters(recurse=False)))
+        self.product = router.get_submodule(weight_name.rpartition(".")[0]) if norms else None
         self.logits_dtype, self.block_hooks = None, []
         self.clear()
 
     def clear(self):
         self.inside, self.alone, self.mode = False, False, None
-        self.hidden = self.linear = self.normed = self.output = self.selected = self.weights = self.scattered = None
+        self.hidden = self.linear = self.output = self.selected = self.weights = self.scattered = None
 
     def weight(self):
         """The parameter as it is now: wrappers come and go, so it is looked up again."""
-        mine = _weights(self.router, {self.num_experts})
+        mine = _weights(self.router, {self.rows})
         trainable = [p for _, p in mine if p.requires_grad]
         return trainable[0] if trainable else mine[0][1]
 
@@ -143,9 +152,9 @@ class _Layer:
         name = getattr(function, "__name__", "")
         if name == "linear":
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if self.inside and weight is not None and tuple(weight.shape)[0] == self.num_experts == out.shape[-1] and \
+            if self.inside and weight is not None and tuple(weight.shape)[0] == self.rows == out.shape[-1] and \
                     tuple(weight.shape)[1] == self.hidden_size:
-                self.linear, self.normed = out, args[0] if args else kwargs.get("input")
+                self.linear = out
         elif name == "topk":
             source = args[0] if args else kwargs.get("input")
             if source.shape[-1] == self.num_experts and (not self.top_k or out[1].shape[-1] == self.top_k):
@@ -180,6 +189,10 @@ class _Layer:
                 return self.output
         return self.linear
 
+    def cut(self, logits):
+        """Without the columns of shared experts."""
+        return logits if logits.shape[-1] == self.num_experts else logits[..., :self.num_experts]
+
     def routing(self):
         """(selected, weights), each [tokens, k] or None: what the router returned, else what the block computed."""
         selected, weights = self.selected, self.weights
@@ -195,11 +208,22 @@ class _Layer:
                    and (t.shape[-1] == self.top_k if self.top_k else t.shape[-1] < self.num_experts)]
             if len(ids) == 1:
                 exact = [t for t in tensors if t.is_floating_point() and t.shape == ids[0].shape]
-                weights = exact[0] if len(exact) == 1 else weights if ids[0] is selected else None
-                selected = ids[0]
+                weights = exact[0] if len(exact) == 1 else weights if ids[0] is selected and self.rows == self.experts else None
+                if selected is None or self.num_experts == self.experts:  # ZAYA puts expert 0 for the choice that runs none
+                    selected = ids[0]
         if selected is None or weights is not None and weights.numel() != selected.numel():
             weights = None
         return selected, weights
+
+
+def _with_more_rows(router, block, counts):
+    """(name, weight, experts) of a router's last matrix that has more rows than the block has experts, though not twice as many."""
+    for experts in sorted(counts, reverse=True):
+        rows = [(_shape(w)[0], n, w) for n, w in _weights(router) if experts < _shape(w)[0] < 2 * experts]
+        if rows and _expert_stacks(block, router, experts, False):
+            _, name, weight = min(rows, key=lambda r: r[0])
+            return name, weight, experts
+    return None, None, None
 
 
 def find_routers(model):
@@ -223,13 +247,15 @@ def find_routers(model):
             if by_class and experts in counts or _expert_list(block, experts) or _expert_stacks(block, module, experts, False):
                 break
         else:
-            continue
+            weight_name, weight, experts = _with_more_rows(module, block, counts) if by_class else (None, None, None)
+            if weight is None:
+                continue
         top_k = next((v for owner in (module, *module.modules(), block) for key in ("top_k", "topk", "num_experts_per_tok", "moe_top_k")
                       if isinstance(v := getattr(owner, key, None), int) and not isinstance(v, bool)), configured_k)
         if isinstance(top_k, (list, tuple)):
             top_k = top_k[0]
         taken.append(name)
-        found.append((name, module, block, weight_name, weight, top_k))
+        found.append((name, module, block, weight_name, weight, top_k, experts))
     numbers = [re.search(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.", f[0]) for f in found]
     numbers = [int(m.group(1)) if m else None for m in numbers]
     if None in numbers or len(set(numbers)) < len(numbers):  # encoder and decoder, two stacks: counted through
@@ -390,6 +416,8 @@ class Recorder:
         for layer in self.layers:
             put(layer.router.register_forward_pre_hook(guard(functools.partial(self._router_begins, layer)), with_kwargs=True))
             put(layer.router.register_forward_hook(guard(functools.partial(self._router_ends, layer))))
+            if layer.product is not None and self.hidden_states:
+                put(layer.product.register_forward_pre_hook(guard(functools.partial(self._product_begins, layer))))
             if not layer.block_hooks:
                 # The end also when the block leaves by an exception: non-reentrant checkpointing stops a recomputation that way.
                 layer.block_hooks = [
@@ -479,13 +507,15 @@ class Recorder:
         if self.hidden_states:
             layer.hidden = hidden.detach().reshape(-1, hidden.shape[-1]).clone()
 
+    def _product_begins(self, layer, module, args):
+        if layer.inside:
+            layer.hidden = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+
     def _router_ends(self, layer, router, args, output):
         layer.inside = False
         if self.current is None:
             return
         layer.output = output
-        if layer.norms and layer.linear is not None and layer.hidden is not None:
-            layer.hidden = layer.normed.detach().reshape(-1, layer.hidden_size).clone()
         logits = layer.logits()
         if logits is None:
             self._warn("logits", f"{layer.name} ({type(router).__name__}) shows no logits")
@@ -493,11 +523,11 @@ class Recorder:
         prefix, current = f"layer.{layer.number}.", self.current
         if not _in_backward() and prefix + "router_logits" not in current.tensors:
             layer.logits_dtype = str(logits.dtype).removeprefix("torch.")
-            self._rows(layer, "router_logits", logits)
+            self._rows(layer, "router_logits", layer.cut(logits))
         if logits.requires_grad:
             def gradient(grad, current=current, layer=layer):
                 if grad is not None:
-                    self._guarded(self._rows)(layer, "logits_grad", grad, current)
+                    self._guarded(self._rows)(layer, "logits_grad", layer.cut(grad), current)
             current.hooks.append(logits.register_hook(gradient))
 
     def _rows(self, layer, name, tensor, current=None):
@@ -706,11 +736,11 @@ class Recorder:
                 prefix, weight = f"layer.{layer.number}.", layer.weight()
                 effective = self._effective_weight(layer, weight)
                 if effective is not None:
-                    tensors[prefix + "router_weight"] = _copy(effective)
+                    tensors[prefix + "router_weight"] = _copy(effective[:layer.num_experts])
                 if weight.grad is not None:
-                    tensors[prefix + "router_grad"] = _copy(weight.grad)
+                    tensors[prefix + "router_grad"] = _copy(weight.grad[:layer.num_experts])
                 elif norms and weight.requires_grad and layer.logits_dtype is not None:  # it ran, and nothing came back
-                    tensors[prefix + "router_grad"] = torch.zeros(weight.shape, dtype=weight.dtype)
+                    tensors[prefix + "router_grad"] = torch.zeros(weight.shape, dtype=weight.dtype)[:layer.num_experts]
                 if (norm := self._expert_norms(layer)) is not None:
                     tensors[prefix + "expert_grad_norm"] = norm
                 if (counter := layer.one_per_expert(_COUNTERS)) is not None:
@@ -770,7 +800,9 @@ class Recorder:
 
     def _expert_norms(self, layer):
         """L2 norm of each expert's gradient: one module an expert, stacks [E, ...], or PEFT's adapters on a stack."""
-        count, squares, seen = layer.num_experts, torch.zeros(layer.num_experts, dtype=torch.float64), False
+        count, squares, seen = layer.experts, torch.zeros(layer.num_experts, dtype=torch.float64), False
+        if count != layer.num_experts:
+            return None
         for i, expert in enumerate(_expert_list(layer.block, count) or []):
             for p in expert.parameters():
                 seen = seen or p.requires_grad
@@ -876,10 +908,10 @@ class Recorder:
 
     @staticmethod
     def _expert_parameters(layer):
-        experts = _expert_list(layer.block, layer.num_experts)
+        experts = _expert_list(layer.block, layer.experts)
         if experts:
             return [p for e in experts for p in e.parameters()]
-        return [p for _, p in _expert_stacks(layer.block, layer.router, layer.num_experts)]
+        return [p for _, p in _expert_stacks(layer.block, layer.router, layer.experts)]
 
 
 def _packages():

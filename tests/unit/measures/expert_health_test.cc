@@ -7,10 +7,12 @@
 #include <cmath>
 #include <random>
 
+#include "audit/measures/measure.h"
 #include "tests/unit/inputs/temp_tree.h"
 #include "tests/unit/traces/trace_files.h"
 
 namespace moeaudit {
+extern const Measure measure_trace_loads;
 namespace {
 
 using test::SafetensorsText;
@@ -479,6 +481,34 @@ TEST_F(HealthTrace, TokensOfRecordedRanks) {
   const LayerHealth l = health_of(tree.path(), o).layers.at(0);
   const double stay = static_cast<double>(l.load[0] + l.load[1] + l.load[2]) / static_cast<double>(l.choices);
   EXPECT_DOUBLE_EQ(health_of(tree.path(), o).placement.layers[0].leaving, 1 - stay);
+}
+
+/// Whether rules on loads may speak: zaya's router has a row for a choice that runs no expert, which is no idle expert.
+TEST(ExpertHealth, ChoicesThatRunNoExpertAreNotJudged) {
+  const auto judged = [](const std::string& model, int counted) {
+    TempTree tree;
+    tree.write("trace.json", R"({"format": "moe-audit-trace", "version": 1, "model": {)" + model + R"("top_k": 1}, "layers": [{"layer": 0, "num_experts": )" +
+                                 std::to_string(counted) + "}]}");
+    tree.write("records.jsonl", record(0, 0));
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(counted), 12);
+    tree.write("s0m0.safetensors", SafetensorsText().add("layer.0.tokens_per_expert", "I64", {counted}, counts).text());
+    std::vector<InputProblem> problems;
+    const auto trace = open_trace(tree.path(), {}, &problems);
+    EXPECT_TRUE(trace);
+    FactSheet facts;
+    const TensorStore none;
+    std::vector<MeasureRecord> records;
+    MeasureContext context{facts, none, none, none, none, 1, true, {}, records};
+    context.trace = trace.get();
+    measure_trace_loads.run(context);
+    return facts.trace_loads.known();
+  };
+  EXPECT_TRUE(judged(R"("model_type": "mixtral", )", 9));
+  EXPECT_TRUE(judged(R"("model_type": "zaya", "config": {"num_experts": 8}, )", 8));
+  EXPECT_FALSE(judged(R"("model_type": "zaya", "config": {"num_experts": 8}, )", 9));
+  EXPECT_FALSE(judged(R"("model_type": "zaya", )", 9));
+  EXPECT_FALSE(judged(R"("model_type": "inkling_mm_model", "config": {"text_config": {"n_routed_experts": 8}}, )", 10));
+  EXPECT_TRUE(judged(R"("model_type": "inkling_mm_model", "config": {"text_config": {"n_routed_experts": 8}}, )", 8));
 }
 
 }  // namespace
