@@ -220,7 +220,8 @@ TEST(Oracle, TheFlagDoesWhatItWasMeasuredToDo) {
     const BehaviourAnswer answer =
         ask_at("transformers", "aux_flag_effect", {{"family", row["model_type"]}}, row["transformers"]);
     if (!answer.value) continue;
-    EXPECT_EQ(*answer.value, row["result"].get<std::string>()) << row["model_type"] << row["transformers"];
+    const std::string result = row["result"];
+    EXPECT_EQ(*answer.value, result == "kwarg_only" ? "keyword_only" : result) << row["model_type"] << row["transformers"];
     seen.insert(row["model_type"].get<std::string>() + " " + *answer.value);
   }
   EXPECT_TRUE(seen.count("mixtral added"));
