@@ -22,7 +22,8 @@ struct RoutedLayer {
   std::vector<double> bias;                            // [experts] correction bias; empty: none
   kernels::Score score = kernels::Score::kSoftmax;     // of the router
   kernels::Float dtype = kernels::Float::kF64;         // that the logits were recorded in
-  double logit_error = 0;                              // how far each may be off: recomputed, not recorded
+  double logit_error = 0;                              // how far each may be off: recomputed, or capped
+  double softcap = 0;                                  // > 0: `logits` are cap tanh(gate / cap)
   kernels::Float scores_dtype = kernels::Float::kF64;  // that the framework's softmax of them is rounded to
   /// How often each expert was chosen, and among how many tokens: in the whole step; in this micro-batch on all ranks;
   /// in the step up to this micro-batch; in the whole step on this rank. Empty: not known.

@@ -249,6 +249,11 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   // Under autocast softmax runs in float32 and is not rounded.
   l->scores_dtype = facts.mixed_precision == "bf16" || facts.mixed_precision == "fp16" ? Float::kF32 : l->dtype;
   if (routing) l->score = route_args<double>(*routing, 1, 1).score;
+  if (routing && routing->logit_softcap > 0) {  // a trace holds the product of the gate; scores and losses see it capped
+    l->softcap = routing->logit_softcap;
+    for (double& logit : l->logits) logit = k::softcapped(logit, l->softcap, Float::kF64);
+    l->logit_error += k::bounds::softcapped(l->softcap, Float::kF32);  // a cap brings nothing apart
+  }
   if (!l->prepare()) return false;
   if (t.selected_experts) {
     l->chosen.resize(static_cast<std::size_t>(rows * l->top_k));

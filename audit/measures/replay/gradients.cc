@@ -26,7 +26,10 @@ std::vector<double> of_logits(const v::RoutedLayer& l, const std::vector<double>
   a.forward.top_k = l.top_k;
   a.scores = slopes.data();
   if (k::route_backward(a, out.data()) != k::Status::kOk) out.clear();
-  for (double& v : out) v *= l.times;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const double t = l.softcap > 0 ? l.logits[i] / l.softcap : 0;  // the trace's gradient is that of the product, before the cap
+    out[i] *= l.times * (1 - t * t);
+  }
   return out;
 }
 

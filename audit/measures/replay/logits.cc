@@ -70,10 +70,6 @@ bool behind_the_step(const Trace& trace, const MicroBatchRecord& m) {
 
 }  // namespace
 
-void Recomputed::cap(std::vector<double>* logits) const {
-  for (double& l : *logits) l = k::softcapped(l, softcap, Float::kF64);
-}
-
 bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, bool after_the_step,
                       Recomputed* out, std::string* why) {
   const auto no = [&](std::string text) {
@@ -129,9 +125,6 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
       error = k::bounds::rounded(out->logits[i], error + k::bounds::tensor_core_dot(hidden, absolute[i]), out->stated);
     out->band[i] = error;
   }
-  out->softcap = ctx->routing ? ctx->routing->logit_softcap : 0;
-  out->cap(&out->logits);
-  for (double& band : out->band) band += k::bounds::softcapped(out->softcap, Float::kF32);  // a cap brings nothing apart
   return true;
 }
 
@@ -172,7 +165,6 @@ void Logits::add(const MicroBatch& mb, const LayerTensors& t) {
     k::round_values(c.w.data(), static_cast<std::int64_t>(w.size()), f, w.data());
     std::vector<double> narrow;
     product(x, w, m.rows(), t.experts, c.hidden, &narrow);
-    c.cap(&narrow);
     double& worst = s.narrow[f];
     for (std::size_t i = 0; i < narrow.size(); ++i)
       worst = std::max(worst, std::fabs(recorded[i] - narrow[i]) /

@@ -43,9 +43,6 @@ struct Recomputed {
   std::vector<float> w;                  // [experts, hidden]
   std::int64_t hidden = 0;
   Float stated = Float::kF32;            // the dtype that the framework computes them in
-  double softcap = 0;                    // what the router caps them at before it gives them out; 0: it does not
-
-  void cap(std::vector<double>* logits) const;
 };
 bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, bool after_the_step,
                       Recomputed* out, std::string* why);

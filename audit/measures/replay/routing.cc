@@ -344,7 +344,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (!ctx->routing->expert_scale_tensor.empty() && w.missing.empty())
     w.missing = "the weights are multiplied by a scale of their expert, which a trace does not hold";
   k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
-  args.logit_softcap = 0;  // a trace's logits are what the router gives out, or the scores get: capped already
+  args.logit_softcap = 0;  // Context::read_layer() capped them
   if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
     return unknown("the groups do not divide the experts");
   const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];
