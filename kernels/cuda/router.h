@@ -45,8 +45,9 @@ Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, co
 inline constexpr std::int64_t kMostExperts = 1024;
 
 /// Queues the routing of all tokens on `stream` and returns; all pointers of args and result are device memory. Checks
-/// the arguments, but not the ids of `given`, which must be within the experts; allocates nothing, waits for nothing. kBadShape also for more than kMostExperts; kLaunchFailed if the
-/// runtime refuses (no device, wrong architecture); errors inside the kernel show at the caller's next synchronisation.
+/// the arguments, but not the ids of `given`, which must be within the experts; allocates nothing, waits for nothing.
+/// kBadShape also for more than kMostExperts; kLaunchFailed if the runtime refuses (no device, wrong architecture);
+/// errors inside the kernel show at the caller's next synchronisation.
 ///
 /// One warp owns one token and writes all of its results; sums run in the order that kernels/host/router.h states and
 /// the formulas are the same inline functions, so results have the bits of the host kernel, whatever the launch.
