@@ -128,12 +128,12 @@ inline double scaled_relative(double weight, Float f) {
 /// `score` is the relative error of a score, which goes into a term at most 5 times: once in the sum over j, twice as
 /// D, and twice in the slope. Roundings: k additions for the sum over j and for each D; its product, two quotients, a
 /// difference, scaling, an expert's scale and the sum with the other loss (7); E additions, two products and a difference
-/// for a softmax, three for a slope; one more where a gradient of the logits is added last; twice the 11 of softcapped()
-/// in t, its square, a difference and a product for a cap (25). top_k: with those that a token always has.
-inline double route_backward_relative(double score, std::int64_t experts, std::int64_t top_k) {
-  return std::expm1(
-      5.0 * std::log1p(score) +
-      gamma(3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + 36.0, unit_roundoff(Float::kF64)));
+/// for a softmax, three for a slope; one more where a gradient of the logits is added last; for logits that are capped
+/// twice the 11 of softcapped() in t, its square, a difference and a product (25). top_k: with those that a token always
+/// has.
+inline double route_backward_relative(double score, std::int64_t experts, std::int64_t top_k, bool capped = false) {
+  const double roundings = 3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + (capped ? 36.0 : 11.0);
+  return std::expm1(5.0 * std::log1p(score) + gamma(roundings, unit_roundoff(Float::kF64)));
 }
 
 /// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a

@@ -179,7 +179,7 @@ void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const
                            ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
                        : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
                                                        : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
-  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k + c.always);
+  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k + c.always, c.softcap > 0);
   for (std::size_t i = 0; i < got.size(); ++i) {
     const double off = std::fabs(got[i] - w.data_ptr<double>()[i]), bound = relative * size.data_ptr<double>()[i];
     BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
