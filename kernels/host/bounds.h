@@ -118,19 +118,19 @@ inline double scaled_relative(double weight, Float f) {
 /// Error of one logit's gradient, of route_backward() and of autograd over the same operations, relative to `size`: the
 /// sum of the magnitudes of its terms,
 ///   g_c     = scaling |u_c|, renormalised scaling (|u_c| / D + sum_j |u_j| s_j / D^2), D = sum_j s_j + eps, or its
-///             floor, and then without the second term; u_c times the expert's scale where there is one; the sums over j
-///             over those that a token always has, too; 0 for what was not chosen; plus |d loss / d s_c| of a loss of the
-///             scores
+///             floor, and then without the second term; u_c times the expert's scale where there is one; the sums over
+///             j over those that a token always has, too; 0 for what was not chosen; plus |d loss / d s_c| of a loss of
+///             the scores
 ///   size[e] = s_e (g_e + sum_f g_f s_f) for a softmax, g_e s_e (1 + s_e) for a sigmoid (1 - s_e as two terms), g_e
 ///   times the
 ///             slope for a square root of softplus, whose sigmoid is no less exact than its value; times 1 + t^2 where
 ///             logits are capped, t = tanh(logit / cap) (1 - t^2 as two terms)
 /// `score` is the relative error of a score, which goes into a term at most 5 times: once in the sum over j, twice as
 /// D, and twice in the slope. Roundings: k additions for the sum over j and for each D; its product, two quotients, a
-/// difference, scaling, an expert's scale and the sum with the other loss (7); E additions, two products and a difference
-/// for a softmax, three for a slope; one more where a gradient of the logits is added last; for logits that are capped
-/// twice the 11 of softcapped() in t, its square, a difference and a product (25). top_k: with those that a token always
-/// has.
+/// difference, scaling, an expert's scale and the sum with the other loss (7); E additions, two products and a
+/// difference for a softmax, three for a slope; one more where a gradient of the logits is added last; for logits that
+/// are capped twice the 11 of softcapped() in t, its square, a difference and a product (25). top_k: with those that a
+/// token always has.
 inline double route_backward_relative(double score, std::int64_t experts, std::int64_t top_k, bool capped = false) {
   const double roundings = 3.0 * static_cast<double>(top_k) + static_cast<double>(experts) + (capped ? 36.0 : 11.0);
   return std::expm1(5.0 * std::log1p(score) + gamma(roundings, unit_roundoff(Float::kF64)));
