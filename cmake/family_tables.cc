@@ -118,6 +118,8 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
     const std::string instead = row.text_or("instead", ""), when = row.text_or("optional", "");
     if (!instead.empty()) alternatives.push_back({instead, entry.Mark()});
     const std::string shape = shape_of(row), part = row.word("part", kParts);
+    const bool beyond = row.flag("beyond", false);
+    if (beyond && name.find("{e}") == std::string::npos) fail(top.file(), entry.Mark(), "'" + name + "': beyond: true needs {e}");
     for (const char* w : {"kHub", "kMemory"}) {
       if (!where.empty() && where != w) continue;
       if (!names->insert(std::string(w) + name).second)
@@ -125,7 +127,7 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
       const std::string why = instead.empty() ? when : "the checkpoint has " + instead + " instead";
       rows.push_back("{" + quoted(name) + ", " + quoted(shape) + ", Part::" + part + ", FamilyTensor::Where::" + w +
                      ", FamilyTensor::Layers::" + layers + ", " + (why.empty() ? "false" : "true") + ", " +
-                     quoted(why) + ", " + quoted(instead) + "}");
+                     quoted(why) + ", " + quoted(instead) + (beyond ? ", true}" : ", false}"));
     }
     row.done();
   }

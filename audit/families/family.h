@@ -35,6 +35,7 @@ struct FamilyTensor {
   bool optional;                            // may be absent (tied, bias switched off, ...)
   std::string_view optional_when;           // "tie_word_embeddings", "attention_bias=false", ...; free text, may be ""
   std::string_view alternative;             // optional only where this tensor stands in for it in the same layer; may be ""
+  bool beyond;                              // {e} may go on through X: what is there runs nothing, and may be missing
 };
 
 /// One number of a MoeLayerRule: its config key and what the class takes without it. No key: a constant of the family.

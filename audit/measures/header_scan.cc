@@ -126,8 +126,8 @@ std::set<int> prediction_layers(const TensorStore& model, const FactSheet& f) {
 
 void add_expert(const TensorView& t, const FamilyTensor& row, const PatternMatch& name, LayerRow* layer) {
   const int experts = axis_of(row.shape, "E"), hidden = axis_of(row.shape, "H");
-  if (name.expert >= 0) layer->experts.insert(name.expert);
-  else if (experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
+  if (name.expert >= 0 && !row.beyond) layer->experts.insert(name.expert);
+  if (name.expert < 0 && experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
   // Packed bytes have another shape than the matrix they stand for; MXFP4 blocks keep their outer dimensions.
   const bool shaped = is_float(t.dtype) || ends_with(t.name, "_blocks") || ends_with(t.name, "_scales");
   if (!shaped || hidden < 0 || hidden >= static_cast<int>(t.shape.size())) return;

@@ -143,6 +143,25 @@ TEST(HeaderScan, RowsOfTheRouterBeyondOneAnExpert) {
   }
 }
 
+TEST(HeaderScan, MatricesBehindTheExperts) {  // LongCat of transformers 5 has a gate and an up matrix more a choice that runs no expert
+  for (const char* name : {"longcat_flash-tf4", "longcat_flash-tf5"}) {
+    SCOPED_TRACE(name);
+    nlohmann::json facts = model_facts(fixture(std::string("models/") + name));
+    facts["router.extra_rows"] = 4;
+    const Bench bench = scan(facts, open_weights(fixture(std::string("models/") + name)));
+    EXPECT_EQ(bench.facts.routers.value().experts, (std::vector<std::int64_t>{12, 12}));
+    EXPECT_EQ(bench.facts.routers.value().expert_count, (std::vector<std::int64_t>{8, 8}));
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{});
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+    EXPECT_EQ(bench.facts.weight_shapes.value().tensor, std::vector<std::string>{});
+  }
+  nlohmann::json facts = model_facts(fixture("models/longcat_flash-tf5"));
+  facts["router.extra_rows"] = 3;
+  const auto fewer = scan(facts, open_weights(fixture("models/longcat_flash-tf5"))).facts.tensor_diff.value();
+  EXPECT_EQ(fewer.unexpected, (std::vector<std::string>{"model.layers.0.mlp.experts.11.gate_proj.weight", "model.layers.0.mlp.experts.11.up_proj.weight",
+                                                        "model.layers.1.mlp.experts.11.gate_proj.weight", "model.layers.1.mlp.experts.11.up_proj.weight"}));
+}
+
 TEST(HeaderScan, ShapesThatDiffer) {
   const TempTree tree;
   const std::string gate = "model.layers.1.block_sparse_moe.gate.weight", w2 = "model.layers.2.block_sparse_moe.experts.5.w2.weight",
