@@ -25,7 +25,9 @@ struct FamilyKey {
 /// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert. Shape symbols: E experts, H hidden, I expert width,
 /// S shared width, V vocabulary, X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
 struct FamilyTensor {
-  enum class Where { kHub, kMemory };       // name in the saved file | parameter name in memory (transformers >= 5)
+  // name in the saved file | parameter name in memory (transformers >= 5) | in released files, where these have others |
+  // in files of older releases of the class
+  enum class Where { kHub, kMemory, kReleased, kOlder };
   enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: neither {L} nor {D}
   std::string_view name;
   std::string_view shape;
@@ -81,6 +83,7 @@ struct Family {
   std::span<const FamilyTensor> tensors;
   MoeLayerRule moe_layer_rule;         // of the encoder, where there is one
   MoeLayerRule decoder_layer_rule;     // of the decoder behind it
+  FamilyCondition table_layers;        // list of words, one a layer: in layers with this one a table of token ids gives the experts
   FamilyCondition moe_if;              // the class builds experts only where the config says so; else the model is dense
   Routing routing;                     // conventions; groups, scaling, renormalise and the next two are overwritten from the config
   ConfigNumber logit_softcap, renormalise_floor;

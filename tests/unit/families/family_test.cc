@@ -66,6 +66,7 @@ FamilyShape shape_of(const Json& root) {
   s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size") || c.contains("share_expert_dim")
                        ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
                        : number(c, {"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}) * s.expert_width;
+  if (root["model_type"] == "deepseek_v4") s.shared_width = s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
   if (const std::string type = root["model_type"]; type == "zaya") s.extra_rows = 1;
   else if (type.starts_with("inkling")) s.extra_rows = number(c, {"n_shared_experts"});
@@ -182,7 +183,7 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
                                          "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5",
                                          "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5",
-                                         "longcat_flash-tf4", "longcat_flash-tf5"),
+                                         "longcat_flash-tf4", "longcat_flash-tf5", "deepseek_v4-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');
