@@ -126,7 +126,7 @@ constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h",
 constexpr std::array<std::string_view, 12> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
                                                            "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
                                                            "sam_model",   "qwen2_model"};
-constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
+constexpr std::array<std::string_view, 6> kRouters = {"gate", "router", "router_gate", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
                                                          "SelfAttention",  "EncDecAttention", "cross_attention"};
@@ -139,7 +139,8 @@ constexpr std::array<std::string_view, 5> kHeads = {"lm_head", "head", "embed_ou
 constexpr std::array<std::string_view, 6> kMlps = {"mlp", "mlps", "feed_forward", "ffn", "block_sparse_moe", "moe"};
 constexpr std::array<std::string_view, 15> kMlpLeaves = {
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo", "w13_dn", "w2_md"};
-constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
+constexpr std::array<std::string_view, 4> kStackLeaves = {"input_linear", "output_linear",  // GraniteMoE, JetMoE
+                                                            "down_embed", "up_embed"};        // Doge
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
 
