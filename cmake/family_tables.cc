@@ -38,7 +38,7 @@ const Words kParts = {{"router", "kRouter"},
                       {"norm", "kNorm"},
                       {"other", "kOther"}};
 const Words kLayers = {{"moe", "kMoe"}, {"dense", "kDense"}, {"all", "kAll"}, {"none", "kNone"}};
-const Words kWhere = {{"hub", "kHub"}, {"memory", "kMemory"}, {"both", ""}};
+const Words kWhere = {{"hub", "kHub"}, {"memory", "kMemory"}, {"both", ""}, {"older", "kOlder"}};
 const Words kScoring = {{"softmax", "kSoftmax"}, {"sigmoid", "kSigmoid"}, {"sqrtsoftplus", "kSqrtSoftplus"}};
 const Words kGroupScore = {{"none", "kNone"}, {"max", "kMax"}, {"top2_sum", "kTop2Sum"}};
 const Words kBalance = {
@@ -102,6 +102,36 @@ std::string shape_of(Map& row) {
   return joined(dims, ",");
 }
 
+using Prefixes = std::vector<std::pair<std::string, std::string>>;
+
+Prefixes prefixes_of(const std::string& file, const YAML::Node& rename) {
+  Prefixes out;
+  if (!rename) return out;
+  Map map(file, rename);
+  for (const auto& entry : rename) out.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
+  return out;
+}
+
+std::string renamed(const std::string& name, const Prefixes& prefixes) {
+  for (const auto& [from, to] : prefixes) {
+    if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
+  }
+  return name;
+}
+
+/// `where: word` or a list of words, as names of FamilyTensor::Where.
+std::vector<std::string> wheres_of(Map& row) {
+  std::vector<std::string> out;
+  const bool one = row.node("where").IsScalar();
+  for (const std::string& word : one ? std::vector<std::string>{row.text("where")} : row.list("where", true)) {
+    if (!kWhere.count(word)) fail(row.file(), row.node("where").Mark(), "where: '" + word + "' is none of hub, memory, both, older");
+    if (word == "both") out.insert(out.end(), {"kHub", "kMemory"});
+    else out.push_back(kWhere.at(word));
+  }
+  return out;
+}
+
+/// Where released files have other names than save_pretrained writes, those are the hub's with the prefixes of `released`.
 std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* names) {
   struct Seen {
     std::string instead;
@@ -109,23 +139,29 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
   };
   std::vector<std::string> rows;
   std::vector<Seen> alternatives;
+  const Prefixes released = top.has("released") ? prefixes_of(top.file(), top.node("released")) : Prefixes();
   for (const auto& entry : top.node("tensors")) {
     Map row(top.file(), entry);
-    const std::string name = row.text("name"), layers = row.word("layers", kLayers), where = row.word("where", kWhere);
+    const std::string name = row.text("name"), layers = row.word("layers", kLayers);
     const bool layered = name.find("{L}") != std::string::npos || name.find("{D}") != std::string::npos;
     if (layered == (layers == "kNone"))
       fail(top.file(), entry.Mark(), "'" + name + "': {L} or {D} and 'layers: none' exclude each other, and one is needed");
     const std::string instead = row.text_or("instead", ""), when = row.text_or("optional", "");
     if (!instead.empty()) alternatives.push_back({instead, entry.Mark()});
     const std::string shape = shape_of(row), part = row.word("part", kParts);
-    for (const char* w : {"kHub", "kMemory"}) {
-      if (!where.empty() && where != w) continue;
-      if (!names->insert(std::string(w) + name).second)
-        fail(top.file(), entry.Mark(), "tensor '" + name + "' is listed twice");
-      const std::string why = instead.empty() ? when : "the checkpoint has " + instead + " instead";
-      rows.push_back("{" + quoted(name) + ", " + quoted(shape) + ", Part::" + part + ", FamilyTensor::Where::" + w +
+    const bool beyond = row.flag("beyond", false);
+    if (beyond && name.find("{e}") == std::string::npos) fail(top.file(), entry.Mark(), "'" + name + "': beyond: true needs {e}");
+    std::vector<std::string> wheres = wheres_of(row);
+    if (!released.empty() && std::find(wheres.begin(), wheres.end(), "kHub") != wheres.end()) wheres.push_back("kReleased");
+    for (const std::string& w : wheres) {
+      const Prefixes prefixes = w == "kReleased" ? released : Prefixes();
+      const std::string called = renamed(name, prefixes), other = renamed(instead, prefixes);
+      if (!names->insert(w + called).second)
+        fail(top.file(), entry.Mark(), "tensor '" + called + "' is listed twice");
+      const std::string why = other.empty() ? when : "the checkpoint has " + other + " instead";
+      rows.push_back("{" + quoted(called) + ", " + quoted(shape) + ", Part::" + part + ", FamilyTensor::Where::" + w +
                      ", FamilyTensor::Layers::" + layers + ", " + (why.empty() ? "false" : "true") + ", " +
-                     quoted(why) + ", " + quoted(instead) + "}");
+                     quoted(why) + ", " + quoted(other) + (beyond ? ", true}" : ", false}"));
     }
     row.done();
   }
@@ -258,24 +294,6 @@ void check_complete(Map& top, const std::set<std::string>& given, const std::vec
   }
 }
 
-using Prefixes = std::vector<std::pair<std::string, std::string>>;
-
-Prefixes prefixes_of(const fs::path& path, const YAML::Node& own, const char* key) {
-  Prefixes out;
-  const YAML::Node rename = own[key];
-  if (!rename) return out;
-  Map map(path.string(), rename);
-  for (const auto& entry : rename) out.emplace_back(entry.first.Scalar(), map.text(entry.first.Scalar()));
-  return out;
-}
-
-std::string renamed(const std::string& name, const Prefixes& prefixes) {
-  for (const auto& [from, to] : prefixes) {
-    if (name.rfind(from, 0) == 0) return to + name.substr(from.size());
-  }
-  return name;
-}
-
 /// `like: other`: everything that this file does not say is as in other.yaml, its tensor names with the prefixes of `rename`;
 /// where memory has others than files, with those of `rename_memory`; `files: memory`: files have the names of memory.
 YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
@@ -285,8 +303,8 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
   if (!fs::exists(other)) fail(path.string(), like.Mark(), "like: there is no " + like.Scalar() + ".yaml");
   YAML::Node out = load(other);
   if (out["like"]) fail(path.string(), like.Mark(), "like: '" + like.Scalar() + "' is itself like another family");
-  const Prefixes files = prefixes_of(path, own, "rename");
-  const Prefixes memory = own["rename_memory"] ? prefixes_of(path, own, "rename_memory") : files;
+  const Prefixes files = prefixes_of(path.string(), own["rename"]);
+  const Prefixes memory = own["rename_memory"] ? prefixes_of(path.string(), own["rename_memory"]) : files;
   const YAML::Node layout = own["files"];
   if (layout && layout.Scalar() != "memory") fail(path.string(), layout.Mark(), "'files' can say memory only");
   YAML::Node tensors;
@@ -356,7 +374,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
   out << "{" << quoted(name) << ", " << w.strings(model_types) << ", " << w.strings(top.list("classes", true)) << ", "
       << keys << ", " << tensors << ",\n     " << layer_rule(top, "moe_layer_rule", w) << ", "
       << layer_rule(top, top.has("decoder_layer_rule") ? "decoder_layer_rule" : "moe_layer_rule", w) << ", "
-      << condition(top, "moe_if") << ", " << routing << ", " << around << ",\n     "
+      << condition(top, "chosen_by_table") << ", " << condition(top, "moe_if") << ", " << routing << ", " << around << ",\n     "
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << quoted(twice) << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "

@@ -126,7 +126,7 @@ constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h",
 constexpr std::array<std::string_view, 12> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
                                                            "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
                                                            "sam_model",   "qwen2_model"};
-constexpr std::array<std::string_view, 5> kRouters = {"gate", "router", "gating", "moe_gate", "wg"};
+constexpr std::array<std::string_view, 6> kRouters = {"gate", "router", "router_gate", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
                                                          "SelfAttention",  "EncDecAttention", "cross_attention"};
@@ -135,11 +135,12 @@ constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "kv_b_proj", "Wqkv",   "sinks"};
 constexpr std::array<std::string_view, 8> kEmbeddings = {"embed_tokens", "embed_tokens_per_layer", "embed", "wte",            "wpe",
                                                          "word_embeddings", "tok_embeddings", "shared"};
-constexpr std::array<std::string_view, 4> kHeads = {"lm_head", "embed_out", "score", "unembed"};
-constexpr std::array<std::string_view, 5> kMlps = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"};
+constexpr std::array<std::string_view, 5> kHeads = {"lm_head", "head", "embed_out", "score", "unembed"};
+constexpr std::array<std::string_view, 6> kMlps = {"mlp", "mlps", "feed_forward", "ffn", "block_sparse_moe", "moe"};
 constexpr std::array<std::string_view, 15> kMlpLeaves = {
     "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo", "w13_dn", "w2_md"};
-constexpr std::array<std::string_view, 2> kStackLeaves = {"input_linear", "output_linear"};  // GraniteMoE, JetMoE
+constexpr std::array<std::string_view, 4> kStackLeaves = {"input_linear", "output_linear",  // GraniteMoE, JetMoE
+                                                            "down_embed", "up_embed"};        // Doge
 
 bool starts_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
 
@@ -246,7 +247,8 @@ Part part_by_common_names(const Path& path) {
   auto any_prefix = [&](std::string_view prefix) {
     return std::any_of(tail.begin(), tail.end(), [&](auto p) { return starts_with(p, prefix); });
   };
-  const std::string_view leaf = tail.back();
+  // One of several norms of a layer is called input_layernorm.1 (LongCat).
+  const std::string_view leaf = tail.size() > 1 && as_index(tail.back()) >= 0 ? tail[tail.size() - 2] : tail.back();
   if (leaf == "shared_expert_gate") return Part::kSharedExpertGate;
   if (leaf == "e_score_correction_bias" || leaf == "expert_bias" || leaf == "router_bias") return Part::kRouter;
   if (any_prefix("share_expert") || any_prefix("shared_expert") || any_prefix("shared_mlp")) return Part::kSharedExpert;
@@ -322,9 +324,10 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
     const std::vector<std::int64_t> dims = dimensions(tensor.shape, shape);
     const bool per_expert = tensor.name.find("{e}") != std::string_view::npos;
     for (std::int64_t layer : layers_of(tensor, shape)) {
-      for (std::int64_t e = 0; e < (per_expert ? shape.experts : 1); ++e) {
+      const std::int64_t experts = per_expert ? shape.experts : 1;
+      for (std::int64_t e = 0; e < experts + (tensor.beyond ? shape.extra_rows : 0); ++e) {
         out.push_back({replaced(tensor.name, shape, layer, e), dims, tensor.part, static_cast<int>(layer),
-                       per_expert ? static_cast<int>(e) : -1, tensor.optional,
+                       per_expert ? static_cast<int>(e) : -1, tensor.optional || e >= experts,
                        replaced(tensor.alternative, shape, layer, e)});
       }
     }

@@ -25,7 +25,9 @@ struct FamilyKey {
 /// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert. Shape symbols: E experts, H hidden, I expert width,
 /// S shared width, V vocabulary, X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
 struct FamilyTensor {
-  enum class Where { kHub, kMemory };       // name in the saved file | parameter name in memory (transformers >= 5)
+  // name in the saved file | parameter name in memory (transformers >= 5) | in released files, where these have others |
+  // in files of older releases of the class
+  enum class Where { kHub, kMemory, kReleased, kOlder };
   enum class Layers { kMoe, kDense, kAll, kNone };  // which layers have it; kNone: neither {L} nor {D}
   std::string_view name;
   std::string_view shape;
@@ -35,6 +37,7 @@ struct FamilyTensor {
   bool optional;                            // may be absent (tied, bias switched off, ...)
   std::string_view optional_when;           // "tie_word_embeddings", "attention_bias=false", ...; free text, may be ""
   std::string_view alternative;             // optional only where this tensor stands in for it in the same layer; may be ""
+  bool beyond;                              // {e} may go on through X: what is there runs nothing, and may be missing
 };
 
 /// One number of a MoeLayerRule: its config key and what the class takes without it. No key: a constant of the family.
@@ -80,6 +83,7 @@ struct Family {
   std::span<const FamilyTensor> tensors;
   MoeLayerRule moe_layer_rule;         // of the encoder, where there is one
   MoeLayerRule decoder_layer_rule;     // of the decoder behind it
+  FamilyCondition table_layers;        // list of words, one a layer: in layers with this one a table of token ids gives the experts
   FamilyCondition moe_if;              // the class builds experts only where the config says so; else the model is dense
   Routing routing;                     // conventions; groups, scaling, renormalise and the next two are overwritten from the config
   ConfigNumber logit_softcap, renormalise_floor;

@@ -96,9 +96,14 @@ std::pair<std::size_t, std::size_t> count_found(const TensorStore& model, const 
 
 /// The layout, per expert or fused, that the files have: by their names, and where these are the same by their shapes.
 FamilyTensor::Where layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
-  const auto hub = count_found(model, expand(family, shape, FamilyTensor::Where::kHub));
-  const auto memory = count_found(model, expand(family, shape, FamilyTensor::Where::kMemory));
-  return memory > hub ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
+  using Where = FamilyTensor::Where;
+  Where best = Where::kHub;
+  std::pair<std::size_t, std::size_t> most{};
+  for (const Where where : {Where::kHub, Where::kMemory, Where::kReleased, Where::kOlder}) {
+    const auto found = count_found(model, expand(family, shape, where));
+    if (found > most) best = where, most = found;
+  }
+  return best;
 }
 
 // ---- routers -------------------------------------------------------------------------------------------------------
@@ -126,8 +131,8 @@ std::set<int> prediction_layers(const TensorStore& model, const FactSheet& f) {
 
 void add_expert(const TensorView& t, const FamilyTensor& row, const PatternMatch& name, LayerRow* layer) {
   const int experts = axis_of(row.shape, "E"), hidden = axis_of(row.shape, "H");
-  if (name.expert >= 0) layer->experts.insert(name.expert);
-  else if (experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
+  if (name.expert >= 0 && !row.beyond) layer->experts.insert(name.expert);
+  if (name.expert < 0 && experts >= 0 && experts < static_cast<int>(t.shape.size())) layer->stacked = std::max(layer->stacked, t.shape[experts]);
   // Packed bytes have another shape than the matrix they stand for; MXFP4 blocks keep their outer dimensions.
   const bool shaped = is_float(t.dtype) || ends_with(t.name, "_blocks") || ends_with(t.name, "_scales");
   if (!shaped || hidden < 0 || hidden >= static_cast<int>(t.shape.size())) return;
@@ -196,7 +201,7 @@ RouterTable find_routers(const TensorStore& model, const Family& family, FamilyT
       } else if (row.shape == "E,H" || row.shape == "E+X,H" || row.shape == "E+X,?") {
         layer.router = &t;
         layer.of_hidden = row.shape.ends_with(",H");
-      } else if (!correction.empty() && leaf_of(row.name) == correction) {
+      } else if (!correction.empty() && (leaf_of(row.name) == correction || leaf_of(row.name) == "e_score_correction_bias")) {
         layer.bias = &t;
       }
       break;

@@ -89,7 +89,7 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
       describe(m, t, dims, layout);
     }
     // Buffers are not parameters: PEFT does not see them, and neither does the optimizer.
-    if (leaf_of(t.name) != "e_score_correction_bias") tree.parameters.push_back({t.name, index, dims});
+    if (leaf_of(t.name) != "e_score_correction_bias" && leaf_of(t.name) != "tid2eid") tree.parameters.push_back({t.name, index, dims});
   }
   return tree;
 }

@@ -7,6 +7,7 @@
 #include "audit/families/family.h"
 #include "audit/measures/expert_health.h"
 #include "audit/measures/measure.h"
+#include "audit/measures/replay/routing.h"
 #include "audit/measures/replay_backend.h"
 
 namespace moeaudit {
@@ -94,10 +95,13 @@ void run(MeasureContext& ctx) {
   options.progress = ctx.progress;
   HealthReport report = measure_health(*ctx.trace, options);
   TraceLoads loads;
-  for (const LayerHealth& l : report.layers) append(l, &loads);
+  // Where a table gives the experts, no router and no loss can do anything about the load.
+  for (const LayerHealth& l : report.layers) {
+    if (!replay::chosen_by_table(ctx.trace->facts(), l.layer)) append(l, &loads);
+  }
   for (const PlacementLayer& p : report.placement.layers) {
-    const auto at = std::find(loads.layer.begin(), loads.layer.end(), p.layer) - loads.layer.begin();
-    loads.busiest_rank[static_cast<std::size_t>(at)] = p.max_over_mean;
+    const auto at = std::find(loads.layer.begin(), loads.layer.end(), p.layer);
+    if (at != loads.layer.end()) loads.busiest_rank[static_cast<std::size_t>(at - loads.layer.begin())] = p.max_over_mean;
   }
   loads.straggler_factor = report.placement.straggler_factor;
   Source source;

@@ -209,7 +209,7 @@ json facts_of(const json& row) {
   static const std::map<std::string, std::string> kTypes = {
       {"Mixtral", "mixtral"},       {"Qwen3Moe", "qwen3_moe"}, {"Olmoe", "olmoe"},          {"Qwen2Moe", "qwen2_moe"},
       {"GraniteMoe", "granitemoe"}, {"Phimoe", "phimoe"},      {"MiniMaxM2", "minimax_m2"},
-      {"SwitchTransformers", "switch_transformers"}};
+      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}};
   json facts = {{"versions.transformers", row.at("transformers")}, {"model.type", "mixtral"},
                 {"balance.aux_flag", true}, {"balance.aux_added_to_loss", true}, {"balance.aux_coefficient", 0.5},
                 {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}};
@@ -218,6 +218,7 @@ json facts_of(const json& row) {
   if (advisory == "AV008") facts["model.type"] = "qwen3_moe";
   if (row.contains("model")) facts["model.type"] = kTypes.at(row.at("model").get<std::string>());
   if (facts["model.type"] == "switch_transformers") facts["training.trainer"] = "Trainer";
+  if (facts["model.type"] == "doge") facts["model.has_moe"] = true;
   if (row.contains("expert_capacity")) facts["router.expert_capacity"] = row.at("expert_capacity");
   if (row.contains("tokens")) facts["training.sequence_length"] = row.at("tokens");
   if (advisory == "AV041") {
@@ -247,6 +248,10 @@ std::optional<bool> faulty(const json& row) {
   if (advisory == "AV041") return row.contains("error");
   if (advisory == "AV014") return row.at("loss_of_aux") == 0.0;
   if (advisory == "AV016") return row.contains("error") ? std::nullopt : std::optional(row.at("collapsed").get<double>() < 7);
+  if (advisory == "AV017, AV018") {  // rows with the router at zero show where it comes from
+    if (row.contains("error")) return true;
+    return row.at("router") == "zero" ? std::nullopt : std::optional(row.at("by_later_tokens").get<double>() > 0);
+  }
   if (advisory == "AV020") return row.at("times_added").get<double>() > 1.5;
   return std::nullopt;
 }

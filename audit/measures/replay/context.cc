@@ -224,6 +224,7 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   const TraceLayer* stated = facts.layer(t.layer);
   l->top_k = t.top_k > 0 ? t.top_k : stated ? stated->top_k : 0;
   if (stated && !counted_twice.empty() && stated->module.find("." + std::string(counted_twice) + ".") != std::string::npos) l->times = 2;
+  if (balance_known && chosen_by_table(facts, t.layer)) l->times = 0;  // deepseek_v4 hands the loss the logits of the other routers
   l->backend = backend;
   l->sequences = shared.sequences;
   l->valid = shared.valid;

@@ -11,7 +11,24 @@ namespace {
 
 constexpr std::size_t kNamedWeights = 4096;  // routing weights of a layer that a name must fit
 
+const Node* config_value(const TraceFacts& f, std::string_view key) {
+  const Node* found = f.config.is_map() ? f.config.find(key) : nullptr;
+  if (!found && f.config.is_map()) {
+    const Node* text = f.config.find("text_config");
+    if (text && text->is_map()) found = text->find(key);
+  }
+  return found;
+}
+
 }  // namespace
+
+bool chosen_by_table(const TraceFacts& facts, int layer) {
+  const Family* family = facts.model_type.empty() ? nullptr : find_family_by_model_type(facts.model_type);
+  if (!family || family->table_layers.key.empty()) return false;
+  const Node* words = config_value(facts, family->table_layers.key);
+  const auto at = static_cast<std::size_t>(layer);
+  return words && words->is_list() && at < words->items.size() && words->items[at].text == family->table_layers.value;
+}
 
 std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   const TraceFacts& f = trace.facts();
@@ -24,14 +41,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
     *why = std::string(family->not_replayed);
     return std::nullopt;
   }
-  const auto config = [&](std::string_view key) -> const Node* {
-    const Node* found = f.config.is_map() ? f.config.find(key) : nullptr;
-    if (!found && f.config.is_map()) {
-      const Node* text = f.config.find("text_config");
-      if (text && text->is_map()) found = text->find(key);
-    }
-    return found;
-  };
+  const auto config = [&](std::string_view key) { return config_value(f, key); };
   for (const FamilyCondition& c : family->routing_if) {
     const Node* node = config(c.key);
     const std::string has = !node ? "" : node->as_bool() ? (*node->as_bool() ? "true" : "false") : node->text;
@@ -340,6 +350,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   };
   if (ctx->facts.routing_replayed.value_or(false)) return unknown("the experts are a rollout's (training.routing_replayed)");
   if (!ctx->routing) return unknown(ctx->why_not_routed);
+  if (chosen_by_table(ctx->facts, t.layer)) return unknown("a table of token ids gives the experts of this layer");
   if (ctx->routing->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
   if (!ctx->routing->expert_scale_tensor.empty() && w.missing.empty())
     w.missing = "the weights are multiplied by a scale of their expert, which a trace does not hold";

@@ -8,6 +8,9 @@ namespace moeaudit::replay {
 /// The family's routing with what the recorded config says; `why` where the order is not known.
 std::optional<Routing> routing_of(const Trace& trace, std::string* why);
 
+/// Whether a table of token ids gives the experts of this layer (deepseek_v4's hash_moe), as the recorded config says.
+bool chosen_by_table(const TraceFacts& facts, int layer);
+
 /// Fills the rows selection, weights and recomputed_selection of the layer.
 void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l);
 

@@ -58,17 +58,19 @@ FamilyShape shape_of(const Json& root) {
   const Json& outer = root.contains("thinker_config") ? root["thinker_config"] : root;
   const Json& c = outer.contains("text_config") ? outer["text_config"] : outer;
   FamilyShape s;
-  s.layers = number(c, {"num_hidden_layers", "n_layers"});
+  s.layers = number(c, {"num_layers", "num_hidden_layers", "n_layers"});
   const Json& ffn = c.contains("ffn_config") ? c["ffn_config"] : c;
   s.experts = number(ffn, {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"});
   s.hidden = number(c, {"hidden_size", "d_model"});
-  s.expert_width = number(ffn, {"moe_intermediate_size", "intermediate_size", "ffn_hidden_size"});
+  s.expert_width = number(ffn, {"moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size"});
   s.shared_width = c.contains("shared_expert_intermediate_size") || c.contains("shared_intermediate_size") || c.contains("share_expert_dim")
                        ? number(c, {"shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"})
                        : number(c, {"n_shared_experts", "moe_num_shared_experts", "num_shared_experts"}) * s.expert_width;
+  if (root["model_type"] == "deepseek_v4") s.shared_width = s.expert_width;
   s.vocabulary = number(c, {"vocab_size"});
   if (const std::string type = root["model_type"]; type == "zaya") s.extra_rows = 1;
   else if (type.starts_with("inkling")) s.extra_rows = number(c, {"n_shared_experts"});
+  else s.extra_rows = number(c, {"zero_expert_num"});
   std::set<std::int64_t> dense;  // by what the configs of these fixtures say
   for (std::int64_t l = 0; l < s.layers; ++l) {
     if (c.contains("mlp_layer_types")) {
@@ -180,7 +182,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "minimax_m3_vl_text-tf5", "openai_privacy_filter-tf5", "step3p7-tf5",
                                          "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
                                          "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5",
-                                         "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5"),
+                                         "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5",
+                                         "longcat_flash-tf4", "longcat_flash-tf5", "deepseek_v4-tf5", "doge-tf4", "doge-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

@@ -31,7 +31,7 @@ inline std::vector<std::int64_t> moe_layers_of(const Family& family, const nlohm
     EXPECT_EQ(config.at(key), 1);
   }
   std::vector<std::int64_t> layers;
-  for (std::int64_t l = first; l < config.at("num_hidden_layers").get<std::int64_t>(); ++l) layers.push_back(l);
+  for (std::int64_t l = first; l < config.at(config.contains("num_layers") ? "num_layers" : "num_hidden_layers").get<std::int64_t>(); ++l) layers.push_back(l);
   return layers;
 }
 

@@ -143,6 +143,63 @@ TEST(HeaderScan, RowsOfTheRouterBeyondOneAnExpert) {
   }
 }
 
+TEST(HeaderScan, MatricesBehindTheExperts) {  // LongCat of transformers 5 has a gate and an up matrix more a choice that runs no expert
+  for (const char* name : {"longcat_flash-tf4", "longcat_flash-tf5"}) {
+    SCOPED_TRACE(name);
+    nlohmann::json facts = model_facts(fixture(std::string("models/") + name));
+    facts["router.extra_rows"] = 4;
+    const Bench bench = scan(facts, open_weights(fixture(std::string("models/") + name)));
+    EXPECT_EQ(bench.facts.routers.value().experts, (std::vector<std::int64_t>{12, 12}));
+    EXPECT_EQ(bench.facts.routers.value().expert_count, (std::vector<std::int64_t>{8, 8}));
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{});
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+    EXPECT_EQ(bench.facts.weight_shapes.value().tensor, std::vector<std::string>{});
+  }
+  nlohmann::json facts = model_facts(fixture("models/longcat_flash-tf5"));
+  facts["router.extra_rows"] = 3;
+  const auto fewer = scan(facts, open_weights(fixture("models/longcat_flash-tf5"))).facts.tensor_diff.value();
+  EXPECT_EQ(fewer.unexpected, (std::vector<std::string>{"model.layers.0.mlp.experts.11.gate_proj.weight", "model.layers.0.mlp.experts.11.up_proj.weight",
+                                                        "model.layers.1.mlp.experts.11.gate_proj.weight", "model.layers.1.mlp.experts.11.up_proj.weight"}));
+}
+
+/// DeepSeek-V4 as released and as the first releases of transformers 5 saved it. The renamings are of conversion_mapping.py, by hand.
+TEST(HeaderScan, NamesOfReleasedFilesAndOfOlderReleases) {
+  using Renamings = std::vector<std::pair<std::string, std::string>>;
+  const Renamings released = {{"attn.norm.", "attn.kv_norm."}, {"model.layers.", "layers."}, {"model.embed_tokens.", "embed."},
+                              {"model.norm.", "norm."}, {"model.hc_head.hc_", "hc_head_"}};
+  const Renamings older = {{".attn.indexer.compressor.", ".self_attn.compressor.indexer."}, {".attn.indexer.", ".self_attn.compressor.indexer."},
+                           {".attn.", ".self_attn."}, {".ffn.", ".mlp."}, {".attn_norm.", ".input_layernorm."}, {".ffn_norm.", ".post_attention_layernorm."},
+                           {".hc_attn_", ".attn_hc."}, {".hc_ffn_", ".ffn_hc."}, {".attn_sink", ".sinks"}, {".q_norm.", ".q_a_norm."},
+                           {"attn.norm.", "attn.kv_norm."}, {"compressor.norm.", "compressor.kv_norm."}, {"indexer.norm.", "indexer.kv_norm."},
+                           {".ape", ".position_bias"}, {".wq_a.", ".q_a_proj."}, {".wq_b.", ".q_b_proj."}, {".wkv.", ".kv_proj."},
+                           {".wgate.", ".gate_proj."}, {".wo_a.", ".o_a_proj."}, {".wo_b.", ".o_b_proj."}, {".gate.bias", ".gate.e_score_correction_bias"},
+                           {".shared_experts.w1.", ".shared_experts.gate_proj."}, {".shared_experts.w2.", ".shared_experts.down_proj."},
+                           {".shared_experts.w3.", ".shared_experts.up_proj."}};
+  const TensorStore hub = open_weights(fixture("models/deepseek_v4-tf5"));
+  for (const Renamings& renamings : {Renamings(), released, older}) {
+    SCOPED_TRACE(renamings.size());
+    WeightFile file;
+    std::string left_out;
+    for (std::size_t i = 0; i < hub.size(); ++i) {
+      std::string name(hub[i].name);
+      for (const auto& [from, to] : renamings) {
+        if (const std::size_t at = name.find(from); at != std::string::npos) name.replace(at, from.size(), to);
+      }
+      if (hub[i].name.ends_with("1.ffn.gate.weight")) left_out = name;
+      else file.copy(hub[i], name);
+    }
+    const TempTree tree;
+    tree.write("model.safetensors", file.text());
+    const Bench bench = scan(model_facts(fixture("models/deepseek_v4-tf5")), open_weights(tree.path()));
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{left_out});
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+    const RouterTable& t = bench.facts.routers.value();
+    EXPECT_EQ(t.layer, (std::vector<int>{0, 2}));
+    EXPECT_EQ(t.bias[0], "");  // a table of token ids gives the experts
+    EXPECT_NE(t.bias[1], "");
+  }
+}
+
 TEST(HeaderScan, ShapesThatDiffer) {
   const TempTree tree;
   const std::string gate = "model.layers.1.block_sparse_moe.gate.weight", w2 = "model.layers.2.block_sparse_moe.experts.5.w2.weight",
