@@ -257,7 +257,10 @@ bool family_reads(const Family& family, std::string_view key) {
       if (types.key == key) return true;
     }
   }
-  if (key == family.groups_if.key || key == family.moe_if.key) return true;
+  for (std::string_view read : {family.groups_if.key, family.moe_if.key, family.table_layers.key, family.logit_softcap.key,
+                                family.renormalise_floor.key}) {
+    if (read == key) return true;
+  }
   for (const FamilyCondition& holds : family.routing_if) {
     if (key == holds.key) return true;
   }

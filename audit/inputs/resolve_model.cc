@@ -278,9 +278,9 @@ std::optional<std::vector<std::int64_t>> config_numbers(const Resolver& r, std::
   if (v && v->is_string()) {  // step3p5: "3,4,5"
     std::stringstream text(v->text);
     for (std::string item; std::getline(text, item, ',');) {
-      std::int64_t number = 0;
-      const char* first = item.data() + std::min(item.find_first_not_of(' '), item.size());
-      if (std::from_chars(first, item.data() + item.size(), number).ec == std::errc()) out.push_back(number);
+      const auto number = node_int(text_node(item.substr(std::min(item.find_first_not_of(' '), item.size()))));
+      if (!number) return std::nullopt;
+      out.push_back(*number);
     }
     return out;
   }

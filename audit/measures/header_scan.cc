@@ -87,21 +87,26 @@ bool same_shape(const std::vector<std::int64_t>& expected, std::span<const std::
 std::pair<std::size_t, std::size_t> count_found(const TensorStore& model, const std::vector<ExpandedTensor>& expected) {
   std::pair<std::size_t, std::size_t> n;
   for (const ExpandedTensor& t : expected) {
-    n.first += is_there(model, t.name);
     const TensorView* view = model.find(t.name);
+    n.first += view || is_there(model, t.name);
     n.second += view && same_shape(t.shape, view->shape);
   }
   return n;
 }
 
 /// The layout, per expert or fused, that the files have: by their names, and where these are the same by their shapes.
-FamilyTensor::Where layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
+struct Layout {
+  FamilyTensor::Where where = FamilyTensor::Where::kHub;
+  std::vector<ExpandedTensor> expected;
+};
+Layout layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
   using Where = FamilyTensor::Where;
-  Where best = Where::kHub;
-  std::pair<std::size_t, std::size_t> most{};
-  for (const Where where : {Where::kHub, Where::kMemory, Where::kReleased, Where::kOlder}) {
-    const auto found = count_found(model, expand(family, shape, where));
-    if (found > most) best = where, most = found;
+  Layout best{Where::kHub, expand(family, shape, Where::kHub)};
+  auto most = count_found(model, best.expected);
+  for (const Where where : {Where::kMemory, Where::kReleased, Where::kOlder}) {
+    std::vector<ExpandedTensor> expected = expand(family, shape, where);
+    const auto found = count_found(model, expected);
+    if (found > most) best = {where, std::move(expected)}, most = found;
   }
   return best;
 }
@@ -347,8 +352,8 @@ void run(MeasureContext& context) {
   FamilyShape shape;
   std::string why = "the family of this model is not known";
   const bool shaped = family && model_shape(f, &shape, &why);
-  const FamilyTensor::Where layout = shaped ? layout_of(model, *family, shape) : FamilyTensor::Where::kHub;
-  RouterTable routers = family ? find_routers(model, *family, layout, skipped, encoder_layers, &storage) : recognise_moe(model).table;
+  const Layout layout = shaped ? layout_of(model, *family, shape) : Layout{};
+  RouterTable routers = family ? find_routers(model, *family, layout.where, skipped, encoder_layers, &storage) : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
   if (routers.layer.empty()) {
@@ -383,9 +388,8 @@ void run(MeasureContext& context) {
     f.weight_shapes.explain_unknown(why);
     return;
   }
-  const std::vector<ExpandedTensor> expected = expand(*family, shape, layout);
-  f.tensor_diff.set(compare(model, *family, expected, skipped), Origin::kMeasured, source);
-  f.weight_shapes.set(compare_shapes(model, expected), Origin::kMeasured, source);
+  f.tensor_diff.set(compare(model, *family, layout.expected, skipped), Origin::kMeasured, source);
+  f.weight_shapes.set(compare_shapes(model, layout.expected), Origin::kMeasured, source);
 }
 
 }  // namespace

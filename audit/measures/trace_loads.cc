@@ -69,12 +69,9 @@ std::string counts_more_than_experts(const TraceFacts& t) {
   const FamilyKey* experts = row("router.num_experts");
   if (!experts || !row("router.extra_rows")) return {};
   std::optional<std::int64_t> stated;
-  const Node* text = t.config.is_map() ? t.config.find("text_config") : nullptr;
-  for (const Node* config : {text, &t.config}) {
-    for (std::string_view key : experts->keys) {
-      const Node* v = config && config->is_map() ? config->find(key) : nullptr;
-      if (v && !stated) stated = v->as_int();
-    }
+  for (std::string_view key : experts->keys) {
+    const Node* v = replay::config_value(t, key);
+    if (v && !stated) stated = v->as_int();
   }
   const bool alone = stated && std::all_of(t.layers.begin(), t.layers.end(), [&](const TraceLayer& l) { return l.experts == *stated; });
   return alone ? "" : "the router of " + t.model_type + " has rows beyond one an expert, and the trace may count them as experts";

@@ -150,11 +150,16 @@ MOE_AUDIT_HOST_DEVICE inline T softcapped(T logit, T softcap, Float dtype) {
   return rounded(rounded(static_cast<T>(tanh_exact_order(static_cast<double>(rounded(logit / softcap))))) * softcap);
 }
 
+/// What renormalise divides by, where no floor is above it.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T above_floor(const RouteArgs<T>& a, T sum) {
+  const auto rounded = [&a](T v) { return static_cast<T>(round_to(static_cast<double>(v), a.tensor_dtype)); };
+  return rounded(rounded(sum) + a.renormalise_eps);
+}
 /// What renormalise divides by; a NaN stays one.
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline T denominator(const RouteArgs<T>& a, T sum) {
-  const auto rounded = [&a](T v) { return static_cast<T>(round_to(static_cast<double>(v), a.tensor_dtype)); };
-  const T by = rounded(rounded(sum) + a.renormalise_eps);
+  const T by = above_floor(a, sum);
   return by < a.renormalise_floor ? a.renormalise_floor : by;
 }
 

@@ -85,13 +85,6 @@ MOE_AUDIT_HOST_DEVICE inline T rounded_slope_of_sqrt_softplus(T g, T score, T lo
   return rounded(of_softplus * e / (e + T(1)));
 }
 
-/// Whether the floor stands for the sum of the weights, which then has no gradient.
-template <class T>
-MOE_AUDIT_HOST_DEVICE inline bool is_floored(const RouteArgs<T>& f, T sum) {
-  const auto rounded = [&f](T v) { return static_cast<T>(round_to(static_cast<double>(v), f.tensor_dtype)); };
-  return rounded(rounded(sum) + f.renormalise_eps) < f.renormalise_floor;
-}
-
 /// One token with tensors of a narrow dtype. `score` has room for `experts` values; d_logits [experts].
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwardArgs<T>& a, std::int64_t t,
@@ -135,13 +128,14 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwar
       if (chosen[j] >= 0) total += static_cast<T>(score[chosen[j]]);
     }
     const T by = denominator(f, total);
+    const bool floored = above_floor(f, total) < f.renormalise_floor;  // then the sum has no gradient
     const auto of_weight = [&](std::int64_t j) {
       T g = rounded(static_cast<T>(upstream[j]));
       if (f.expert_scale != nullptr) g = rounded(g * f.expert_scale[chosen[j]]);
       return f.scaling != T(1) ? rounded(g * f.scaling) : g;
     };
     T of_sum = 0;  // gradient of the denominator: each term a tensor element, their sum another
-    for (std::int64_t j = 0; f.renormalise && !is_floored(f, total) && j < f.top_k; ++j) {
+    for (std::int64_t j = 0; f.renormalise && !floored && j < f.top_k; ++j) {
       if (chosen[j] < 0) continue;
       const T w = static_cast<T>(score[chosen[j]]);
       of_sum += rounded(-of_weight(j) * rounded(rounded(w / by) / by));

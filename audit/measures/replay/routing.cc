@@ -11,6 +11,8 @@ namespace {
 
 constexpr std::size_t kNamedWeights = 4096;  // routing weights of a layer that a name must fit
 
+}  // namespace
+
 const Node* config_value(const TraceFacts& f, std::string_view key) {
   const Node* found = f.config.is_map() ? f.config.find(key) : nullptr;
   if (!found && f.config.is_map()) {
@@ -19,8 +21,6 @@ const Node* config_value(const TraceFacts& f, std::string_view key) {
   }
   return found;
 }
-
-}  // namespace
 
 bool chosen_by_table(const TraceFacts& facts, int layer) {
   const Family* family = facts.model_type.empty() ? nullptr : find_family_by_model_type(facts.model_type);
@@ -283,7 +283,7 @@ void name_weights(const Routing& routing, const k::RouteArgs<double>& args, cons
   const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
   const std::vector<double> band(got.size(), relative);
   w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
-  if (!w->name.found && args.renormalise && !args.score_after_top_k) name_epsilon(args, l, recorded, n, relative, &w->name);
+  if (!w->name.found && args.renormalise) name_epsilon(args, l, recorded, n, relative, &w->name);
 }
 
 /// Tokens that went outside their groups, where the masked ones got 0.0 instead of -inf.

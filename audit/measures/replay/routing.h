@@ -8,6 +8,9 @@ namespace moeaudit::replay {
 /// The family's routing with what the recorded config says; `why` where the order is not known.
 std::optional<Routing> routing_of(const Trace& trace, std::string* why);
 
+/// What the recorded config says of a key, or its text_config; null if neither has it.
+const Node* config_value(const TraceFacts& facts, std::string_view key);
+
 /// Whether a table of token ids gives the experts of this layer (deepseek_v4's hash_moe), as the recorded config says.
 bool chosen_by_table(const TraceFacts& facts, int layer);
 
