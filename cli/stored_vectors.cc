@@ -146,6 +146,17 @@ Outputs route_backward(const Json& j, const Inputs& in, k::Backend& backend) {
   check(backend.route_backward(a, d.data()), backend);
   Outputs out = {{"chosen", doubles(r.chosen)}, {"d_logits", d}};
   if (!d_always.empty()) out["d_always_logits"] = d_always;
+  if (a.forward.expert_scale != nullptr) {
+    k::RouteArgs<double> plain = a.forward;
+    plain.expert_scale = nullptr;
+    Ids chosen = r.chosen;
+    Values unscaled = r.weights, d_scale = room(plain.experts);
+    check(backend.route(plain, {chosen.data(), unscaled.data(), nullptr, nullptr, nullptr}), backend);
+    check(backend.expert_scale_backward({unscaled.data(), chosen.data(), upstream.data(), plain.tokens, plain.top_k, plain.experts},
+                                        d_scale.data()),
+          backend);
+    out["d_expert_scale"] = d_scale;
+  }
   return out;
 }
 

@@ -256,7 +256,9 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
          ", .input_norm_tensor = " + tensor("input_norm", false) +
          ", .input_norm_adds_one = " + yes("input_norm_adds_one") +
          ", .input_norm_over_root = " + yes("input_norm_over_root") +
-         ", .expert_scale_tensor = " + tensor("expert_scale_tensor", false) + "}";
+         ", .expert_scale_tensor = " + tensor("expert_scale_tensor", false) +
+         ", .always_rows = " + yes("always_rows") +
+         ", .global_scale_tensor = " + tensor("global_scale_tensor", false) + "}";
   const std::string groups_if = condition(m, "groups_if");
   const auto config_number = [&](const std::string& key) {
     const std::string text = m.text_or(key, "0");
@@ -320,7 +322,8 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
     }
   }
   out["tensors"] = tensors;
-  for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm", "expert_scale_tensor"}) {
+  for (const char* key : {"weight", "linear_bias_tensor", "correction_bias_tensor", "input_norm", "expert_scale_tensor",
+                          "global_scale_tensor"}) {
     if (YAML::Node routing = out["routing"]; routing[key]) routing[key] = renamed(routing[key].Scalar(), files);
   }
   for (const auto& entry : own) {

@@ -47,6 +47,9 @@ class Backend {
   virtual Status route_backward(const RouteBackwardArgs<double>& a, double* d_logits) {
     return kernels::route_backward(a, d_logits);
   }
+  virtual Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& a, double* d_scale) {
+    return kernels::expert_scale_backward(a, d_scale);
+  }
   virtual Status gate_backward(const GateBackwardArgs<double>& a, double* d_w, double* d_x) {
     return kernels::gate_backward(a, d_w, d_x);
   }

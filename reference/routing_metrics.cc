@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <bitset>
+#include <cmath>
 #include <limits>
 
 #include "reference/expert_load.h"
@@ -96,6 +97,32 @@ std::map<std::string, double> load_scopes(const at::Tensor& counts) {
 double coverage(const at::Tensor& counts, std::int64_t busiest) {
   const at::Tensor sorted = std::get<0>(counts.to(at::kDouble).sort(0, true));
   return (sorted.narrow(0, 0, busiest).sum() / sorted.sum()).item<double>();
+}
+
+std::map<std::string, double> placement_load(const at::Tensor& counts, const at::Tensor& slot_expert,
+                                             const at::Tensor& slot_rank, const at::Tensor& speed, std::int64_t top_k,
+                                             std::int64_t tokens, at::Tensor* loads) {
+  const std::int64_t experts = counts.size(0), ranks = speed.size(0);
+  // Part of an expert that lies on a rank, [R, E].
+  const at::Tensor copies =
+      at::mm(at::one_hot(slot_rank, ranks).t().to(at::kDouble), at::one_hot(slot_expert, experts).to(at::kDouble));
+  const at::Tensor part = copies / copies.sum(0, true), load = at::mv(part, counts.to(at::kDouble));
+  const at::Tensor time = load / speed;
+  if (loads != nullptr) *loads = load;
+  std::map<std::string, double> s;
+  s["ideal"] = counts.sum().item<double>() / speed.sum().item<double>();
+  s["slowest"] = time.max().item<double>();
+  s["slowest_rank"] = static_cast<double>(time.argmax().item<std::int64_t>());
+  s["max_over_mean"] = s["slowest"] / s["ideal"];
+  s["idle_ranks"] = load.eq(0).sum().item<double>();
+  // An even router: a token sends a rank the sum of the parts of k experts, drawn without replacement. Its variance is k
+  // times that of one, times (E - k) / (E - 1) (Cochran, Sampling Techniques, section 2.5).
+  const double n = static_cast<double>(experts), k = static_cast<double>(top_k), r = static_cast<double>(ranks);
+  const at::Tensor mean = k * part.mean(1), variance = k * part.var(1, /*unbiased=*/false) * (experts > 1 ? (n - k) / (n - 1) : 0.0);
+  // The mean of T tokens lies sqrt(2 ln R / T) standard deviations above its own, at the worst of R ranks.
+  const at::Tensor worst = tokens > 0 ? mean + at::sqrt(variance * (2 * std::log(r) / static_cast<double>(tokens))) : mean;
+  s["even_router"] = (worst / k / (speed / speed.sum())).max().item<double>();
+  return s;
 }
 
 double mutual_information(const at::Tensor& table) {

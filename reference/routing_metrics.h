@@ -34,6 +34,13 @@ std::map<std::string, double> load_scopes(const at::Tensor& counts);
 /// Share of the choices that the `busiest` most chosen experts got.
 double coverage(const at::Tensor& counts, std::int64_t busiest);
 
+/// ideal, slowest, max_over_mean, slowest_rank, idle_ranks and even_router (kernels/host/routing_metrics.h, Placement)
+/// of counts int64 [E] whose experts lie where slot_expert and slot_rank [slots] say; speed [R]; top_k choices each of
+/// `tokens`, 0: without end. And loads, the choices of each rank [R], where the pointer is given.
+std::map<std::string, double> placement_load(const at::Tensor& counts, const at::Tensor& slot_expert,
+                                             const at::Tensor& slot_rank, const at::Tensor& speed, std::int64_t top_k,
+                                             std::int64_t tokens, at::Tensor* loads = nullptr);
+
 /// H(labels) + H(experts) - H(both), nats, of a table of counts.
 double mutual_information(const at::Tensor& table);
 

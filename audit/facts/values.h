@@ -79,6 +79,9 @@ struct Routing {
   bool input_norm_adds_one = false;      // that norm multiplies by 1 + weight (zero-centred)
   bool input_norm_over_root = false;     // what it gives is divided by the root of the hidden size (gemma4)
   std::string expert_scale_tensor;       // [experts], multiplies the finished weights (gemma4); empty if none
+  bool always_rows = false;              // the router's rows beyond the experts are experts that every token has: their scores
+                                         // join the sum of renormalise (inkling)
+  std::string global_scale_tensor;       // [1], multiplies every weight (inkling); empty if none
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -105,6 +108,8 @@ struct Routing {
     f("input_norm_adds_one", s.input_norm_adds_one);
     f("input_norm_over_root", s.input_norm_over_root);
     f("expert_scale_tensor", s.expert_scale_tensor);
+    f("always_rows", s.always_rows);
+    f("global_scale_tensor", s.global_scale_tensor);
   }
   bool softmax_over_chosen() const { return score_after_top_k && scoring == Scoring::kSoftmax; }
 };

@@ -32,7 +32,7 @@ class StatesSource : public Trace::Source {
 
   /// "" or why this router is left out.
   std::string add(Router router) {
-    if (k::check_route(k::RouteArgs<double>(arguments(router.experts)), {}) != k::Status::kOk)
+    if (k::check_route(route_args<double>(routing_, router, top_k_), {}) != k::Status::kOk)
       return router.tensor + " does not fit the family's routing";
     auto layer = std::make_unique<RoutedLayer>();
     layer->states = inputs_.tensor_of(router.layer);
@@ -40,8 +40,8 @@ class StatesSource : public Trace::Source {
     if (layer->rows == 0)
       return "the hidden states have no float tensor [tokens, " + std::to_string(router.hidden) + "] for " +
              router.tensor;
-    layer->packed = Aligned<double>(k::packed_gate_size<double>(router.experts, router.hidden));
-    k::pack_gate(router.w.data(), router.experts, router.hidden, layer->packed.data());
+    layer->packed = Aligned<double>(k::packed_gate_size<double>(router.rows(), router.hidden));
+    k::pack_gate(router.w.data(), router.rows(), router.hidden, layer->packed.data());
     layer->linear_bias.assign(router.linear_bias.begin(), router.linear_bias.end());
     layer->correction_bias.assign(router.correction_bias.begin(), router.correction_bias.end());
     layer->router = std::move(router);
@@ -63,7 +63,7 @@ class StatesSource : public Trace::Source {
       if (wanted <= 0) continue;
       std::vector<float> x(static_cast<std::size_t>(wanted * r.hidden));
       const std::int64_t n = inputs_.fill(nullptr, layer->states, r.hidden, first, wanted, layer->rows, x.data());
-      std::vector<double> logits(static_cast<std::size_t>(n * r.experts)),
+      std::vector<double> logits(static_cast<std::size_t>(n * r.rows())), always(static_cast<std::size_t>(n * r.always)),
           weights(static_cast<std::size_t>(n * top_k_));
       std::vector<std::int32_t> chosen(weights.size());
       k::GateArgs<float, double> gate{x.data(),
@@ -71,14 +71,16 @@ class StatesSource : public Trace::Source {
                                       layer->linear_bias.empty() ? nullptr : layer->linear_bias.data(),
                                       n,
                                       r.hidden,
-                                      r.experts,
+                                      r.rows(),
                                       logits.data()};
-      k::RouteArgs<double> route = arguments(r.experts);
-      route.logits = logits.data();
+      if (n == 0 || backend_->gate_logits(gate) != k::Status::kOk) continue;
+      split_rows(r, n, logits.data(), always.data());
+      logits.resize(static_cast<std::size_t>(n * r.experts));
+      k::RouteArgs<double> route = route_args<double>(routing_, r, top_k_);
+      route.logits = logits.data(), route.always_logits = always.data();
       route.tokens = n;
       route.correction_bias = layer->correction_bias.empty() ? nullptr : layer->correction_bias.data();
-      if (n == 0 || backend_->gate_logits(gate) != k::Status::kOk ||
-          backend_->route(route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr}) != k::Status::kOk) {
+      if (backend_->route(route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr}) != k::Status::kOk) {
         continue;
       }
       LayerTensors l;
@@ -95,8 +97,6 @@ class StatesSource : public Trace::Source {
   }
 
  private:
-  k::RouteArgs<double> arguments(std::int64_t experts) const { return route_args<double>(routing_, experts, top_k_); }
-
   RouterInputs inputs_;
   Routing routing_;
   std::int64_t top_k_;

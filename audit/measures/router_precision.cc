@@ -164,7 +164,7 @@ class RouterPrecision {
     std::string fault = read_router(ctx_.model, ctx_.facts.routers.value(), routing_, row, &r);
     if (!fault.empty()) return fault;
     const std::int64_t top_k = ctx_.facts.top_k.value();
-    const k::Status status = k::check_route(route_args<float>(routing_, r.experts, top_k), {});
+    const k::Status status = k::check_route(route_args<float>(routing_, r, top_k), {});
     if (status != k::Status::kOk) return r.tensor + ": " + k::name_of(status);
 
     std::int64_t tokens = budget_;
@@ -177,7 +177,7 @@ class RouterPrecision {
     std::vector<TileTally> tallies(static_cast<std::size_t>(tiles));
     std::vector<Scratch> scratch;
     for (int w = 0; w < std::clamp<std::int64_t>(ctx_.threads, 1, tiles); ++w)
-      scratch.emplace_back(r.hidden, r.experts, top_k, tile_size);
+      scratch.emplace_back(r, top_k, tile_size);
     parallel_for(ctx_.threads, tiles, [&](std::int64_t tile, int worker) {
       Scratch& s = scratch[static_cast<std::size_t>(worker)];
       const std::int64_t first = tile * tile_size;

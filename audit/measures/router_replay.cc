@@ -26,16 +26,16 @@ ReadyMode make_ready(const Mode& mode, const Router& r) {
   };
   if (mode.loaded != Float::kF64) round_both(mode.loaded);
   if (mode.trip == Trip::kNf4) k::nf4_round_trip(w.data(), static_cast<std::int64_t>(w.size()), w.data());
-  if (mode.trip == Trip::kInt8) k::int8_row_round_trip(w.data(), r.experts, r.hidden, w.data());
+  if (mode.trip == Trip::kInt8) k::int8_row_round_trip(w.data(), r.rows(), r.hidden, w.data());
   round_both(mode.dtype);
   ready.same_weights = w == r.w && bias == r.linear_bias;
   if (mode.dtype == Float::kF32) {
-    ready.packed_float = Aligned<float>(k::packed_gate_size<float>(r.experts, r.hidden));
-    k::pack_gate(w.data(), r.experts, r.hidden, ready.packed_float.data());
+    ready.packed_float = Aligned<float>(k::packed_gate_size<float>(r.rows(), r.hidden));
+    k::pack_gate(w.data(), r.rows(), r.hidden, ready.packed_float.data());
     ready.bias_float = bias;
   } else {
-    ready.packed_wide = Aligned<double>(k::packed_gate_size<double>(r.experts, r.hidden));
-    k::pack_gate(w.data(), r.experts, r.hidden, ready.packed_wide.data());
+    ready.packed_wide = Aligned<double>(k::packed_gate_size<double>(r.rows(), r.hidden));
+    k::pack_gate(w.data(), r.rows(), r.hidden, ready.packed_wide.data());
     ready.bias_wide.assign(bias.begin(), bias.end());
   }
   return ready;
@@ -75,11 +75,20 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
   out->experts = table.experts[row];
   out->hidden = table.hidden[row];
   if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
-  std::string fault = read_floats(model, out->tensor, out->experts * out->hidden, &out->w);
+  if (routing.always_rows) {
+    out->always = out->experts - table.expert_count[row];
+    if (out->always < 1 || table.expert_count[row] < out->always)
+      return out->tensor + " has " + std::to_string(out->experts) + " rows for " + std::to_string(table.expert_count[row]) +
+             " experts, and for those that every token has besides";
+    out->experts = table.expert_count[row];
+  }
+  std::string fault = read_floats(model, out->tensor, out->rows() * out->hidden, &out->w);
+  const auto companion = [&](const std::string& pattern) {
+    std::string name = beside(out->tensor, routing.weight_tensor, pattern);
+    return model.find(name) == nullptr ? with_layer(pattern, out->layer) : name;
+  };
   if (fault.empty() && routing.linear_bias) {
-    std::string name = beside(out->tensor, routing.weight_tensor, routing.linear_bias_tensor);
-    if (model.find(name) == nullptr) name = with_layer(routing.linear_bias_tensor, out->layer);
-    fault = read_floats(model, name, out->experts, &out->linear_bias);
+    fault = read_floats(model, companion(routing.linear_bias_tensor), out->rows(), &out->linear_bias);
   }
   if (fault.empty() && routing.correction_bias) {
     const std::string name =
@@ -87,9 +96,12 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
     fault = read_floats(model, name, out->experts, &out->correction_bias);
   }
   if (fault.empty() && !routing.expert_scale_tensor.empty()) {
-    std::string name = beside(out->tensor, routing.weight_tensor, routing.expert_scale_tensor);
-    if (model.find(name) == nullptr) name = with_layer(routing.expert_scale_tensor, out->layer);
-    fault = read_floats(model, name, out->experts, &out->expert_scale);
+    fault = read_floats(model, companion(routing.expert_scale_tensor), out->experts, &out->expert_scale);
+  }
+  if (fault.empty() && !routing.global_scale_tensor.empty()) {
+    std::vector<float> scale;
+    fault = read_floats(model, companion(routing.global_scale_tensor), 1, &scale);
+    if (fault.empty()) out->global_scale = scale[0];
   }
   return fault;
 }
@@ -126,8 +138,18 @@ k::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::in
   return a;
 }
 
+template <class T>
+k::RouteArgs<T> route_args(const Routing& routing, const Router& router, std::int64_t top_k) {
+  k::RouteArgs<T> a = route_args<T>(routing, router.experts, top_k);
+  a.scaling *= static_cast<T>(router.global_scale);
+  a.always = router.always;
+  return a;
+}
+
 template k::RouteArgs<float> route_args<float>(const Routing&, std::int64_t, std::int64_t);
 template k::RouteArgs<double> route_args<double>(const Routing&, std::int64_t, std::int64_t);
+template k::RouteArgs<float> route_args<float>(const Routing&, const Router&, std::int64_t);
+template k::RouteArgs<double> route_args<double>(const Routing&, const Router&, std::int64_t);
 
 RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, Float activations,
                            const std::vector<Mode>& modes, k::Backend& backend)
@@ -136,11 +158,11 @@ RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::in
       routing_(routing),
       top_k_(top_k),
       activations_(activations),
-      truth_w_(k::packed_gate_size<double>(router.experts, router.hidden)),
+      truth_w_(k::packed_gate_size<double>(router.rows(), router.hidden)),
       truth_bias_(router.linear_bias.begin(), router.linear_bias.end()),
       correction_wide_(router.correction_bias.begin(), router.correction_bias.end()),
       scale_wide_(router.expert_scale.begin(), router.expert_scale.end()) {
-  k::pack_gate(router.w.data(), router.experts, router.hidden, truth_w_.data());
+  k::pack_gate(router.w.data(), router.rows(), router.hidden, truth_w_.data());
   for (const Mode& mode : modes) modes_.push_back(make_ready(mode, router));
 }
 
@@ -158,15 +180,16 @@ bool RouterReplay::near_tie(Float dtype, const double* logits, const double* cho
   return choice[last] - choice[next] <= reach_last + reach_next;
 }
 
-/// Logits of one mode into s.narrow (every value of a mode's dtype is a float32).
+/// Logits of one mode into s.narrow and s.narrow_always (every value of a mode's dtype is a float32).
 void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& s) const {
   const Router& r = router_;
   const std::int64_t count = n * r.experts;
   const Float dtype = ready.mode.dtype;
   if (dtype == Float::kF32) {
     const float* bias = ready.bias_float.empty() ? nullptr : ready.bias_float.data();
-    backend_.gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.experts,
+    backend_.gate_logits(k::GateArgs<float, float>{s.x.data(), ready.packed_float.data(), bias, n, r.hidden, r.rows(),
                                              s.narrow.data()});
+    split_rows(r, n, s.narrow.data(), s.narrow_always.data());
     return;
   }
   const float* x = s.x.data();
@@ -177,13 +200,18 @@ void RouterReplay::mode_logits(const ReadyMode& ready, std::int64_t n, Scratch& 
     x = s.rounded_x.data();
   }
   double* wide = s.truth.data();
+  std::vector<double>* always = &s.truth_always;
   if (!same_x || !ready.same_weights) {
     wide = s.wide.data();
     const double* bias = ready.bias_wide.empty() ? nullptr : ready.bias_wide.data();
-    backend_.gate_logits(k::GateArgs<float, double>{x, ready.packed_wide.data(), bias, n, r.hidden, r.experts, wide});
+    backend_.gate_logits(k::GateArgs<float, double>{x, ready.packed_wide.data(), bias, n, r.hidden, r.rows(), wide});
+    split_rows(r, n, wide, s.wide_always.data());
+    always = &s.wide_always;
   }
   k::round_values(wide, count, dtype, s.wide.data());
   std::copy(s.wide.data(), s.wide.data() + count, s.narrow.data());
+  k::round_values(always->data(), n * r.always, dtype, s.wide_always.data());
+  std::copy(s.wide_always.begin(), s.wide_always.begin() + n * r.always, s.narrow_always.begin());
 }
 
 void RouterReplay::compare_token(std::int64_t t, Scratch& s, Tally* tally) const {
@@ -206,8 +234,8 @@ void RouterReplay::compare_token(std::int64_t t, Scratch& s, Tally* tally) const
 void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const {
   const Router& r = router_;
   mode_logits(ready, n, s);
-  k::RouteArgs<float> args = route_args<float>(routing_, r.experts, top_k_);
-  args.logits = s.narrow.data();
+  k::RouteArgs<float> args = route_args<float>(routing_, r, top_k_);
+  args.logits = s.narrow.data(), args.always_logits = s.narrow_always.data();
   args.tokens = n;
   args.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
   args.expert_scale = r.expert_scale.empty() ? nullptr : r.expert_scale.data();
@@ -228,8 +256,8 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
 
 /// The truth's logits and another correction bias, in float64.
 void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratch& s, Tally* tally) const {
-  k::RouteArgs<double> args = route_args<double>(routing_, router_.experts, top_k_);
-  args.logits = s.truth.data();
+  k::RouteArgs<double> args = route_args<double>(routing_, router_, top_k_);
+  args.logits = s.truth.data(), args.always_logits = s.truth_always.data();
   args.tokens = n;
   args.correction_bias = ready.mode.correction.data();
   args.expert_scale = scale_wide_.empty() ? nullptr : scale_wide_.data();
@@ -242,9 +270,10 @@ void RouterReplay::run_correction(const ReadyMode& ready, std::int64_t n, Scratc
 void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   const Router& r = router_;
   const double* bias = truth_bias_.empty() ? nullptr : truth_bias_.data();
-  backend_.gate_logits(k::GateArgs<float, double>{s.x.data(), truth_w_.data(), bias, n, r.hidden, r.experts, s.truth.data()});
-  k::RouteArgs<double> args = route_args<double>(routing_, r.experts, top_k_);
-  args.logits = s.truth.data();
+  backend_.gate_logits(k::GateArgs<float, double>{s.x.data(), truth_w_.data(), bias, n, r.hidden, r.rows(), s.truth.data()});
+  split_rows(r, n, s.truth.data(), s.truth_always.data());
+  k::RouteArgs<double> args = route_args<double>(routing_, r, top_k_);
+  args.logits = s.truth.data(), args.always_logits = s.truth_always.data();
   args.tokens = n;
   args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
   args.expert_scale = scale_wide_.empty() ? nullptr : scale_wide_.data();

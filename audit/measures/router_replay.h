@@ -33,9 +33,22 @@ struct Router {
   int layer = 0;
   std::string tensor;
   std::int64_t experts = 0;
+  std::int64_t always = 0;  // rows of w behind those of the experts: experts that every token has
   std::int64_t hidden = 0;
+  float global_scale = 1;
   std::vector<float> w, linear_bias, correction_bias, expert_scale, norm;
+  std::int64_t rows() const { return experts + always; }
 };
+
+/// Logits of n tokens as the gate gives them, [n, rows], to [n, experts] in place and [n, always].
+template <class T>
+void split_rows(const Router& router, std::int64_t n, T* logits, T* of_always) {
+  for (std::int64_t t = 0; router.always > 0 && t < n; ++t) {
+    const T* row = logits + t * router.rows();
+    std::copy(row + router.experts, row + router.rows(), of_always + t * router.always);
+    std::copy(row, row + router.experts, logits + t * router.experts);
+  }
+}
 
 /// "model.layers.{L}.gate" of layer 3: "model.layers.3.gate".
 std::string with_layer(std::string pattern, int layer);
@@ -75,13 +88,16 @@ struct TileTally {
 /// One thread's memory for one tile of up to `tile` tokens.
 struct Scratch {
   static constexpr std::int64_t kTile = 48;  // on the host: their x fits the second-level cache
-  Scratch(std::int64_t hidden, std::int64_t experts, std::int64_t top_k, std::int64_t tile)
-      : x(tile * hidden),
-        rounded_x(tile * hidden),
-        wide(tile * experts),
-        truth(tile * experts),
-        narrow(tile * experts),
-        choice(static_cast<std::size_t>(tile * experts)),
+  Scratch(const Router& router, std::int64_t top_k, std::int64_t tile)
+      : x(tile * router.hidden),
+        rounded_x(tile * router.hidden),
+        wide(tile * router.rows()),
+        truth(tile * router.rows()),
+        narrow(tile * router.rows()),
+        wide_always(static_cast<std::size_t>(tile * router.always)),
+        truth_always(wide_always.size()),
+        narrow_always(wide_always.size()),
+        choice(static_cast<std::size_t>(tile * router.experts)),
         weights(static_cast<std::size_t>(tile * top_k)),
         narrow_weights(static_cast<std::size_t>(tile * top_k)),
         mode_weights(static_cast<std::size_t>(tile * top_k)),
@@ -91,6 +107,8 @@ struct Scratch {
   Aligned<float> x, rounded_x;
   Aligned<double> wide, truth;
   Aligned<float> narrow;
+  std::vector<double> wide_always, truth_always;
+  std::vector<float> narrow_always;
   std::vector<double> choice, weights;
   std::vector<float> narrow_weights;
   std::vector<double> mode_weights;
@@ -110,6 +128,10 @@ struct ReadyMode {
 /// The kernels' arguments for a family's conventions; pointers and sizes other than experts and top_k are left open.
 template <class T>
 kernels::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::int64_t top_k);
+/// The same of one router, with what its checkpoint adds: the scale of all weights, the number of experts that every
+/// token has.
+template <class T>
+kernels::RouteArgs<T> route_args(const Routing& routing, const Router& router, std::int64_t top_k);
 
 /// True if rounding to `dtype` leaves the router's weight and bias as they are.
 bool survives(const Router& router, kernels::Float dtype);

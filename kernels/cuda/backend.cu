@@ -150,6 +150,15 @@ class CudaBackend final : public Backend {
     void* workspace = m.workspace(route_backward_workspace(a.forward.tokens, a.forward.experts));
     return m.run(&error_, [&] { return cuda::route_backward(a, d_logits, workspace, nullptr); });
   }
+  Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& args, double* d_scale) override {
+    if (const Status s = check_expert_scale_backward(args, d_scale); s != Status::kOk) return s;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    const std::int64_t slots = a.tokens * a.top_k;
+    m.in(a.unscaled, slots).in(a.chosen, slots).in(a.weights, slots).out(d_scale, a.experts);
+    return m.run(&error_, [&] { return cuda::expert_scale_backward(a, d_scale, nullptr); });
+  }
   Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x) override {
     const std::lock_guard lock(mutex_);
     Staging m;

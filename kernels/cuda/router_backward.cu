@@ -256,6 +256,28 @@ __global__ void gate_inputs(GateBackwardArgs<T> a, double* d_x) {
   d_x[at] = sum;
 }
 
+/// A warp an expert, which reads all choices.
+template <class T>
+__global__ void expert_scales(ExpertScaleBackwardArgs<T> a, double* d_scale) {
+  const std::int64_t e = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  if (e >= a.experts) return;
+  double sum = 0;
+  for (std::int64_t i = threadIdx.x % kLanes; i < a.tokens * a.top_k; i += kLanes) {
+    if (a.chosen[i] == e) sum += a.weights[i] * static_cast<double>(a.unscaled[i]);
+  }
+  sum = warp_add_lanes(sum);
+  if (threadIdx.x % kLanes == 0) d_scale[e] = sum;
+}
+
+template <class T>
+Status launch(const ExpertScaleBackwardArgs<T>& a, double* d_scale, CUstream_st* stream) {
+  if (const Status status = check_expert_scale_backward(a, d_scale); status != Status::kOk) return status;
+  const std::int64_t blocks = parts(a.experts, kThreads / kLanes);
+  if (blocks > 2147483647) return Status::kBadShape;
+  queue(expert_scales<T>, static_cast<unsigned>(blocks), kThreads, 0, stream, a, d_scale);
+  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+
 template <class T>
 Status launch(const RouteBackwardArgs<T>& a, double* d_logits, void* workspace, CUstream_st* stream) {
   if (const Status status = check_route_backward(a, d_logits); status != Status::kOk) return status;
@@ -304,6 +326,12 @@ Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_log
   if (!try_registers(args, reinterpret_cast<__nv_bfloat16*>(d_logits), padded_experts(args.forward.experts), stream))
     return Status::kBadShape;
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+}
+Status expert_scale_backward(const ExpertScaleBackwardArgs<float>& args, double* d_scale, CUstream_st* stream) {
+  return launch(args, d_scale, stream);
+}
+Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& args, double* d_scale, CUstream_st* stream) {
+  return launch(args, d_scale, stream);
 }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream) {
   return launch(args, d_w, d_x, stream);

@@ -15,7 +15,8 @@ namespace moeaudit::kernels::cuda {
 /// experts and 32 choices in the exact formulas without a rare part (is_rare()), which fit into registers.
 std::size_t route_backward_workspace(std::int64_t tokens, std::int64_t experts);
 
-/// Queue the work on `stream` and return. A token a warp or a thread, an element a thread: every sum in the host's
+/// Queue the work on `stream` and return. A token a warp or a thread, an element a thread, an expert's scale a
+/// warp: every sum in the host's
 /// order, so the bits are the host's. Ids beyond the experts are the caller's fault here. kLaunchFailed if the runtime
 /// refuses.
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits, void* workspace, CUstream_st* stream);
@@ -27,6 +28,8 @@ Status route_backward(const RouteBackwardArgs<float>& args, std::uint16_t* d_log
 constexpr std::int64_t padded_experts(std::int64_t experts) { return (experts + 7) / 8 * 8; }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x, CUstream_st* stream);
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x, CUstream_st* stream);
+Status expert_scale_backward(const ExpertScaleBackwardArgs<float>& args, double* d_scale, CUstream_st* stream);
+Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& args, double* d_scale, CUstream_st* stream);
 
 /// The gate's gradients in bfloat16 on tensor cores, as a bfloat16 gate has them: d_logits rounded once to bfloat16,
 /// float32 sums; d_w float32 [experts, hidden], stretches of tokens added in their order; d_x bfloat16 [tokens,

@@ -43,11 +43,26 @@ Status run(const GateBackwardArgs<T>& a, double* d_w, double* d_x) {
   return Status::kOk;
 }
 
+template <class T>
+Status run(const ExpertScaleBackwardArgs<T>& a, double* d_scale) {
+  if (const Status status = check_expert_scale_backward(a, d_scale); status != Status::kOk) return status;
+  std::vector<double> lanes(static_cast<std::size_t>(a.experts * kLanes));
+  for (std::int64_t i = 0; i < a.tokens * a.top_k; ++i) {
+    const std::int64_t e = a.chosen[i];
+    if (e >= a.experts) return Status::kBadShape;
+    if (e >= 0) lanes[static_cast<std::size_t>(e * kLanes + i % kLanes)] += a.weights[i] * static_cast<double>(a.unscaled[i]);
+  }
+  for (std::int64_t e = 0; e < a.experts; ++e) d_scale[e] = add_lanes(lanes.data() + e * kLanes);
+  return Status::kOk;
+}
+
 }  // namespace
 
 Status route_backward(const RouteBackwardArgs<float>& args, double* d_logits) { return run(args, d_logits); }
 Status route_backward(const RouteBackwardArgs<double>& args, double* d_logits) { return run(args, d_logits); }
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x) { return run(args, d_w, d_x); }
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x) { return run(args, d_w, d_x); }
+Status expert_scale_backward(const ExpertScaleBackwardArgs<float>& args, double* d_scale) { return run(args, d_scale); }
+Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& args, double* d_scale) { return run(args, d_scale); }
 
 }  // namespace moeaudit::kernels

@@ -50,6 +50,30 @@ struct GateBackwardArgs {
 Status gate_backward(const GateBackwardArgs<float>& args, double* d_w, double* d_x);
 Status gate_backward(const GateBackwardArgs<double>& args, double* d_w, double* d_x);
 
+/// d_scale [experts] = d loss / d expert_scale of route(): the sum over the choices of an expert of d loss / d weight
+/// times what the weight is without the scale. In float64, exact formulas; choice i = t top_k + j belongs to lane i mod
+/// kLanes. With one expert that every choice is, it is the gradient of a scale of all (global_scale,
+/// modeling_inkling.py). kBadShape also for an id beyond the experts; kBadTopK, kNullPointer.
+template <class T>
+struct ExpertScaleBackwardArgs {
+  const T* unscaled = nullptr;           // [tokens, top_k]: the weights of route() without expert_scale
+  const std::int32_t* chosen = nullptr;  // [tokens, top_k], of route(); negative: dropped, no gradient from it
+  const double* weights = nullptr;       // [tokens, top_k], d loss / d weights of route()
+  std::int64_t tokens = 0, top_k = 0, experts = 0;
+};
+Status expert_scale_backward(const ExpertScaleBackwardArgs<float>& args, double* d_scale);
+Status expert_scale_backward(const ExpertScaleBackwardArgs<double>& args, double* d_scale);
+
+template <class T>
+Status check_expert_scale_backward(const ExpertScaleBackwardArgs<T>& a, const double* d_scale) {
+  if (a.tokens < 0 || a.experts < 1) return Status::kBadShape;
+  if (a.top_k < 1) return Status::kBadTopK;
+  if (d_scale == nullptr ||
+      (a.tokens > 0 && (a.unscaled == nullptr || a.chosen == nullptr || a.weights == nullptr)))
+    return Status::kNullPointer;
+  return Status::kOk;
+}
+
 MOE_AUDIT_HOST_DEVICE inline bool is_narrow(Float dtype) { return dtype == Float::kBF16 || dtype == Float::kF16; }
 
 template <class T>

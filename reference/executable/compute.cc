@@ -117,6 +117,7 @@ Outputs route_backward(const Json& j, const Inputs& in) {
   const RouteOptions o = route_options(j);
   RouteInputs inputs = route_inputs(in), unscaled = inputs;
   if (inputs.always_logits.defined()) inputs.always_logits = leaf(inputs.always_logits);
+  if (inputs.expert_scale.defined()) inputs.expert_scale = leaf(inputs.expert_scale);
   const Routed r = route(logits, o, inputs);
   RouteOptions raw = o;
   raw.renormalise = false, raw.scaling = 1;
@@ -128,11 +129,17 @@ Outputs route_backward(const Json& j, const Inputs& in) {
   const double terms = static_cast<double>(o.top_k + (of_always.defined() ? last(of_always) : 0));
   const double scale = 2 * o.scaling * terms * largest_upstream / (o.renormalise ? least : 1);
   const double n = twice(2 * route_roundings(o, in) + static_cast<double>(last(logits)) + 8);
-  if (!of_always.defined()) return {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(r.weights, logits, upstream), n, scale}}};
-  const at::Tensor loss = (r.weights * upstream).sum() + (r.always_weights * of_always).sum();
-  return {{"chosen", {r.chosen, 0, 0}},
-          {"d_logits", {gradient(loss, logits), n, scale}},
-          {"d_always_logits", {gradient(loss, inputs.always_logits), n, scale}}};
+  at::Tensor loss = (r.weights * upstream).sum();
+  if (of_always.defined()) loss = loss + (r.always_weights * of_always).sum();
+  Outputs out = {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(loss, logits), n, scale}}};
+  if (of_always.defined()) out["d_always_logits"] = {gradient(loss, inputs.always_logits), n, scale};
+  if (inputs.expert_scale.defined()) {
+    // A term is d loss / d weight times the weight without its scale; their sum is over all choices.
+    const at::Tensor sizes = (route(logits.detach(), o, unscaled).weights * upstream).abs();
+    const double of_sum = twice(route_roundings(o, in) + 1 + static_cast<double>(sizes.numel()));
+    out["d_expert_scale"] = {gradient(loss, inputs.expert_scale), of_sum, sizes.sum().item<double>()};
+  }
+  return out;
 }
 
 Outputs gate_backward(const Json&, const Inputs& in) {

@@ -82,26 +82,31 @@ ref::RouteOptions options_of(const Case& c, std::int64_t top_k) {
   return o;
 }
 
-/// What the reference makes of the logits z and of those that every token has.
-ref::Routed routed(const Case& c, const Setup& s, const at::Tensor& z, const at::Tensor& always) {
+/// What the reference makes of the logits z, of those that every token has, and of the experts' scale.
+ref::Routed routed(const Case& c, const Setup& s, const at::Tensor& z, const at::Tensor& always,
+                   const at::Tensor& scale) {
   ref::RouteInputs in;
-  if (c.scaled) in.expert_scale = tensor(s.scale, 1).reshape({-1});
+  in.expert_scale = scale;
   in.always_logits = always;
   return ref::route(z, options_of(c, s.top_k), in);
 }
+at::Tensor scale_of(const Case& c, const Setup& s) {
+  return c.scaled ? tensor(s.scale, 1).reshape({-1}) : at::Tensor();
+}
 at::Tensor always_of(const Case& c, const Setup& s) { return c.always > 0 ? tensor(s.always, s.tokens) : at::Tensor(); }
-/// Gradients of the logits, and of those that every token has, by autograd.
+/// Gradients of the logits, of those that every token has, and of the experts' scale, by autograd.
 struct Gradients {
-  at::Tensor logits, always;
+  at::Tensor logits, always, scale = {};
 };
 Gradients autograd(const Case& c, const Setup& s) {
-  at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true), always = always_of(c, s);
+  at::Tensor z = tensor(s.logits, s.tokens).set_requires_grad(true), always = always_of(c, s), scale = scale_of(c, s);
   if (always.defined()) always.set_requires_grad(true);
-  const ref::Routed r = routed(c, s, z, always);
+  if (scale.defined()) scale.set_requires_grad(true);
+  const ref::Routed r = routed(c, s, z, always, scale);
   at::Tensor loss = (r.weights * tensor(s.upstream, s.tokens)).sum();
   if (always.defined()) loss = loss + (r.always_weights * tensor(s.always_upstream, s.tokens)).sum();
   loss.backward();
-  return {z.grad(), always.defined() ? always.grad() : at::Tensor()};
+  return {z.grad(), always.defined() ? always.grad() : at::Tensor(), scale.defined() ? scale.grad() : at::Tensor()};
 }
 
 Setup setup(const Case& c, std::int64_t tokens, std::int64_t experts, std::int64_t top_k, double scale) {
@@ -115,7 +120,7 @@ Setup setup(const Case& c, std::int64_t tokens, std::int64_t experts, std::int64
           gaussians(experts, 9),
           gaussians(tokens * c.always, 10, scale),
           gaussians(tokens * c.always, 11)};
-  const at::Tensor chosen = routed(c, s, tensor(s.logits, tokens), always_of(c, s)).chosen.contiguous();
+  const at::Tensor chosen = routed(c, s, tensor(s.logits, tokens), always_of(c, s), scale_of(c, s)).chosen.contiguous();
   for (std::int64_t i = 0; i < chosen.numel(); ++i)
     s.chosen.push_back(static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]));
   return s;
@@ -169,17 +174,21 @@ Gradients sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = 
           c.always > 0 ? of_cap(of_slope(each(of_always), always_score, capped(always)), always) : at::Tensor()};
 }
 
+/// Relative error of a score of logits that lie `range` apart.
+double score_error(const Case& c, const Setup& s) {
+  const at::Tensor z = tensor(s.logits, s.tokens);
+  const double range = (z.amax(1) - z.amin(1)).max().item<double>();
+  const double logit = k::bounds::softcapped(c.softcap, k::Float::kF64);
+  return c.score == k::Score::kSoftmax   ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
+         : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
+                                         : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
+}
+
 /// Both sides are within the bound of the exact gradient.
 void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const Setup& s, const at::Tensor& sizes,
                 const std::string& what) {
-  const at::Tensor w = want.contiguous(), size = sizes.contiguous(), z = tensor(s.logits, s.tokens);
-  const double range = (z.amax(1) - z.amin(1)).max().item<double>();
-  const double logit = k::bounds::softcapped(c.softcap, k::Float::kF64);
-  const double score = c.score == k::Score::kSoftmax
-                           ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
-                       : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
-                                                       : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
-  const double relative = 2 * k::bounds::route_backward_relative(score, s.experts, s.top_k + c.always, c.softcap > 0);
+  const at::Tensor w = want.contiguous(), size = sizes.contiguous();
+  const double relative = 2 * k::bounds::route_backward_relative(score_error(c, s), s.experts, s.top_k + c.always, c.softcap > 0);
   for (std::size_t i = 0; i < got.size(); ++i) {
     const double off = std::fabs(got[i] - w.data_ptr<double>()[i]), bound = relative * size.data_ptr<double>()[i];
     BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
@@ -210,6 +219,70 @@ BOOST_AUTO_TEST_CASE(gradients_agree_with_autograd) {
       }
     }
   }
+}
+
+/// Dropped choices as in losses of capacity: nothing comes from them.
+BOOST_AUTO_TEST_CASE(gradients_of_the_scale_of_experts) {
+  struct Shape {
+    std::int64_t tokens, experts, k;
+  };
+  std::size_t compared = 0;
+  for (const Case& c : kCases) {
+    if (!c.scaled) continue;
+    for (const Shape shape : {Shape{1, 1, 1}, {5, 8, 8}, {40, 60, 4}, {9, 144, 6}, {7, 384, 32}, {200, 3, 2}}) {
+      if (c.always > shape.experts) continue;
+      Setup s = setup(c, shape.tokens, shape.experts, shape.k, 1);
+      for (std::size_t i = 3; i < s.upstream.size(); i += 7) s.upstream[i] = 0;  // dropped, for autograd
+      k::RouteArgs<double> plain = args_of(c, s).forward;
+      plain.expert_scale = nullptr;
+      Ids chosen(s.chosen.size());
+      Doubles unscaled(s.chosen.size()), upstream = s.upstream, d(static_cast<std::size_t>(shape.experts), -7);
+      BOOST_REQUIRE(k::route(plain, {chosen.data(), unscaled.data(), nullptr, nullptr}) == k::Status::kOk);
+      BOOST_REQUIRE(chosen == s.chosen);
+      for (std::size_t i = 3; i < chosen.size(); i += 7) chosen[i] = -1, upstream[i] = std::nan("");
+      const k::ExpertScaleBackwardArgs<double> a{unscaled.data(), chosen.data(), upstream.data(),
+                                                 s.tokens,        s.top_k,       s.experts};
+      BOOST_REQUIRE(k::expert_scale_backward(a, d.data()) == k::Status::kOk);
+      const at::Tensor want = autograd(c, s).scale.contiguous();
+      Doubles size(d.size());
+      std::int64_t terms = 0;
+      for (std::size_t i = 0; i < chosen.size(); ++i) {
+        if (chosen[i] >= 0) size[static_cast<std::size_t>(chosen[i])] += std::fabs(upstream[i] * unscaled[i]), ++terms;
+      }
+      double weight = score_error(c, s);
+      if (c.renormalise) weight = k::bounds::renormalised_relative(weight, s.top_k + c.always, k::Float::kF64);
+      weight = k::bounds::scaled_relative(weight, k::Float::kF64);
+      for (std::size_t e = 0; e < d.size(); ++e, ++compared) {
+        const double bound = 2 * (k::bounds::sum_in_any_order(terms, 1, size[e]) + 2 * weight * size[e]);
+        BOOST_REQUIRE_MESSAGE(std::fabs(d[e] - want.data_ptr<double>()[e]) <= bound,
+                              c.name << " of " << s.experts << " at " << e << ": " << d[e] << ", not "
+                                     << want.data_ptr<double>()[e]);
+      }
+      if (shape.tokens == 40) {  // float32 weights: the same sum of the values that they are
+        const std::vector<float> narrow(unscaled.begin(), unscaled.end());
+        const Doubles widened(narrow.begin(), narrow.end());
+        Doubles from_float(d.size()), from_double(d.size());
+        const k::ExpertScaleBackwardArgs<double> wide{widened.data(), chosen.data(), upstream.data(), 40, 4, 60};
+        const k::ExpertScaleBackwardArgs<float> floats{narrow.data(), chosen.data(), upstream.data(), 40, 4, 60};
+        BOOST_REQUIRE(k::expert_scale_backward(floats, from_float.data()) == k::Status::kOk);
+        BOOST_REQUIRE(k::expert_scale_backward(wide, from_double.data()) == k::Status::kOk);
+        BOOST_CHECK(from_float == from_double);
+      }
+    }
+  }
+  BOOST_CHECK_GT(compared, 1000u);
+  const Doubles one = {2, 3};
+  const Ids beyond = {0, 2}, both = {0, 0};
+  double d[2] = {};
+  BOOST_CHECK(k::expert_scale_backward(k::ExpertScaleBackwardArgs<double>{one.data(), both.data(), one.data(), 1, 2, 2}, d) ==
+              k::Status::kOk);
+  BOOST_CHECK(d[0] == 13 && d[1] == 0);
+  BOOST_CHECK(k::expert_scale_backward(k::ExpertScaleBackwardArgs<double>{one.data(), beyond.data(), one.data(), 1, 2, 2}, d) ==
+              k::Status::kBadShape);
+  BOOST_CHECK(k::expert_scale_backward(k::ExpertScaleBackwardArgs<double>{one.data(), nullptr, one.data(), 1, 2, 2}, d) ==
+              k::Status::kNullPointer);
+  BOOST_CHECK(k::expert_scale_backward(k::ExpertScaleBackwardArgs<double>{nullptr, nullptr, nullptr, 0, 0, 2}, d) ==
+              k::Status::kBadTopK);
 }
 
 BOOST_AUTO_TEST_CASE(losses_join_in) {
@@ -333,7 +406,7 @@ BOOST_AUTO_TEST_CASE(what_is_not_finite_stays_with_its_token) {
       for (std::size_t e = 0; e < 8; ++e) {
         Setup s = fine;
         s.logits[8 + e] = bad;
-        const at::Tensor chosen = routed(c, s, tensor(s.logits, 4), always_of(c, s)).chosen.contiguous(),
+        const at::Tensor chosen = routed(c, s, tensor(s.logits, 4), always_of(c, s), scale_of(c, s)).chosen.contiguous(),
                          gradient = autograd(c, s).logits.contiguous();
         for (std::size_t i = 0; i < 8; ++i) s.chosen[i] = static_cast<std::int32_t>(chosen.data_ptr<std::int64_t>()[i]);
         BOOST_REQUIRE(k::route_backward(args_of(c, s), d.data()) == k::Status::kOk);

@@ -610,6 +610,59 @@ BOOST_AUTO_TEST_CASE(load_of_ranks) {
   }
 }
 
+/// Against the reference: one-hot matrices and the variance of a draw without replacement.
+BOOST_AUTO_TEST_CASE(load_of_ranks_by_matrices) {
+  struct Shape {
+    std::int64_t experts, copies, ranks, top_k, tokens;
+  };
+  for (const Shape s : {Shape{1, 0, 1, 1, 0}, {1, 2, 3, 1, 50}, {8, 0, 4, 2, 100}, {60, 4, 8, 4, 1000}, {144, 16, 10, 6, 0},
+                        {160, 32, 16, 6, 12}, {384, 128, 64, 8, 4096}, {64, 0, 96, 8, 7}, {32, 0, 4, 32, 9}}) {
+    const Doubles g = gaussians(s.experts, 41), h = gaussians(s.ranks, 42);
+    Longs counts;
+    for (const double v : g) counts.push_back(v < -1 ? 0 : static_cast<std::int64_t>(std::exp(6 + v)));
+    counts[0] = 5;
+    Doubles speed;
+    for (const double v : h) speed.push_back(std::exp(0.2 * v));
+    Ids expert, rank;
+    for (std::int64_t i = 0; i < s.experts + s.copies; ++i) {
+      expert.push_back(static_cast<std::int32_t>(i < s.experts ? i : i * 7 % s.experts));
+      rank.push_back(static_cast<std::int32_t>(i * 5 % s.ranks));  // some experts twice on a rank
+    }
+    k::PlacementArgs a = placed(counts, expert, rank, s.ranks);
+    a.top_k = s.top_k, a.tokens = s.tokens, a.speed = speed.data();
+    k::Placement p;
+    Doubles loads(static_cast<std::size_t>(s.ranks));
+    BOOST_REQUIRE(k::placement_load(a, loads.data(), &p) == K::kOk);
+    at::Tensor want_loads;
+    const auto slots = static_cast<std::int64_t>(expert.size());
+    auto want = ref::placement_load(longs(counts, {s.experts}), at::tensor(expert, at::kInt).to(at::kLong).reshape({slots}),
+                                    at::tensor(rank, at::kInt).to(at::kLong).reshape({slots}), tensor(speed, {s.ranks}), s.top_k,
+                                    s.tokens, &want_loads);
+    // Both sides: two roundings a part, at most one addition an expert; a quotient of sums over ranks; a root.
+    const double terms = static_cast<double>(s.experts + s.ranks + 8);
+    const auto close = [&](const std::string& name, double got, double exact, double size) {
+      const double bound = 2 * bounds::gamma(terms, kU) * size;
+      BOOST_CHECK_MESSAGE(std::fabs(got - exact) <= bound, name << " of " << s.experts << " on " << s.ranks << ": " << got
+                                                                << ", not " << exact);
+    };
+    for (const auto& [name, got] : std::map<std::string, double>{{"ideal", p.ideal}, {"slowest", p.slowest},
+                                                                 {"max_over_mean", p.max_over_mean}})
+      close(name, got, want.at(name), want.at(name));
+    BOOST_CHECK(static_cast<double>(p.slowest_rank) == want.at("slowest_rank"));
+    BOOST_CHECK(static_cast<double>(p.idle_ranks) == want.at("idle_ranks"));
+    const double* each = want_loads.contiguous().data_ptr<double>();
+    for (std::size_t r = 0; r < loads.size(); ++r) close("load", loads[r], each[r], each[r]);
+    // A variance is the difference of two squares of at most 1, which a root brings out: sqrt(v + d) - sqrt(v) <= sqrt(d).
+    const double parts = *std::max_element(speed.begin(), speed.end()) / *std::min_element(speed.begin(), speed.end());
+    const double rooted = s.tokens == 0 ? 0.0 : std::sqrt(bounds::gamma(terms, kU) * 2 * std::log(static_cast<double>(s.ranks)) /
+                                                          static_cast<double>(s.tokens));
+    BOOST_CHECK_MESSAGE(std::fabs(p.even_router - want.at("even_router")) <=
+                            2 * bounds::gamma(terms, kU) * want.at("even_router") + parts * static_cast<double>(s.ranks) * rooted,
+                        "even_router of " << s.experts << " on " << s.ranks << ": " << p.even_router << ", not "
+                                          << want.at("even_router"));
+  }
+}
+
 /// Gate mass of the chosen and of all is the importance of router_regularisers.h; the confidence is its sum over
 /// tokens.
 BOOST_AUTO_TEST_CASE(gate_mass) {

@@ -341,8 +341,12 @@ void replay_recomputation(Context* ctx, const MicroBatchRecord& m, const LayerTe
 void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l) {
   if (t.recomputed_selected_experts && !l.chosen.empty()) replay_recomputation(ctx, m, t, l);
   if (l.chosen.empty()) return;
-  Row& r = ctx->row("selection", t.layer);
-  Row none;
+  // A table of token ids chose: of that nothing is recorded, but the weights of its choices are those of the logits.
+  const bool by_table = chosen_by_table(ctx->facts, t.layer);
+  Row none, of_table;
+  Row& choice = ctx->row("selection", t.layer);
+  if (by_table && choice.missing.empty()) choice.missing = "a table of token ids gives the experts of this layer";
+  Row& r = by_table ? of_table : choice;
   Row& w = t.routing_weights ? ctx->row("weights", t.layer) : none;
   const auto unknown = [&](const std::string& why) {
     if (r.missing.empty()) r.missing = why;
@@ -350,12 +354,16 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   };
   if (ctx->facts.routing_replayed.value_or(false)) return unknown("the experts are a rollout's (training.routing_replayed)");
   if (!ctx->routing) return unknown(ctx->why_not_routed);
-  if (chosen_by_table(ctx->facts, t.layer)) return unknown("a table of token ids gives the experts of this layer");
-  if (ctx->routing->correction_bias && l.bias.empty()) return unknown("needs correction_bias_before of the step");
+  if (by_table && *std::min_element(l.chosen.begin(), l.chosen.end()) < 0) return unknown("a choice is no expert");
+  if (!by_table && ctx->routing->correction_bias && l.bias.empty())
+    return unknown("needs correction_bias_before of the step");
   if (!ctx->routing->expert_scale_tensor.empty() && w.missing.empty())
     w.missing = "the weights are multiplied by a scale of their expert, which a trace does not hold";
+  if (ctx->routing->always_rows && w.missing.empty())
+    w.missing = "the weights share their sum with experts that every token has, whose logits a trace does not hold";
   k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
   args.logit_softcap = 0;  // Context::read_layer() capped them
+  args.given = by_table ? l.chosen.data() : nullptr;
   if (args.groups < 1 || args.groups > 1024 || l.experts % args.groups != 0)
     return unknown("the groups do not divide the experts");
   const v::RouteForm right = v::route_forms(args, !l.bias.empty())[0];

@@ -53,7 +53,8 @@ TEST(ResolveModel, MoeLayersByTheRuleOfTheFamily) {
                            "mlp_layer_types": ["sparse", "dense", "dense"]}})"),
             (Layers{0}));
   EXPECT_EQ(moe_layers(R"({"model_type": "minimax_m3_vl", "text_config": {"num_hidden_layers": 2}})"), (Layers{0, 1}));
-  EXPECT_EQ(moe_layers(R"({"model_type": "step3p7", "text_config": {"num_hidden_layers": 5, "moe_layers_enum": "1, 4,x"}})"), (Layers{1, 4}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "step3p7", "text_config": {"num_hidden_layers": 5, "moe_layers_enum": "1, 4"}})"), (Layers{1, 4}));
+  EXPECT_EQ(moe_layers(R"({"model_type": "step3p7", "text_config": {"num_hidden_layers": 5, "moe_layers_enum": "1, x"}})"), (Layers{3, 4}));  // no list
   EXPECT_EQ(moe_layers(R"({"model_type": "step3p7", "text_config": {"num_hidden_layers": 5, "moe_layers_enum": [2, 3]}})"), (Layers{2, 3}));
   EXPECT_EQ(moe_layers(R"({"model_type": "step3p7", "text_config": {"num_hidden_layers": 5}})"), (Layers{3, 4}));
 }

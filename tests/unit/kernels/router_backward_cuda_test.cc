@@ -150,6 +150,40 @@ TEST_F(RouterBackwardCuda, SameBitsAsTheHost) {
   check<double>(c, "all of it");
 }
 
+template <class T>
+void check_scales(std::int64_t tokens, std::int64_t top_k, std::int64_t experts) {
+  const std::string what = std::to_string(tokens) + " x " + std::to_string(top_k) + " of " + std::to_string(experts);
+  const std::vector<T> unscaled = gaussians<T>(tokens * top_k, 1);
+  const std::vector<double> upstream = gaussians<double>(tokens * top_k, 2);
+  std::vector<std::int32_t> chosen(unscaled.size());
+  for (std::size_t i = 0; i < chosen.size(); ++i)
+    chosen[i] = i % 11 == 5 ? -1 : static_cast<std::int32_t>(static_cast<std::int64_t>(i * 7) % experts);
+  std::vector<double> d(static_cast<std::size_t>(experts), -7);
+  const test::OnDevice<T> g_unscaled(unscaled);
+  const test::OnDevice<double> g_upstream(upstream), g_d(d);
+  const test::OnDevice<std::int32_t> g_chosen(chosen);
+  ASSERT_EQ(expert_scale_backward(ExpertScaleBackwardArgs<T>{unscaled.data(), chosen.data(), upstream.data(), tokens,
+                                                             top_k, experts},
+                                  d.data()),
+            Status::kOk)
+      << what;
+  ASSERT_EQ(cuda::expert_scale_backward(ExpertScaleBackwardArgs<T>{g_unscaled.data(), g_chosen.data(),
+                                                                   g_upstream.data(), tokens, top_k, experts},
+                                        g_d.data(), nullptr),
+            Status::kOk)
+      << what;
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << what;
+  test::expect_same(d, g_d.fetch(), what);
+}
+
+TEST_F(RouterBackwardCuda, ScaleOfExperts) {
+  check_scales<double>(100, 8, 128);
+  check_scales<float>(1000, 2, 5);
+  check_scales<float>(3, 4, 385);
+  check_scales<double>(0, 1, 7);
+  check_scales<double>(33, 1, 1);
+}
+
 /// Every number of lanes that share a token, full and not, with what is added from elsewhere, logits so far apart that
 /// exponentials leave the normal numbers, and logits that are none.
 TEST_F(RouterBackwardCuda, SharedWarps) {

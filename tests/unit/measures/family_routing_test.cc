@@ -52,8 +52,8 @@ double largest_absolute_sum(const Doubles& x, const std::vector<float>& w, std::
 struct Subject {
   LoadedRun run;
   Routing routing;
-  std::int64_t experts = 0, top_k = 0;
-  std::vector<float> w, linear_bias, correction, expert_scale;
+  Router router;
+  std::int64_t top_k = 0;
 };
 
 /// The model as an audit would have it, and the router of its last MoE layer.
@@ -70,31 +70,27 @@ void load(const std::string& name, const std::string& version, std::size_t hidde
   s->routing = f.routing.value();
   s->top_k = f.top_k.value();
   const RouterTable& t = f.routers.value();
-  s->experts = t.experts.back();
-  const TensorStore& model = s->run.model;
-  EXPECT_EQ(read_floats(model, t.tensor.back(), s->experts * static_cast<std::int64_t>(hidden), &s->w), "");
-  if (s->routing.linear_bias) {
-    EXPECT_EQ(read_floats(model, with_layer(s->routing.linear_bias_tensor, t.layer.back()), s->experts, &s->linear_bias), "");
-  }
-  if (s->routing.correction_bias) {
-    EXPECT_EQ(read_floats(model, t.bias.back(), s->experts, &s->correction), "");
-  }
-  if (!s->routing.expert_scale_tensor.empty()) {
-    EXPECT_EQ(read_floats(model, with_layer(s->routing.expert_scale_tensor, t.layer.back()), s->experts, &s->expert_scale), "");
-  }
+  ASSERT_EQ(read_router(s->run.model, t, s->routing, t.layer.size() - 1, &s->router), "");
+  ASSERT_EQ(s->router.hidden, static_cast<std::int64_t>(hidden));
 }
 
 /// One dtype. The library's sets may differ from ours only where choices are level: bfloat16 logits tie.
 void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hidden) {
   const Float loaded = float_of(run["dtype"]);
   const Float gate = s.routing.logits_dtype == DType::kF32 ? Float::kF32 : loaded;
-  Doubles logits = exact_logits(x, s.w, s.linear_bias, hidden);
+  const Router& r = s.router;
+  Doubles logits = exact_logits(x, r.w, r.linear_bias, hidden);
+  const auto tokens = static_cast<std::int64_t>(x.size() / hidden);
+  Doubles always(static_cast<std::size_t>(tokens * r.always));
+  split_rows(r, tokens, logits.data(), always.data());
+  logits.resize(static_cast<std::size_t>(tokens * r.experts));
+  k::round_values(always.data(), static_cast<std::int64_t>(always.size()), gate, always.data());
   k::round_values(logits.data(), static_cast<std::int64_t>(logits.size()), gate, logits.data());
   // A router that caps its logits gives them out capped, in float32.
   const double cap = s.routing.logit_softcap;
   const Doubles product = logits;
   for (double& l : logits) l = k::softcapped(l, cap, Float::kF64);
-  const double float_error = k::bounds::softcapped(cap, Float::kF32) + 2.0 * static_cast<double>(hidden + 2) * std::ldexp(1.0, -24) * largest_absolute_sum(x, s.w, hidden);
+  const double float_error = k::bounds::softcapped(cap, Float::kF32) + 2.0 * static_cast<double>(hidden + 2) * std::ldexp(1.0, -24) * largest_absolute_sum(x, r.w, hidden);
   if (!run["logits"].is_null()) {
     const Doubles theirs = run["logits"];
     Doubles stored(theirs.size());
@@ -107,19 +103,19 @@ void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hid
     for (std::size_t i = 0; i < logits.size(); ++i) {
       // A sum in bfloat16 is rounded once, with a bias twice.
       const double place = k::spacing(std::max(std::fabs(theirs[i]), std::fabs(product[i])), gate);
-      const double reach = gate == Float::kBF16 ? (s.linear_bias.empty() ? 1 : 2) * place : 0.0;
+      const double reach = gate == Float::kBF16 ? (r.linear_bias.empty() ? 1 : 2) * place : 0.0;
       ASSERT_NEAR(logits[i], theirs[i], reach + float_error) << i;
     }
     logits = theirs;
   }
 
-  const std::vector<float> narrow(logits.begin(), logits.end());
-  k::RouteArgs<float> a = route_args<float>(s.routing, s.experts, s.top_k);
-  a.logits = narrow.data();
+  const std::vector<float> narrow(logits.begin(), logits.end()), narrow_always(always.begin(), always.end());
+  k::RouteArgs<float> a = route_args<float>(s.routing, r, s.top_k);
+  a.logits = narrow.data(), a.always_logits = narrow_always.data();
   a.logit_softcap = 0;  // done
-  a.expert_scale = s.expert_scale.empty() ? nullptr : s.expert_scale.data();
-  a.tokens = static_cast<std::int64_t>(x.size() / hidden);
-  a.correction_bias = s.correction.empty() ? nullptr : s.correction.data();
+  a.expert_scale = r.expert_scale.empty() ? nullptr : r.expert_scale.data();
+  a.tokens = tokens;
+  a.correction_bias = r.correction_bias.empty() ? nullptr : r.correction_bias.data();
   if (s.routing.scores_dtype == DType::kUnknown && gate != Float::kF32) a.tensor_dtype = gate;
   if (s.routing.scores_cast_back && loaded != Float::kF32) a.tensor_dtype = loaded;
   std::vector<std::int32_t> chosen(static_cast<std::size_t>(a.tokens * s.top_k));
@@ -138,9 +134,9 @@ void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hid
     ASSERT_EQ(experts.size(), static_cast<std::size_t>(s.top_k)) << t;
     Doubles mine, theirs;
     bool equal = true;
-    for (const auto& [e, w] : ours) mine.push_back(choice[t * s.experts + e]);
+    for (const auto& [e, w] : ours) mine.push_back(choice[t * r.experts + e]);
     for (std::size_t j = 0; j < experts.size(); ++j) {
-      theirs.push_back(choice[t * s.experts + experts[j]]);
+      theirs.push_back(choice[t * r.experts + experts[j]]);
       if (const auto found = ours.find(experts[j]); found != ours.end()) EXPECT_NEAR(found->second, values[j], relative * std::fabs(values[j])) << t;
       else equal = false;
     }
