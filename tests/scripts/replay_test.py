@@ -168,6 +168,25 @@ for tensor, first, quantity, differing, rules in (
     if files != ([os.path.join(folder, "step0_mb0_rank0.safetensors")] if quantity == "selection" else []):
         complain(tensor, first, "problems in", files)
 
+# Layer 0 of this model takes its experts from a table of token ids: which they are is not judged, how they are weighed is.
+name = "deepseek_v4-aux-tf5.23.0"
+for tensor, first, differing in (("", b"", 0), ("layer.0.routing_weights", struct.pack("<f", 0.25), 1), ("layer.0.selected_experts", None, 2)):
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(root, "fixtures/traces", name)
+        if first is None:  # the first choice of the first token to another expert: both of its weights have another sum
+            with open(os.path.join(source, "step0_mb0_rank0.safetensors"), "rb") as f:
+                data = f.read()
+            length = struct.unpack("<Q", data[:8])[0]
+            at = 8 + length + json.loads(data[8:8 + length])[tensor]["data_offsets"][0]
+            first = struct.pack("<h", next(e for e in range(8) if e not in struct.unpack("<2h", data[at:at + 4])))
+        damaged(source, folder, tensor, first)
+        report = run("replay", folder)[0]["quantities"]
+    got = {r["quantity"]: r for r in report if r.get("layer") == 0}
+    if got["selection"]["outcome"] != "cannot_tell" or "table" not in got["selection"]["missing"]:
+        complain(name, "selection of layer 0 is", got["selection"])
+    if (got["weights"]["compared"], got["weights"]["differing"]) != (2 * (64 + 52), differing):
+        complain(name, tensor, "weights of layer 0 are", got["weights"])
+
 if validator:
     good = run("replay", "fixtures/traces/sft-aux-trl0.23.0")[0]
     spoilt = 0

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "audit/measures/replay/routing.h"
 #include "audit/measures/router_replay.h"
 #include "kernels/host/bounds.h"
 #include "kernels/host/low_precision.h"
@@ -80,7 +81,9 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   const Family* family = ctx->facts.model_type.empty() ? nullptr : find_family_by_model_type(ctx->facts.model_type);
   if (!family) return no(ctx->facts.model_type.empty() ? "the trace does not say model_type (trace.json, key model)"
                                                        : "no family for model_type " + ctx->facts.model_type);
-  if (family->logits_dtype_by_version) return no("the dtype of the logits is another in other releases of the class");
+  const std::optional<DType> written = family->logits_dtype_by_version ? dtype_of_release(ctx->facts, *family, "router_logits_dtype")
+                                                                       : family->routing.logits_dtype;
+  if (!written) return no("the dtype of the logits is another in other releases of the class, and of this release it is not known");
   if (family->routing.linear_bias) return no("the router has a bias, which a trace does not hold");
   const TraceLayer* stated = ctx->facts.layer(t.layer);
   if (stated && stated->lora.value_or(false)) return no("the router has an adapter, which rounds in between");
@@ -103,8 +106,8 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   // Autocast takes the product in its dtype, whatever the class asks for.
   out->stated = ctx->facts.mixed_precision == "bf16"   ? Float::kBF16
                 : ctx->facts.mixed_precision == "fp16" ? Float::kF16
-                : family->routing.logits_dtype == DType::kUnknown ? float_of(t.hidden_states->dtype)
-                                                                  : float_of(family->routing.logits_dtype);
+                : *written == DType::kUnknown ? float_of(t.hidden_states->dtype)
+                                              : float_of(*written);
   if (out->stated == Float::kF64) out->stated = Float::kF32;
   product(out->x, out->w, tokens, experts, hidden, &out->logits);
   std::vector<float> x(out->x.size()), w(out->w.size());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "audit/behaviours/behaviour.h"
 #include "audit/measures/router_replay.h"
 #include "kernels/host/bounds.h"
 
@@ -20,6 +21,18 @@ const Node* config_value(const TraceFacts& f, std::string_view key) {
     if (text && text->is_map()) found = text->find(key);
   }
   return found;
+}
+
+std::optional<DType> dtype_of_release(const TraceFacts& f, const Family& family, std::string_view topic) {
+  for (const auto& [package, version] : f.packages) {
+    const auto exact = Version::parse(version);
+    if (package != "transformers" || !exact) continue;
+    const VersionSet release{.exact = exact, .window = {}, .text = package + "==" + version};
+    const BehaviourAnswer answer =
+        ask({package, topic, {{"family", std::string(family.name)}, {"model_type", f.model_type}, {"class", f.model_class}}}, &release);
+    if (answer.value) return *answer.value == "float32" ? DType::kF32 : DType::kUnknown;  // else "activations" or "logits"
+  }
+  return std::nullopt;
 }
 
 bool chosen_by_table(const TraceFacts& facts, int layer) {
@@ -77,6 +90,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
     if (!node || node->text != family->groups_if.value) r.groups = r.top_groups = 1;
   }
   if (r.groups <= 1) r.group_score = GroupScore::kNone;
+  if (family->scores_dtype_by_version) r.scores_dtype = dtype_of_release(f, *family, "router_scores_dtype").value_or(DType::kUnknown);
   for (const auto& [package, version] : f.packages) {
     // Masked groups got 0.0 before transformers 5.6 (pull request 45441), -inf since.
     const auto at = Version::parse(version), since = Version::parse("5.6.0");

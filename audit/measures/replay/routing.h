@@ -11,6 +11,10 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why);
 /// What the recorded config says of a key, or its text_config; null if neither has it.
 const Node* config_value(const TraceFacts& facts, std::string_view key);
 
+/// What the behaviour tables say of this topic ("router_logits_dtype") in the release that was recorded, kUnknown standing for the
+/// dtype of what it is computed from; nullopt: they do not know that release, or the trace does not say which it was.
+std::optional<DType> dtype_of_release(const TraceFacts& facts, const Family& family, std::string_view topic);
+
 /// Whether a table of token ids gives the experts of this layer (deepseek_v4's hash_moe), as the recorded config says.
 bool chosen_by_table(const TraceFacts& facts, int layer);
 
