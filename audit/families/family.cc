@@ -256,7 +256,8 @@ Part part_by_common_names(const Path& path) {
   const bool expert = contains(tail, "experts") || contains(tail, "local_experts");
   if (expert && !any(kAttentions)) return Part::kRoutedExpert;  // JetMoE's attention is a mixture, too
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;
-  if (leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
+  const bool in_norm = std::any_of(tail.begin(), tail.end(), [](auto p) { return p.ends_with("layernorm"); });  // a gated one of A.X-K2
+  if (in_norm || leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
   if (any(kAttentions) || contains(kAttentionLeaves, leaf)) return Part::kAttention;
   if (is_stack(tail)) return Part::kRoutedExpert;
   if (any(kMlps) && contains(kMlpLeaves, leaf)) return Part::kDenseMlp;
