@@ -41,6 +41,7 @@ const Words kLayers = {{"moe", "kMoe"}, {"dense", "kDense"}, {"all", "kAll"}, {"
 const Words kWhere = {{"hub", "kHub"}, {"memory", "kMemory"}, {"both", ""}, {"older", "kOlder"}};
 const Words kScoring = {{"softmax", "kSoftmax"}, {"sigmoid", "kSigmoid"}, {"sqrtsoftplus", "kSqrtSoftplus"}};
 const Words kGroupScore = {{"none", "kNone"}, {"max", "kMax"}, {"top2_sum", "kTop2Sum"}};
+const Words kGroupMask = {{"zero", "true"}};
 const Words kBalance = {
     {"aux_loss", "kAuxLoss"}, {"bias_update", "kBiasUpdate"}, {"bias_frozen", "kBiasFrozen"}, {"none", "kNone"}};
 const std::string kByVersion = "by_version";
@@ -245,6 +246,7 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
                     ", .score_after_top_k = " + yes("score_after_top_k") + ", .linear_bias = " + bias +
                     ", .correction_bias = " + correction;
   if (m.has("group_score")) out += ", .group_score = GroupScore::" + m.word("group_score", kGroupScore);
+  if (m.has("group_mask")) out += ", .group_mask_is_zero = " + m.word("group_mask", kGroupMask);
   out += ", .renormalise = " + std::string(renormalise == "always" ? "true" : "false") +
          ", .renormalise_eps = " + m.number("renormalise_eps", "0");
   out += ", .logits_dtype = DType::" + m.word("logits_dtype", kDTypes) +

@@ -63,7 +63,7 @@ struct Routing {
   bool correction_bias = false;       // added to the scores for selection only
   GroupScore group_score = GroupScore::kNone;
   std::int64_t groups = 1, top_groups = 1;
-  bool group_mask_is_zero = false;    // masked groups get 0.0 instead of -inf (transformers before 5.6)
+  bool group_mask_is_zero = false;    // masked groups get 0.0 instead of -inf (transformers before 5.6, axk2)
   bool renormalise = false;
   double renormalise_eps = 0.0;       // added to the sum
   double renormalise_floor = 0.0;     // the sum is at least this (ernie4_5_moe)

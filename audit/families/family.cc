@@ -137,8 +137,9 @@ constexpr std::array<std::string_view, 8> kEmbeddings = {"embed_tokens", "embed_
                                                          "word_embeddings", "tok_embeddings", "shared"};
 constexpr std::array<std::string_view, 5> kHeads = {"lm_head", "head", "embed_out", "score", "unembed"};
 constexpr std::array<std::string_view, 6> kMlps = {"mlp", "mlps", "feed_forward", "ffn", "block_sparse_moe", "moe"};
-constexpr std::array<std::string_view, 15> kMlpLeaves = {
-    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo", "w13_dn", "w2_md"};
+constexpr std::array<std::string_view, 16> kMlpLeaves = {
+    "gate_proj", "linear_gate", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo",
+    "w13_dn", "w2_md"};
 constexpr std::array<std::string_view, 4> kStackLeaves = {"input_linear", "output_linear",  // GraniteMoE, JetMoE
                                                             "down_embed", "up_embed"};        // Doge
 
@@ -255,7 +256,8 @@ Part part_by_common_names(const Path& path) {
   const bool expert = contains(tail, "experts") || contains(tail, "local_experts");
   if (expert && !any(kAttentions)) return Part::kRoutedExpert;  // JetMoE's attention is a mixture, too
   if (any(kRouters) && !any(kAttentions)) return Part::kRouter;
-  if (leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
+  const bool in_norm = std::any_of(tail.begin(), tail.end(), [](auto p) { return p.ends_with("layernorm"); });  // a gated one of A.X-K2
+  if (in_norm || leaf.find("norm") != std::string_view::npos || starts_with(leaf, "ln_")) return Part::kNorm;
   if (any(kAttentions) || contains(kAttentionLeaves, leaf)) return Part::kAttention;
   if (is_stack(tail)) return Part::kRoutedExpert;
   if (any(kMlps) && contains(kMlpLeaves, leaf)) return Part::kDenseMlp;

@@ -167,7 +167,7 @@ void resolve_routing(Resolver& r, const Source& source) {
     if (!says || !has_value(says, grouped.value)) routing.groups = routing.top_groups = 1;
   }
   if (routing.groups <= 1) routing.group_score = GroupScore::kNone;
-  if (const VersionSet* v = r.versions("transformers"); v && routing.groups > 1) {
+  if (const VersionSet* v = r.versions("transformers"); v && routing.groups > 1 && !routing.group_mask_is_zero) {
     // Masked groups got 0.0 before 5.6 (transformers commit cb0adddc3682, pull request 45441), -inf since.
     VersionWindow before;
     before.until = Version::parse("5.6.0");

@@ -209,10 +209,10 @@ json facts_of(const json& row) {
   static const std::map<std::string, std::string> kTypes = {
       {"Mixtral", "mixtral"},       {"Qwen3Moe", "qwen3_moe"}, {"Olmoe", "olmoe"},          {"Qwen2Moe", "qwen2_moe"},
       {"GraniteMoe", "granitemoe"}, {"Phimoe", "phimoe"},      {"MiniMaxM2", "minimax_m2"},
-      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}};
+      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"KimiLinear", "kimi_linear"}, {"HYV4", "hy_v4"}};
   json facts = {{"versions.transformers", row.at("transformers")}, {"model.type", "mixtral"},
                 {"balance.aux_flag", true}, {"balance.aux_added_to_loss", true}, {"balance.aux_coefficient", 0.5},
-                {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}};
+                {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}, {"training.method", "full"}};
   const std::string advisory = row.at("advisory");
   if (advisory == "AV007") facts["model.type"] = "dbrx";
   if (advisory == "AV008") facts["model.type"] = "qwen3_moe";
@@ -229,6 +229,7 @@ json facts_of(const json& row) {
   }
   if (row.contains("top_k")) facts["router.top_k"] = row.at("top_k");
   if (row.contains("trl")) facts["versions.trl"] = row.at("trl");
+  if (row.contains("dense_layers")) facts["model.num_dense_layers"] = row.at("dense_layers");
   if (row.contains("mlp_only_layers")) facts["model.num_dense_layers"] = row.at("mlp_only_layers").size();
   if (row.contains("use_reentrant")) {
     facts["training.gradient_checkpointing"] = true;
@@ -252,6 +253,7 @@ std::optional<bool> faulty(const json& row) {
     if (row.contains("error")) return true;
     return row.at("router") == "zero" ? std::nullopt : std::optional(row.at("by_later_tokens").get<double>() > 0);
   }
+  if (advisory == "AV019") return row.at("saved_by_other_names") > 0;
   if (advisory == "AV020") return row.at("times_added").get<double>() > 1.5;
   return std::nullopt;
 }

@@ -86,6 +86,7 @@ Context::Context(const Trace& trace, std::vector<WeightProblem>* problems)
   const bool transformers = std::any_of(facts.packages.begin(), facts.packages.end(),
                                         [](const auto& p) { return p.first == "transformers"; });
   may_be_zero = family && !family->not_replayed.empty();
+  masks_with_zero = family && family->routing.group_mask_is_zero;
   // Its classes share load_balancing_loss_func; what they hand to it is known of the families of the table.
   if (transformers && (!family || family->balance == Balance::kAuxLoss)) balance = v::BalanceFamily::kTransformers;
   balance_known = transformers && family && family->balance == Balance::kAuxLoss;

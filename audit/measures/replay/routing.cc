@@ -94,7 +94,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   for (const auto& [package, version] : f.packages) {
     // Masked groups got 0.0 before transformers 5.6 (pull request 45441), -inf since.
     const auto at = Version::parse(version), since = Version::parse("5.6.0");
-    if (package == "transformers" && at && since && r.groups > 1) r.group_mask_is_zero = compare(*at, *since) < 0;
+    if (package == "transformers" && at && since && r.groups > 1) r.group_mask_is_zero |= compare(*at, *since) < 0;
   }
   return r;
 }
@@ -428,7 +428,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   r.expected = 0;
   r.band = 0;
   r.distance = static_cast<double>(r.differing);
-  if (args.groups > 1 && args.group_mask_is_zero) replay_groups(ctx, m, t, right, l, &one);
+  if (args.groups > 1 && args.group_mask_is_zero && !ctx->masks_with_zero) replay_groups(ctx, m, t, right, l, &one);
   if (differing > 0 && !r.name.found) name_selection(args, l, &r);
   if (w.differing > 0 && !recorded_weights.empty() && !w.name.found && w.name.runner_up.empty())
     name_weights(*ctx->routing, args, t, l, recorded_weights, &w);

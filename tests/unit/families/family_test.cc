@@ -183,7 +183,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "laguna-tf5", "cohere2_moe-tf5", "deepseek_ocr2-tf5", "jetmoe-tf4",
                                          "jetmoe-tf5", "axk1-tf5", "hy_v3-tf5", "afmoe-tf5",
                                          "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5",
-                                         "longcat_flash-tf4", "longcat_flash-tf5", "deepseek_v4-tf5", "doge-tf4", "doge-tf5"),
+                                         "longcat_flash-tf4", "longcat_flash-tf5", "deepseek_v4-tf5", "doge-tf4", "doge-tf5",
+                                         "kimi_linear-tf5", "hy_v4-tf5", "axk2-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

@@ -200,6 +200,34 @@ TEST(HeaderScan, NamesOfReleasedFilesAndOfOlderReleases) {
   }
 }
 
+/// save_pretrained turns renamings round where the released files were never renamed.
+TEST(HeaderScan, NamesThatSavingInvents) {
+  using Renamings = std::vector<std::pair<std::string, std::string>>;
+  const Renamings kimi = {{"0.block_sparse_moe.", "0.mlp."}};
+  const Renamings hunyuan = {{".hc_pre.hc_attn_layer.", ".hc_attn_layer.hc_pre."}, {".hc_pre.hc_mlp_layer.", ".hc_mlp_layer.hc_pre."},
+                             {".hc_pre.hc_head.", ".hc_head."}, {"mlp.linear_gate.", "mlp.gate_proj."}, {"experts.linear_gate.", "experts.gate_proj."}};
+  for (const auto& [model, renamings, left_out] : {std::tuple{"models/kimi_linear-tf5", kimi, "model.layers.0.mlp.up_proj.weight"},
+                                                   {"models/hy_v4-tf5", hunyuan, "model.layers.1.hc_mlp_layer.hc_pre.hc_fn"}}) {
+    SCOPED_TRACE(model);
+    const TensorStore hub = open_weights(fixture(model));
+    WeightFile file;
+    for (std::size_t i = 0; i < hub.size(); ++i) {
+      std::string name(hub[i].name);
+      for (const auto& [from, to] : renamings) {
+        if (const std::size_t at = name.find(from); at != std::string::npos) name.replace(at, from.size(), to);
+      }
+      if (name != left_out) file.copy(hub[i], name);
+    }
+    const TempTree tree;
+    tree.write("model.safetensors", file.text());
+    nlohmann::json facts = model_facts(fixture(model));
+    facts["model.moe_layers"] = {1};  // mlp_layer_types
+    const Bench bench = scan(facts, open_weights(tree.path()));
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{left_out});
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+  }
+}
+
 TEST(HeaderScan, ShapesThatDiffer) {
   const TempTree tree;
   const std::string gate = "model.layers.1.block_sparse_moe.gate.weight", w2 = "model.layers.2.block_sparse_moe.experts.5.w2.weight",
