@@ -75,7 +75,7 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
   out->experts = table.experts[row];
   out->hidden = table.hidden[row];
   if (out->experts < 1 || out->hidden < 1) return out->tensor + " is empty";
-  std::string fault = read_floats(model, out->tensor, out->experts * out->hidden, &out->w);
+  std::string fault = read_gate(model, table, row, out->tensor, &out->w);
   if (fault.empty() && routing.linear_bias) {
     std::string name = beside(out->tensor, routing.weight_tensor, routing.linear_bias_tensor);
     if (model.find(name) == nullptr) name = with_layer(routing.linear_bias_tensor, out->layer);
@@ -84,7 +84,7 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
   if (fault.empty() && routing.correction_bias) {
     const std::string name =
         table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
-    fault = read_floats(model, name, out->experts, &out->correction_bias);
+    fault = read_correction_bias(model, name, out->experts, &out->correction_bias);
   }
   if (fault.empty() && !routing.expert_scale_tensor.empty()) {
     std::string name = beside(out->tensor, routing.weight_tensor, routing.expert_scale_tensor);

@@ -57,6 +57,10 @@ void run(MeasureContext& context) {
       if (unread.empty()) unread = "; not decoded: " + routers.tensor[i] + " (" + std::string(t->dtype_text) + ")";
       continue;
     }
+    if (routers.is_input_major(i)) {
+      if (unread.empty()) unread = "; not read: " + routers.tensor[i] + " (stored [hidden, experts], an expert's row is no piece of it)";
+      continue;
+    }
     add_rows(scan, routers.layer[i], routers.tensor[i], routers.file[i], scratch.data(), guard, &out, &unread);
   }
   context.records.push_back(

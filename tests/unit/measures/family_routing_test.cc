@@ -72,12 +72,13 @@ void load(const std::string& name, const std::string& version, std::size_t hidde
   const RouterTable& t = f.routers.value();
   s->experts = t.experts.back();
   const TensorStore& model = s->run.model;
-  EXPECT_EQ(read_floats(model, t.tensor.back(), s->experts * static_cast<std::int64_t>(hidden), &s->w), "");
+  ASSERT_EQ(t.hidden.back(), static_cast<std::int64_t>(hidden));
+  EXPECT_EQ(read_gate(model, t, t.layer.size() - 1, t.tensor.back(), &s->w), "");
   if (s->routing.linear_bias) {
     EXPECT_EQ(read_floats(model, with_layer(s->routing.linear_bias_tensor, t.layer.back()), s->experts, &s->linear_bias), "");
   }
   if (s->routing.correction_bias) {
-    EXPECT_EQ(read_floats(model, t.bias.back(), s->experts, &s->correction), "");
+    EXPECT_EQ(read_correction_bias(model, t.bias.back(), s->experts, &s->correction), "");
   }
   if (!s->routing.expert_scale_tensor.empty()) {
     EXPECT_EQ(read_floats(model, with_layer(s->routing.expert_scale_tensor, t.layer.back()), s->experts, &s->expert_scale), "");
