@@ -152,6 +152,7 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
     const std::string shape = shape_of(row), part = row.word("part", kParts);
     const bool beyond = row.flag("beyond", false);
     if (beyond && name.find("{e}") == std::string::npos) fail(top.file(), entry.Mark(), "'" + name + "': beyond: true needs {e}");
+    if (name.find("{v}") != std::string::npos && part != "kOther") fail(top.file(), entry.Mark(), "'" + name + "': {v} is of a second set of experts, part: other");
     std::vector<std::string> wheres = wheres_of(row);
     if (!released.empty() && std::find(wheres.begin(), wheres.end(), "kHub") != wheres.end()) wheres.push_back("kReleased");
     for (const std::string& w : wheres) {

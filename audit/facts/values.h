@@ -135,15 +135,18 @@ struct WeightProblem {
 /// One row per MoE layer found in the tensor headers, whatever the on-disk layout.
 struct RouterTable {
   std::vector<int> layer;
-  std::vector<std::string> tensor;         // router weight, [experts, hidden]
+  std::vector<std::string> tensor;         // router weight, [experts, hidden], or the other way round where input_major says so
   std::vector<std::string> file;
   std::vector<DType> dtype;
-  std::vector<std::int64_t> experts;       // rows of the router weight
-  std::vector<std::int64_t> hidden;        // columns of the router weight, -1 if it is packed or the last matrix of an MLP
+  std::vector<std::int64_t> experts;       // of the router weight
+  std::vector<std::int64_t> hidden;        // of the router weight, -1 if it is packed or the last matrix of an MLP
   std::vector<std::int64_t> expert_count;  // experts for which expert tensors exist in this layer
   std::vector<std::int64_t> expert_hidden; // hidden size as the expert tensors have it, -1 unknown (packed, or they disagree)
   std::vector<char> fused;                 // 1: one 3-D stack a layer; 0: one tensor an expert
   std::vector<std::string> bias;           // correction bias tensor, empty if none
+  std::vector<char> input_major;           // 1: the router weight is stored [hidden, experts]
+
+  bool is_input_major(std::size_t row) const { return row < input_major.size() && input_major[row] != 0; }
 
   template <class Self, class F>
   static void visit(Self& s, F&& f) {
@@ -157,6 +160,7 @@ struct RouterTable {
     f("expert_hidden", s.expert_hidden);
     f("fused", s.fused);
     f("bias", s.bias);
+    f("input_major", s.input_major);
   }
 };
 

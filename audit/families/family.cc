@@ -84,7 +84,7 @@ std::string replaced(std::string_view pattern, const FamilyShape& shape, std::in
       out += std::to_string(layer), i += 3;
     else if (pattern.substr(i, 3) == "{D}")
       out += std::to_string(layer - shape.encoder_layers), i += 3;
-    else if (pattern.substr(i, 3) == "{e}")
+    else if (pattern.substr(i, 3) == "{e}" || pattern.substr(i, 3) == "{v}")
       out += std::to_string(expert), i += 3;
     else
       out += pattern[i++];
@@ -123,9 +123,9 @@ constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bi
 // Steps in front of a name that say nothing of its part.
 constexpr std::array<std::string_view, 7> kRoots = {"module", "base_model", "model", "language_model", "transformer", "thinker", "llm"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
-constexpr std::array<std::string_view, 12> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
+constexpr std::array<std::string_view, 13> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
                                                            "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
-                                                           "sam_model",   "qwen2_model"};
+                                                           "sam_model",   "qwen2_model", "resampler_model"};
 constexpr std::array<std::string_view, 6> kRouters = {"gate", "router", "router_gate", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
@@ -324,10 +324,11 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
   for (const FamilyTensor& tensor : family.tensors) {
     if (tensor.where != where) continue;
     const std::vector<std::int64_t> dims = dimensions(tensor.shape, shape);
-    const bool per_expert = tensor.name.find("{e}") != std::string_view::npos;
+    const bool second = tensor.name.find("{v}") != std::string_view::npos;
+    const bool per_expert = second || tensor.name.find("{e}") != std::string_view::npos;
     for (std::int64_t layer : layers_of(tensor, shape)) {
-      const std::int64_t experts = per_expert ? shape.experts : 1;
-      for (std::int64_t e = 0; e < experts + (tensor.beyond ? shape.extra_rows : 0); ++e) {
+      const std::int64_t first = second ? shape.experts : 0, experts = first + (per_expert ? shape.experts : 1);
+      for (std::int64_t e = first; e < experts + (tensor.beyond ? shape.extra_rows : 0); ++e) {
         out.push_back({replaced(tensor.name, shape, layer, e), dims, tensor.part, static_cast<int>(layer),
                        per_expert ? static_cast<int>(e) : -1, tensor.optional || e >= experts,
                        replaced(tensor.alternative, shape, layer, e)});
@@ -335,6 +336,11 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
     }
   }
   return out;
+}
+
+bool has_second_set(const Family& family) {
+  return std::any_of(family.tensors.begin(), family.tensors.end(),
+                     [](const FamilyTensor& t) { return t.name.find("{v}") != std::string_view::npos; });
 }
 
 bool is_known_extra(const Family& family, std::string_view name) {
@@ -356,7 +362,7 @@ std::optional<PatternMatch> match_pattern(std::string_view pattern, std::string_
   return out;
 }
 
-NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers) {
+NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers, std::int64_t experts) {
   const Path path = parse(name);
   NamedPart out;
   out.layer = path.other_tower ? -1 : path.layer;
@@ -366,6 +372,10 @@ NamedPart classify(const Family* family, std::string_view name, std::int64_t enc
   out.part = by_family ? *by_family : part_by_common_names(path);
   if (out.part != Part::kRoutedExpert) return out;
   out.expert = expert_index(path.tail);
+  if (experts > 0 && out.expert >= experts && family && has_second_set(*family)) {
+    out.part = Part::kOther;
+    return out;
+  }
   const bool stack = contains(path.tail, "experts") || contains(path.tail, "local_experts") || is_stack(path.tail) ||
                      contains(kStackLeaves, path.tail.back());
   out.fused = stack && out.expert < 0;

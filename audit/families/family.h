@@ -22,8 +22,9 @@ struct FamilyKey {
   std::string_view cite;                    // framework file at a commit : line
 };
 
-/// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert. Shape symbols: E experts, H hidden, I expert width,
-/// S shared width, V vocabulary, X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
+/// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert, {v} expert of a second
+/// set of as many, which names number behind the first. Shape symbols: E experts, H hidden, I expert width, S shared width, V vocabulary,
+/// X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
 struct FamilyTensor {
   // name in the saved file | parameter name in memory (transformers >= 5) | in released files, where these have others |
   // in files of older releases of the class
@@ -146,6 +147,8 @@ struct ExpandedTensor {
 };
 /// All tensors of `where` for one model, in a fixed order. A symbol of the shape that is 0 in `shape` gives -1.
 std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shape, FamilyTensor::Where where);
+/// True for a family with {v} among its tensors.
+bool has_second_set(const Family& family);
 /// True for a name that is not of the model itself but known to come along: MTP layers, scales of quantised weights.
 bool is_known_extra(const Family& family, std::string_view name);
 
@@ -158,8 +161,9 @@ struct NamedPart {
   int expert = -1;
   bool fused = false;   // a whole stack of experts
 };
-/// Layers are numbered through both stacks: behind an encoder of `encoder_layers`, decoder layer 0 is that number.
-NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers = 0);
+/// Layers are numbered through both stacks: behind an encoder of `encoder_layers`, decoder layer 0 is that number. Of `experts`
+/// experts (0: not known) one with that number or a higher one is of a second set where the family has {v}: Part::kOther.
+NamedPart classify(const Family* family, std::string_view name, std::int64_t encoder_layers = 0, std::int64_t experts = 0);
 /// The layer and expert for which `name` is `pattern`; nullopt if it is not.
 struct PatternMatch {
   int layer = -1;

@@ -265,7 +265,9 @@ bool family_reads(const Family& family, std::string_view key) {
     if (key == holds.key) return true;
   }
   return std::any_of(family.keys.begin(), family.keys.end(), [&](const FamilyKey& row) {
-    return std::find(row.keys.begin(), row.keys.end(), key) != row.keys.end();
+    return std::any_of(row.keys.begin(), row.keys.end(), [&](std::string_view read) {
+      return read == key || read == std::string(key) + ".0";  // the first of a list
+    });
   });
 }
 

@@ -44,19 +44,21 @@ bool set_by_name(FactSheet& facts, std::string_view name, const Node& value, Ori
   return done;
 }
 
-/// The value at "key", or at "outer.key" one level down.
-const Node* find_key(const Node& text, std::string_view key) {
-  const std::size_t dot = key.find('.');
-  if (dot == std::string_view::npos) return text.find(key);
-  const Node* outer = text.find(key.substr(0, dot));
-  return outer ? outer->find(key.substr(dot + 1)) : nullptr;
-}
-
 Node text_node(std::string_view text) {
   Node n;
   n.kind = Node::Kind::kString;
   n.text = std::string(text);
   return n;
+}
+
+/// The value at "key", or one level down at "outer.key" or, of a list, "key.0".
+const Node* find_key(const Node& text, std::string_view key) {
+  const std::size_t dot = key.find('.');
+  if (dot == std::string_view::npos) return text.find(key);
+  const Node* outer = text.find(key.substr(0, dot));
+  if (!outer || !outer->is_list()) return outer ? outer->find(key.substr(dot + 1)) : nullptr;
+  const auto item = node_int(text_node(key.substr(dot + 1)));
+  return item && *item >= 0 && *item < static_cast<std::int64_t>(outer->items.size()) ? &outer->items[static_cast<std::size_t>(*item)] : nullptr;
 }
 
 Source place(const ModelConfig& config, const Node& value, std::string_view key) {

@@ -56,7 +56,7 @@ Name parse(std::string_view tensor) {
 std::int64_t rows(const TensorView& t) { return t.shape.empty() ? 0 : t.shape[0]; }
 std::int64_t columns(const TensorView& t) { return rows(t) > 0 ? t.elements() / rows(t) : 0; }
 
-/// Parameters in memory by the module that holds them.
+/// Parameters in memory by the module that holds them: of experts, and of a second set of them.
 using Parameters = std::map<std::string, std::vector<ExpandedTensor>, std::less<>>;
 
 Parameters parameters_in_memory(const Family* family, const FactSheet& facts) {
@@ -65,7 +65,7 @@ Parameters parameters_in_memory(const Family* family, const FactSheet& facts) {
   std::string why;
   if (!family || !model_shape(facts, &shape, &why)) return out;
   for (ExpandedTensor& t : expand(*family, shape, FamilyTensor::Where::kMemory)) {
-    if (t.part != Part::kRoutedExpert) continue;
+    if (t.part != Part::kRoutedExpert && !(has_second_set(*family) && t.part == Part::kOther && t.shape.size() == 3)) continue;
     const std::string module = t.name.substr(0, t.name.rfind('.'));
     out[module].push_back(std::move(t));
   }
@@ -141,7 +141,8 @@ class Reader {
     m.rank = rows(*m.a);
     m.in = columns(*m.a);
     m.out = rows(*m.b);
-    if (m.part.part == Part::kRoutedExpert && m.part.expert < 0) describe_stack(depth, &m);
+    const bool stack = m.part.part == Part::kRoutedExpert || (m.part.part == Part::kOther && parameters_.count(m.path) > 0);
+    if (stack && m.part.expert < 0) describe_stack(depth, &m);
     out_.modules.push_back(std::move(m));
   }
 

@@ -108,6 +108,14 @@ BaseChanges changes_of(const WeightPairs& w, const std::vector<PairSums>& sums, 
   return out;
 }
 
+/// In the trained model, under whatever name.
+bool holds_bias(const FactSheet& f, int layer) {
+  if (!f.routers.known()) return false;
+  const RouterTable& t = f.routers.value();
+  const auto at = std::find(t.layer.begin(), t.layer.end(), layer);
+  return at != t.layer.end() && !t.bias[static_cast<std::size_t>(at - t.layer.begin())].empty();
+}
+
 /// Correction biases are read whole: one number an expert.
 BiasChanges biases_of(const MeasureContext& ctx, const WeightPairs& w) {
   BiasChanges out;
@@ -155,7 +163,7 @@ BiasChanges biases_of(const MeasureContext& ctx, const WeightPairs& w) {
     if (!b || b->elements() > kMost) continue;
     WeightUnit u;
     u.part = classify(nullptr, name);
-    add(u, *b, nullptr);
+    if (!holds_bias(ctx.facts, u.part.layer)) add(u, *b, nullptr);
   }
   return out;
 }
@@ -223,11 +231,11 @@ class RoutingComparison {
     r.experts = t.experts[row];
     r.hidden = t.hidden[row];
     if (r.experts < 1 || r.hidden < 1) return t.tensor[row] + " is quantised or empty";
-    std::string fault = read_floats(store, name(t.tensor[row]), r.experts * r.hidden, &r.w);
+    std::string fault = read_gate(store, t, row, name(t.tensor[row]), &r.w);
     if (fault.empty() && routing_.linear_bias) fault = read_floats(store, name(with_layer(routing_.linear_bias_tensor, r.layer)), r.experts, &r.linear_bias);
     if (fault.empty() && routing_.correction_bias) {
       const std::string bias = t.bias[row].empty() ? with_layer(routing_.correction_bias_tensor, r.layer) : t.bias[row];
-      fault = read_floats(store, name(bias), r.experts, &r.correction_bias);
+      fault = read_correction_bias(store, name(bias), r.experts, &r.correction_bias);
     }
     if (!fault.empty()) return fault;
     if (routing_.input_norm_tensor.empty() || !read_floats(store, name(with_layer(routing_.input_norm_tensor, r.layer)), r.hidden, &r.norm).empty()) {

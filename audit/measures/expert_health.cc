@@ -903,15 +903,22 @@ LayerHealth LayerSums::report(bool keep_pairs) const {
 // --------------------------------------------------------------------------------------------------------
 
 /// Blocks of alike tokens: sequences, where the file says where they end; else a sixteenth of the micro-batch.
-Frame frame_of(const MicroBatch& mb, std::int64_t rows) {
+Frame frame_of(const MicroBatch& mb, std::int64_t rows, const std::optional<TensorView>& seen) {
   Frame frame;
   const MicroBatchRecord& r = *mb.record;
   if (mb.token_mask) {
-    frame.valid.resize(static_cast<std::size_t>(rows));
-    if (mb.token_mask->elements() != rows || !read_flags(*mb.token_mask, 0, rows, frame.valid.data()))
+    const std::int64_t all = seen ? mb.token_mask->elements() : rows;
+    frame.valid.resize(static_cast<std::size_t>(all));
+    if (mb.token_mask->elements() != all || !read_flags(*mb.token_mask, 0, all, frame.valid.data()))
       frame.valid.clear();
+    std::vector<std::int32_t> at(static_cast<std::size_t>(seen && !frame.valid.empty() ? rows : 0));
+    if (!at.empty() && read_ids(*seen, 0, rows, at.data())) {
+      std::vector<std::uint8_t> own;
+      for (const std::int32_t i : at) own.push_back(frame.valid[static_cast<std::size_t>(i)]);
+      frame.valid = std::move(own);
+    }
   }
-  if (r.sequences > 1 && r.sequence_length > 0 && (rows == r.tokens || mb.sampled)) {
+  if (r.sequences > 1 && r.sequence_length > 0 && !seen && (rows == r.tokens || mb.sampled)) {
     std::vector<std::int64_t> at;
     if (mb.sampled) {
       at.resize(static_cast<std::size_t>(rows));
@@ -1074,10 +1081,10 @@ class Pass {
       const auto theirs = options_.against->micro_batches();
       if (index < theirs.size()) other = options_.against->open(theirs[index], &problems);
     }
-    std::map<std::int64_t, Frame> frames;  // by rows: those of a layer that saw fewer tokens are its own
+    std::map<std::pair<std::int64_t, int>, Frame> frames;  // by rows; those of a layer that saw fewer tokens are its own
+    const auto frame_at = [](const LayerTensors& t) { return std::pair(rows_of(t), t.seen ? t.layer : -1); };
     for (const LayerTensors& t : mb.layers) {
-      const std::int64_t rows = rows_of(t);
-      if (!frames.contains(rows)) frames.emplace(rows, frame_of(mb, rows));
+      if (!frames.contains(frame_at(t))) frames.emplace(frame_at(t), frame_of(mb, rows_of(t), t.seen));
     }
     std::vector<std::vector<WeightProblem>> found(mb.layers.size());
     parallel_for(options_.threads, static_cast<std::int64_t>(mb.layers.size()), [&](std::int64_t i, int worker) {
@@ -1085,9 +1092,10 @@ class Pass {
       const auto at = std::lower_bound(trace_.facts().layers.begin(), trace_.facts().layers.end(), t.layer,
                                        [](const TraceLayer& l, int number) { return l.layer < number; });
       LayerSums& sums = sums_[static_cast<std::size_t>(at - trace_.facts().layers.begin())];
+      if (t.saw_nothing()) return;
       const LayerTensors* theirs = other.layer(t.layer);
       if (theirs && rows_of(*theirs) != rows_of(t)) theirs = nullptr;
-      sums.add(frames.at(rows_of(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)],
+      sums.add(frames.at(frame_at(t)), t, theirs, &scratch_[static_cast<std::size_t>(worker)],
                &found[static_cast<std::size_t>(i)]);
       sums.end_micro_batch(record.rank);
     });

@@ -115,6 +115,7 @@ Layout layout_of(const TensorStore& model, const Family& family, const FamilySha
 
 struct LayerRow {
   const TensorView* router = nullptr;
+  bool input_major = false;          // it is [hidden, experts]
   bool of_hidden = true;             // its columns are the hidden size's: not those of the last matrix of an MLP
   const TensorView* bias = nullptr;  // correction bias
   std::set<int> experts;
@@ -177,9 +178,10 @@ std::string without_numbers(std::string_view name) {
   return out;
 }
 
-/// Rows of `layout` stand before those of the same name in the other one: a stack may be stored either way round.
+/// Rows of `layout` stand before those of the same name in the other one: a stack may be stored either way round. `first_set`: the
+/// experts in front of a second set; 0 where there is none.
 RouterTable find_routers(const TensorStore& model, const Family& family, FamilyTensor::Where layout, const std::set<int>& skipped,
-                         std::int64_t encoder_layers, ExpertStorage* storage) {
+                         std::int64_t encoder_layers, std::int64_t first_set, ExpertStorage* storage) {
   std::unordered_multimap<std::string, const FamilyTensor*> patterns;
   const auto in_layout = [&](const FamilyTensor& row) {
     return std::any_of(family.tensors.begin(), family.tensors.end(),
@@ -199,13 +201,15 @@ RouterTable find_routers(const TensorStore& model, const Family& family, FamilyT
       const FamilyTensor& row = *it->second;
       const std::optional<PatternMatch> match = match_pattern(row.name, name, encoder_layers);
       if (!match || match->layer < 0 || skipped.count(match->layer)) continue;
+      if (first_set > 0 && match->expert >= first_set) break;
       LayerRow& layer = layers[match->layer];
       if (row.part == Part::kRoutedExpert) {
         add_expert(t, row, *match, &layer);
         add_storage(t, storage);
-      } else if (row.shape == "E,H" || row.shape == "E+X,H" || row.shape == "E+X,?") {
+      } else if (row.shape == "E,H" || row.shape == "H,E" || row.shape == "E+X,H" || row.shape == "E+X,?") {
         layer.router = &t;
-        layer.of_hidden = row.shape.ends_with(",H");
+        layer.input_major = row.shape == "H,E";
+        layer.of_hidden = row.shape.find('H') != std::string_view::npos;
       } else if (!correction.empty() && (leaf_of(row.name) == correction || leaf_of(row.name) == "e_score_correction_bias")) {
         layer.bias = &t;
       }
@@ -221,8 +225,9 @@ RouterTable find_routers(const TensorStore& model, const Family& family, FamilyT
     out.tensor.emplace_back(router.name);
     out.file.push_back(model.files()[router.file]);
     out.dtype.push_back(router.dtype);
-    out.experts.push_back(plain ? router.shape[0] : -1);
-    out.hidden.push_back(plain && row.of_hidden ? router.shape[1] : -1);
+    out.experts.push_back(plain ? router.shape[row.input_major] : -1);
+    out.hidden.push_back(plain && row.of_hidden ? router.shape[!row.input_major] : -1);
+    out.input_major.push_back(row.input_major);
     out.expert_count.push_back(row.stacked > 0 ? row.stacked : static_cast<std::int64_t>(row.experts.size()));
     out.expert_hidden.push_back(row.hidden_agrees ? row.expert_hidden : -1);
     out.fused.push_back(row.stacked > 0);
@@ -353,7 +358,9 @@ void run(MeasureContext& context) {
   std::string why = "the family of this model is not known";
   const bool shaped = family && model_shape(f, &shape, &why);
   const Layout layout = shaped ? layout_of(model, *family, shape) : Layout{};
-  RouterTable routers = family ? find_routers(model, *family, layout.where, skipped, encoder_layers, &storage) : recognise_moe(model).table;
+  const std::int64_t first_set = family && has_second_set(*family) && f.num_experts.known() ? f.num_experts.value() : 0;
+  RouterTable routers = family ? find_routers(model, *family, layout.where, skipped, encoder_layers, first_set, &storage)
+                               : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
   if (routers.layer.empty()) {

@@ -54,13 +54,15 @@ std::vector<std::int64_t> shape_of(const ExpandedTensor& t, const TensorStore& s
   return {view->shape.begin(), view->shape.end()};
 }
 
-void describe(ModelModule& m, const ExpandedTensor& t, const std::vector<std::int64_t>& shape, const MemoryLayout& layout) {
+/// `second_set`: what is of no part is a second router or its experts, of the classes of the first.
+void describe(ModelModule& m, const ExpandedTensor& t, const std::vector<std::int64_t>& shape, const MemoryLayout& layout, bool second_set) {
   m.part = t.part;
   m.layer = t.layer;
   m.expert = t.expert;
   m.kind = ModelModule::Kind::kOther;
   if (leaf_of(t.name) != "weight" || shape.size() != 2 || t.part == Part::kNorm) return;
-  if (t.part == Part::kRouter && !layout.router_is_linear) return;
+  const bool router = t.part == Part::kRouter || (second_set && t.part == Part::kOther);
+  if (router && !layout.router_is_linear) return;
   m.kind = t.part == Part::kEmbedding ? ModelModule::Kind::kEmbedding : ModelModule::Kind::kLinear;
   const bool embedding = m.kind == ModelModule::Kind::kEmbedding;  // its weight is [vocabulary, hidden]
   m.in = std::max<std::int64_t>(0, shape[embedding ? 0 : 1]);
@@ -86,7 +88,7 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
     const std::vector<std::int64_t> dims = shape_of(t, store);
     const int index = builder.module(parent_of(t.name));
     if (ModelModule& m = tree.modules[index]; m.kind == ModelModule::Kind::kContainer || leaf_of(t.name) == "weight") {
-      describe(m, t, dims, layout);
+      describe(m, t, dims, layout, has_second_set(family));
     }
     // Buffers are not parameters: PEFT does not see them, and neither does the optimizer.
     if (leaf_of(t.name) != "e_score_correction_bias" && leaf_of(t.name) != "tid2eid") tree.parameters.push_back({t.name, index, dims});

@@ -65,6 +65,7 @@ std::string read_choices(const Trace& trace, Choices* c, std::vector<WeightProbl
     for (std::int64_t l = 0; l < c->layers; ++l) {
       const LayerTensors& t = mb.layers[static_cast<std::size_t>(l)];
       if (!t.selected_experts || t.top_k != c->top_k) return "not every layer has its choices in it";
+      if (t.seen) return "a router saw only some of its tokens";
       if (!read_ids(*t.selected_experts, 0, rows * c->top_k, ids.data())) return "its choices could not be read";
       for (std::int64_t token = 0; token < rows; ++token)
         std::copy_n(ids.data() + token * c->top_k, c->top_k,

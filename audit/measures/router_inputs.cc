@@ -19,21 +19,42 @@ bool all_finite(const float* values, std::int64_t count) {
   return std::all_of(values, values + count, [](float v) { return std::isfinite(v); });
 }
 
-}  // namespace
-
-std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count,
-                        std::vector<float>* out) {
+/// The first `count` values of a tensor of `of`.
+std::string read_first(const TensorStore& store, const std::string& name, std::int64_t count, std::int64_t of, std::vector<float>* out) {
   const TensorView* view = store.find(name);
   if (view == nullptr) return name + " is not in the weights";
   if (!is_plain_float(view->dtype))
     return name + " is stored as " + std::string(view->dtype_text) + ", which needs scales to read";
-  if (view->elements() != count) {
-    return name + " has " + std::to_string(view->elements()) + " elements where " + std::to_string(count) +
+  if (view->elements() != of) {
+    return name + " has " + std::to_string(view->elements()) + " elements where " + std::to_string(of) +
            " are expected";
   }
   out->resize(static_cast<std::size_t>(count));
   if (!decode(*view, 0, count, out->data())) return name + " cannot be decoded";
   return all_finite(out->data(), count) ? std::string() : name + " has values that are not finite";
+}
+
+}  // namespace
+
+std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count, std::vector<float>* out) {
+  return read_first(store, name, count, count, out);
+}
+
+std::string read_gate(const TensorStore& store, const RouterTable& table, std::size_t row, const std::string& name, std::vector<float>* out) {
+  const auto experts = static_cast<std::size_t>(table.experts[row]), hidden = static_cast<std::size_t>(table.hidden[row]);
+  std::string fault = read_floats(store, name, table.experts[row] * table.hidden[row], out);
+  if (!fault.empty() || !table.is_input_major(row)) return fault;
+  const std::vector<float> stored = *out;
+  for (std::size_t h = 0; h < hidden; ++h) {
+    for (std::size_t e = 0; e < experts; ++e) (*out)[e * hidden + h] = stored[h * experts + e];
+  }
+  return fault;
+}
+
+std::string read_correction_bias(const TensorStore& store, const std::string& name, std::int64_t experts, std::vector<float>* out) {
+  const TensorView* view = store.find(name);
+  const bool rows = view != nullptr && view->shape.size() == 2 && view->shape[1] == experts;
+  return read_first(store, name, experts, rows ? view->elements() : experts, out);
 }
 
 void parallel_for(int threads, std::int64_t count, const std::function<void(std::int64_t, int)>& f) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "audit/facts/values.h"
 #include "audit/tensors/tensor_store.h"
 #include "kernels/host/low_precision.h"
 
@@ -13,6 +14,11 @@ namespace moeaudit {
 
 /// Whole tensor as float32, or (returned) what is wrong with it: absent, another size, quantised, not finite.
 std::string read_floats(const TensorStore& store, const std::string& name, std::int64_t count, std::vector<float>* out);
+
+/// The router of a row of the table as [experts, hidden], whichever way round it is stored.
+std::string read_gate(const TensorStore& store, const RouterTable& table, std::size_t row, const std::string& name, std::vector<float>* out);
+/// A correction bias: [experts], or the first row of [n, experts], whose others are of other sets of experts.
+std::string read_correction_bias(const TensorStore& store, const std::string& name, std::int64_t experts, std::vector<float>* out);
 
 /// f(index, worker) for every index below count, on up to `threads` threads. Each index owns its results, so who
 /// computed what does not show.

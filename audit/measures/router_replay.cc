@@ -82,7 +82,7 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
              " experts, and for those that every token has besides";
     out->experts = table.expert_count[row];
   }
-  std::string fault = read_floats(model, out->tensor, out->rows() * out->hidden, &out->w);
+  std::string fault = read_gate(model, table, row, out->tensor, &out->w);
   const auto companion = [&](const std::string& pattern) {
     std::string name = beside(out->tensor, routing.weight_tensor, pattern);
     return model.find(name) == nullptr ? with_layer(pattern, out->layer) : name;
@@ -93,7 +93,7 @@ std::string read_router(const TensorStore& model, const RouterTable& table, cons
   if (fault.empty() && routing.correction_bias) {
     const std::string name =
         table.bias[row].empty() ? with_layer(routing.correction_bias_tensor, out->layer) : table.bias[row];
-    fault = read_floats(model, name, out->experts, &out->correction_bias);
+    fault = read_correction_bias(model, name, out->experts, &out->correction_bias);
   }
   if (fault.empty() && !routing.expert_scale_tensor.empty()) {
     fault = read_floats(model, companion(routing.expert_scale_tensor), out->experts, &out->expert_scale);

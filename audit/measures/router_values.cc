@@ -17,23 +17,29 @@ struct Scan {
 
 constexpr std::int64_t kBlock = 1 << 16;  // values decoded at a time: memory does not grow with what the file claims
 
-/// A vector counts as one row that is never "zero": biases may well be.
-bool scan(const TensorView& t, Scan* out) {
+/// A vector counts as one row that is never "zero": biases may well be. Of a router that is stored [hidden, experts] a column is
+/// what an expert has.
+bool scan(const TensorView& t, bool input_major, Scan* out) {
   const bool matrix = t.shape.size() == 2;
   const std::int64_t rows = matrix ? t.shape[0] : 1, columns = matrix ? t.shape[1] : t.elements();
   std::vector<double> values(static_cast<std::size_t>(std::min(kBlock, columns)));
+  std::vector<char> zero_columns(static_cast<std::size_t>(matrix && input_major ? columns : 0), 1);
   for (std::int64_t r = 0; columns > 0 && r < rows; ++r) {
-    bool zero = matrix;
+    bool zero = matrix && !input_major;
     for (std::int64_t from = 0; from < columns; from += kBlock) {
       const std::int64_t n = std::min(kBlock, columns - from);
       if (!decode(t, r * columns + from, n, values.data())) return false;
       for (std::int64_t c = 0; c < n; ++c) {
         zero &= values[c] == 0;
+        if (!zero_columns.empty()) zero_columns[static_cast<std::size_t>(from + c)] &= values[c] == 0;
         if (std::isfinite(values[c])) continue;
         if (out->non_finite++ == 0) out->first_index = r * columns + from + c;
       }
     }
     if (zero && out->zero_rows++ == 0) out->first_zero_row = r;
+  }
+  for (std::size_t c = 0; c < zero_columns.size(); ++c) {
+    if (zero_columns[c] && out->zero_rows++ == 0) out->first_zero_row = static_cast<std::int64_t>(c);
   }
   return true;
 }
@@ -51,11 +57,11 @@ void run(MeasureContext& context) {
   }
   RouterValues out;
   std::string unread;
-  auto add = [&](int layer, const std::string& name, bool is_buffer) {
+  auto add = [&](int layer, const std::string& name, bool is_buffer, bool input_major = false) {
     const TensorView* t = name.empty() ? nullptr : context.model.find(name);
     if (!t) return;
     Scan result;
-    if (holds_codes(t->dtype) || !scan(*t, &result)) {
+    if (holds_codes(t->dtype) || !scan(*t, input_major, &result)) {
       if (unread.empty()) unread = "; not read: " + name + " (" + std::string(t->dtype_text) + ")";
       return;
     }
@@ -71,7 +77,7 @@ void run(MeasureContext& context) {
   const RouterTable& routers = f.routers.value();
   for (std::size_t i = 0; i < routers.layer.size(); ++i) {
     const std::string& weight = routers.tensor[i];
-    add(routers.layer[i], weight, false);
+    add(routers.layer[i], weight, false, routers.is_input_major(i));
     add(routers.layer[i], weight.substr(0, weight.rfind('.') + 1) + "bias", false);
     add(routers.layer[i], routers.bias[i], true);
   }

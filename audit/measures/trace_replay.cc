@@ -65,6 +65,10 @@ ReplayTable replay_trace(const Trace& trace, const ReplayOptions& options, std::
       const std::size_t known = problems->size();
       parallel_for(options.threads, static_cast<std::int64_t>(mb.layers.size()), [&](std::int64_t i, int) {
         const LayerTensors& t = mb.layers[static_cast<std::size_t>(i)];
+        if (t.saw_nothing()) {
+          of_layers[static_cast<std::size_t>(i)] = sums.of_nothing();
+          return;
+        }
         ctx.count_loads(m, shared, t);
         replay::replay_loads(&ctx, m, t);
         logits.add(mb, t);

@@ -73,6 +73,8 @@ std::string_view behind_layer(std::string_view pattern) {
   return at == std::string_view::npos ? std::string_view{} : pattern.substr(at + 3);
 }
 
+std::string_view in_front(std::string_view pattern) { return pattern.substr(0, pattern.find("{L}")); }
+
 bool has(const Family& family, FamilyTensor::Where where, std::string_view name) {
   return std::any_of(family.tensors.begin(), family.tensors.end(), [&](const FamilyTensor& t) { return t.where == where && t.name == name; });
 }
@@ -179,6 +181,7 @@ bool read_rows(const Matrix& m, std::int64_t row, std::int64_t count, double* ou
 
 UnitNames::UnitNames(const Family* family, std::int64_t experts) : family_(family), experts_(experts) {
   if (!family) return;
+  second_set_ = has_second_set(*family);
   bool apart = false, stacked = false;
   for (const FamilyTensor& t : family->tensors) {
     if (t.part == Part::kRoutedExpert) {
@@ -194,6 +197,14 @@ UnitNames::UnitNames(const Family* family, std::int64_t experts) : family_(famil
       }
     }
     if (t.where != FamilyTensor::Where::kHub || behind_layer(t.name).empty() || has(*family, FamilyTensor::Where::kMemory, t.name)) continue;
+    const auto same = std::find_if(family->tensors.begin(), family->tensors.end(), [&](const FamilyTensor& m) {
+      return m.where == FamilyTensor::Where::kMemory && behind_layer(m.name) == behind_layer(t.name);
+    });
+    if (same != family->tensors.end()) {  // model.layers.3. -> model.language_model.layers.3.
+      const std::pair<std::string, std::string> front(in_front(t.name), in_front(same->name));
+      if (std::find(fronts_.begin(), fronts_.end(), front) == fronts_.end()) fronts_.push_back(front);
+      continue;
+    }
     for (const FamilyTensor& m : family->tensors) {  // block_sparse_moe.gate -> mlp.gate, input_linear -> experts.gate_up_proj
       if (m.where != FamilyTensor::Where::kMemory || m.part != t.part || m.shape != t.shape || m.layers != t.layers) continue;
       if (has(*family, FamilyTensor::Where::kHub, m.name)) continue;
@@ -224,14 +235,17 @@ NamedPart UnitNames::part_of(std::string_view tensor) const {
   const int n = static_cast<int>(numbers.size());
   part.layer = at->second.layer_at >= 0 && at->second.layer_at < n ? numbers[at->second.layer_at] : -1;
   part.expert = at->second.expert_at >= 0 && at->second.expert_at < n ? numbers[at->second.expert_at] : -1;
+  if (second_set_ && experts_ > 0 && part.expert >= experts_) part.part = Part::kOther;
   return part;
 }
 
 std::string UnitNames::in_memory(std::string_view name) const {
+  const auto front = std::find_if(fronts_.begin(), fronts_.end(), [&](const auto& f) { return name.starts_with(f.first); });
+  const std::string own = front == fronts_.end() ? std::string(name) : front->second + std::string(name.substr(front->first.size()));
   for (const auto& [hub, memory] : renamed_) {
-    if (ends_with(name, hub)) return std::string(name.substr(0, name.size() - hub.size())) + memory;
+    if (ends_with(own, hub)) return own.substr(0, own.size() - hub.size()) + memory;
   }
-  return std::string(name);
+  return own;
 }
 
 std::string UnitNames::expert_key(const NamedPart& part, std::string_view role) const {
@@ -240,7 +254,7 @@ std::string UnitNames::expert_key(const NamedPart& part, std::string_view role) 
 
 std::string UnitNames::key_of(std::string_view tensor) const {
   const NamedPart part = part_of(tensor);
-  if (two_layouts_ && part.part == Part::kRoutedExpert && part.expert >= 0) {
+  if (two_layouts_ && (part.part == Part::kRoutedExpert || second_set_) && part.expert >= 0) {
     std::string suffix;
     const std::string leaf = leaf_of(tensor, &suffix);
     if (const std::string_view role = role_of(leaf); !role.empty()) return expert_key(part, std::string(role) + suffix);
@@ -250,7 +264,7 @@ std::string UnitNames::key_of(std::string_view tensor) const {
 
 std::vector<std::string> UnitNames::stack_keys(std::string_view parameter, int expert) const {
   NamedPart part = part_of(parameter);
-  part.expert = expert;
+  part.expert = expert + static_cast<int>(second_set_ && part.part == Part::kOther ? experts_ : 0);
   std::string suffix;
   const std::string leaf = leaf_of(parameter, &suffix);
   if (two_layouts_ && leaf == "gate_up_proj") return {expert_key(part, "gate" + suffix), expert_key(part, "up" + suffix)};

@@ -60,9 +60,11 @@ class UnitNames {
 
   const Family* family_;
   std::int64_t experts_;
+  bool second_set_ = false;   // experts_ and what numbers behind them are two sets
   bool two_layouts_ = false;
   std::vector<std::string> input_major_;  // leaves of stacks that are [E, in, out]
   std::vector<std::pair<std::string, std::string>> renamed_;  // endings of names: hub -> memory
+  std::vector<std::pair<std::string, std::string>> fronts_;   // what stands before the layer's number, likewise
   mutable std::vector<std::pair<std::string, Place>> places_; // by pattern of the name, sorted
 };
 

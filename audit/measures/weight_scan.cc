@@ -71,6 +71,7 @@ Plan make_plan(const MeasureContext& context) {
     for (std::size_t i = 0; i < r.layer.size(); ++i) experts.emplace(r.layer[i], r.expert_count[i]);
   }
   const std::int64_t encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
+  const std::int64_t first_set = f.num_experts.known() ? f.num_experts.value() : 0;
   Plan plan;
   std::unordered_set<const TensorView*> side;
   plan.scans.reserve(model.size());
@@ -82,7 +83,7 @@ Plan make_plan(const MeasureContext& context) {
   plan.parts.reserve(model.size());
   for (std::size_t i = 0; i < model.size(); ++i) {
     const ValueScan& scan = plan.scans[i];
-    plan.parts.push_back(classify(family, plain_name(scan, model[i].name), encoder_layers));
+    plan.parts.push_back(classify(family, plain_name(scan, model[i].name), encoder_layers, first_set));
     if (side.count(&model[i])) continue;
     const NamedPart& part = plan.parts[i];
     const std::int64_t n = slices(model[i], scan, part, experts);

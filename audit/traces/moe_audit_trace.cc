@@ -376,16 +376,20 @@ class TensorTable {
     whole("sampled", Kind::kInteger, {&rows, "sampled tokens"}, &out->sampled);
     if (out->sampled && !ascending(*out->sampled, record.tokens)) out->sampled.reset();
     if (rows == 0 && !record.sampled_tokens) rows = record.tokens;
-    const Extent t{&rows, record.sampled_tokens || out->sampled ? "sampled tokens" : "tokens"};
-    whole("token_mask", Kind::kFlag, t, &out->token_mask);
-    whole("label_mask", Kind::kFlag, t, &out->label_mask);
-    whole("token_loss", Kind::kFloat, t, &out->token_loss);
+    const Extent all{&rows, record.sampled_tokens || out->sampled ? "sampled tokens" : "tokens"};
+    whole("token_mask", Kind::kFlag, all, &out->token_mask);
+    whole("label_mask", Kind::kFlag, all, &out->label_mask);
+    whole("token_loss", Kind::kFloat, all, &out->token_loss);
     each_layer([&](int number, const TraceLayer& known, const Find& find) {
       LayerTensors l;
       l.layer = number;
       l.experts = known.experts;
       l.top_k = known.top_k;
-      std::int64_t hidden = facts_.hidden_size.value_or(0);
+      std::int64_t hidden = facts_.hidden_size.value_or(0), seen = 0;
+      take(find("seen"), Kind::kInteger, {Extent{&seen, "seen tokens"}}, &l.seen);
+      if (l.seen && !ascending(*l.seen, rows)) return;  // nobody knows whose rows its tensors hold
+      if (l.saw_nothing()) return out->layers.push_back(std::move(l));
+      const Extent t = l.seen ? Extent{&seen, "seen tokens"} : all;
       const Extent e{&l.experts, "num_experts"}, k{&l.top_k, "top_k"}, d{&hidden, "hidden_size"};
       take(find("router_logits"), Kind::kFloat, {t, e}, &l.router_logits);
       take(find("returned_router_logits"), Kind::kFloat, {t, e}, &l.returned_router_logits);

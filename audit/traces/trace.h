@@ -102,11 +102,12 @@ struct StepRecord {
 };
 
 /// The tensors of one layer in one micro-batch. Rows are tokens, batch x sequence flattened row by row, padding
-/// included (or the tokens of MicroBatch::sampled). Each is absent, or has the shape and kind of dtype given here: that
+/// included (or the tokens of MicroBatch::sampled); where a router saw only some of them, those. Each is absent, or has the shape and kind of dtype given here: that
 /// was checked. Values were not: an id may be no expert, a logit no number.
 struct LayerTensors {
   int layer = 0;
   std::int64_t experts = 0, top_k = 0;                  // E and k of this layer as its tensors have them; 0 unknown
+  std::optional<TensorView> seen;                       // [n] integer, ascending: which of the micro-batch's rows are this layer's
   std::optional<TensorView> router_logits;              // [rows, E] float
   std::optional<TensorView> returned_router_logits;     // [rows, E] float: what the model returned, if it differs
   std::optional<TensorView> hidden_states;              // [rows, d] float: input of the router
@@ -116,6 +117,9 @@ struct LayerTensors {
   std::optional<TensorView> dropped;                    // [rows, k] uint8 or bool: 1 where the choice was dropped
   std::optional<TensorView> tokens_per_expert;          // [E] int64, over all tokens, also with sampling
   std::optional<TensorView> logits_grad;                // [rows, E] float
+
+  std::int64_t rows(const MicroBatchRecord& m) const { return seen ? seen->shape[0] : m.rows(); }
+  bool saw_nothing() const { return seen && seen->shape[0] == 0; }
 };
 
 /// The same for an optimizer step.

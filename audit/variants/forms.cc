@@ -367,9 +367,9 @@ void BalanceSum::add_once(const RoutedLayer& l) {
   p_.insert(p_.end(), mean.begin(), mean.end());
   for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += counts[e];
   const bool all = a.valid == nullptr || form_.padding == Padding::kOutOfSums;
-  counted_ += a.counts != nullptr ? counted[0]
-              : all               ? l.tokens
-                                  : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
+  const std::int64_t rows = all ? l.tokens : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
+  rows_.push_back(static_cast<double>(rows));
+  counted_ += a.counts != nullptr ? counted[0] : rows;
 }
 
 void BalanceSum::add(const BalanceSum& layers) {
@@ -384,6 +384,7 @@ void BalanceSum::add(const BalanceSum& layers) {
     return;
   }
   p_.insert(p_.end(), layers.p_.begin(), layers.p_.end());
+  rows_.insert(rows_.end(), layers.rows_.begin(), layers.rows_.end());
   for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += layers.counts_[e];
   counted_ += layers.counted_;
 }
@@ -392,10 +393,16 @@ double BalanceSum::value() const {
   if (layers_ == 0) return kNan;
   if (form_.layers == Layers::kMean) return sum_ / layers_;
   if (std::isnan(sum_)) return kNan;
-  // One set of all layers: every layer has the same tokens, so its mean probabilities are the means of the layers'.
+  // One set of all layers: its mean probabilities are the means of the layers', each with the weight of its tokens.
+  std::vector<double> p = p_;
+  const double each = std::accumulate(rows_.begin(), rows_.end(), 0.0) / static_cast<double>(layers_);
+  for (std::size_t l = 0; l < rows_.size(); ++l) {
+    if (rows_[l] == each) continue;
+    for (auto e = static_cast<std::size_t>(experts_), i = l * e; i < (l + 1) * e; ++i) p[i] *= rows_[l] / each;
+  }
   double loss = 0;
   k::BalanceLossArgs<double> a;
-  a.probabilities = p_.data();
+  a.probabilities = p.data();
   a.tokens = layers_;
   a.experts = experts_;
   a.top_k = top_k_;

@@ -97,6 +97,7 @@ class BalanceSum {
   int layers_ = 0;
   double sum_ = 0, ties_ = 0;
   std::vector<double> p_;             // [layers, experts] mean probabilities
+  std::vector<double> rows_;          // [layers] that they are the means of
   std::vector<std::int64_t> counts_;  // [experts]
   std::int64_t counted_ = 0, experts_ = 0, top_k_ = 0;
 };

@@ -41,6 +41,8 @@ _ROUTER_LEAVES = {"gate", "router", "wg", "router_gate"}
 _EXPERTS_KEY = re.compile(r"^(n|num|moe_num|n_total|num_local|n_routed|num_routed)_(\w+_)?experts$|^moe_num_experts$")
 _COUNTERS = {"tokens_per_expert", "local_tokens_per_expert"}  # torchtitan, Megatron-LM
 _CORRECTION_BIASES = {"e_score_correction_bias", "expert_bias", "correction_bias", "balancing_biases"}
+# A layer's second router, which sees the tokens of images alone (ERNIE-4.5-VL); the call says which these are.
+_FOR_IMAGES, _IMAGES = re.compile(r"\.vision_moe\."), "moe_mm_token_type_ids"
 _PARALLEL = {"DistributedDataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)(?=\.|$)")
 
@@ -104,6 +106,7 @@ class _Layer:
 
     def __init__(self, number, name, router, block, weight_name, weight, top_k, experts):
         self.number, self.name, self.router, self.block = number, name, router, block
+        self.for_images = None  # or whether it is the one of two routers in a layer that sees the tokens of images
         self.weight_name, self.hidden_size = weight_name, _shape(weight)[1]
         # `rows` of the weight: one an expert, and where there are more either choices that run no expert (ZAYA, LongCat), which count
         # as experts here, or shared experts (Inkling), which are behind those that a correction bias has a number for and are left out.
@@ -258,9 +261,16 @@ def find_routers(model):
         found.append((name, module, block, weight_name, weight, top_k, experts))
     numbers = [re.search(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.", f[0]) for f in found]
     numbers = [int(m.group(1)) if m else None for m in numbers]
-    if None in numbers or len(set(numbers)) < len(numbers):  # encoder and decoder, two stacks: counted through
+    second = [bool(_FOR_IMAGES.search(f[0])) for f in found]
+    first = [n for n, s in zip(numbers, second) if not s]
+    if None in numbers or len(set(first)) < len(first):  # encoder and decoder, two stacks: counted through
         numbers = range(len(found))
-    return [_Layer(n, *f) for n, f in zip(numbers, found)]
+    elif any(second):  # behind all layers
+        numbers = [n + (max(numbers) + 1) * s for n, s in zip(numbers, second)]
+    layers = [_Layer(n, *f) for n, f in zip(numbers, found)]
+    for layer, for_images in zip(layers, second):
+        layer.for_images = for_images if any(second) else None
+    return layers
 
 
 class _Watch(TorchFunctionMode):
@@ -314,13 +324,32 @@ class _MicroBatch:
                            training=model.training)
         self.forwarded = False
         self.hooks = []
+        images = call.get(_IMAGES)
+        of_images = isinstance(images, torch.Tensor) and images.numel() == self.tokens and bool(images.any())
+        self.images = images.detach().reshape(-1).to("cpu") != 0 if of_images else None
 
-    def keep(self, name, rows):
-        """A per-token tensor, [tokens, ...]: the sampled rows of it, on the CPU."""
+    def keep(self, name, rows, seen=None):
+        """A per-token tensor, [tokens, ...] or of the tokens `seen`: the sampled rows of it, on the CPU."""
         rows = rows.detach()
-        if self.sampled is not None and rows.shape[0] == self.tokens:
+        if self.sampled is not None and seen is not None:
+            rows = rows[torch.isin(seen, self.sampled).to(rows.device)]
+        elif self.sampled is not None and rows.shape[0] == self.tokens:
             rows = rows.index_select(0, self.sampled.to(rows.device))
-        self.tensors[name] = _copy(rows)
+        if seen is None or len(rows) > 0:
+            self.tensors[name] = _copy(rows)
+
+    def seen_by(self, layer):
+        """Positions of the tokens that one of two routers sees; None: of all."""
+        if layer.for_images is None or self.images is None:
+            return torch.zeros(0, dtype=torch.int64) if layer.for_images else None
+        return (self.images == layer.for_images).nonzero().reshape(-1)
+
+    def keep_seen(self, layer):
+        """Which of the recorded rows are a router's, where these are not all."""
+        seen = self.seen_by(layer)
+        if seen is not None:
+            rows = seen if self.sampled is None else torch.isin(self.sampled, seen).nonzero().reshape(-1)
+            self.tensors[f"layer.{layer.number}.seen"] = rows.to(torch.int32)
 
 
 class Recorder:
@@ -535,12 +564,13 @@ class Recorder:
         rows = tensor.reshape(-1, tensor.shape[-1])
         if current.tokens is None:
             current.tokens = current.record["tokens"] = rows.shape[0]
-        if rows.shape[0] != current.tokens:
+        seen = current.seen_by(layer)
+        if rows.shape[0] != (current.tokens if seen is None else len(seen)):
             self._warn("rows", f"{layer.name} saw {rows.shape[0]} of the batch's {current.tokens} tokens: its rows are not recorded")
             return
         if name.endswith("selected_experts") and layer.num_experts < 1 << 15:
             rows = rows.to(torch.int16)
-        current.keep(f"layer.{layer.number}.{name}", rows)
+        current.keep(f"layer.{layer.number}.{name}", rows, seen)
 
     def _block_ends(self, layer, block, args, output):
         if layer.mode is not None:
@@ -584,6 +614,8 @@ class Recorder:
         if current is None or _in_backward():
             return
         current.forwarded = True
+        for layer in self.layers:
+            current.keep_seen(layer)
         get = output.get if isinstance(output, dict) else functools.partial(getattr, output)
         loss, aux = get("loss", None), get("aux_loss", None)
         record = current.record

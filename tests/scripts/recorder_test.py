@@ -133,6 +133,8 @@ def what_was_routed(family):
             without = out.loss.item() - coefficient * (r["aux_loss"] or 0)
             check(abs(per_label - without) < 2e-5, f"{family}: mean token loss {per_label} is the model's {without}")
         for layer in layers:
+            if layer.for_images:
+                continue  # there are none
             p = f"layer.{layer.number}."
             mine = [tensors(folder, r) for r in rows]
             name = f"{layer.name}.{layer.weight_name}"
@@ -211,6 +213,41 @@ def routers_out_of_their_block():
             said = [str(w.message) for w in said if "moe_audit_recorder" in str(w.message)]
             check(len(recorder.layers) == (4 if family == "jetmoe" else 2) and not said, f"{family}: every router is recorded {said}")
             check(not torch.overrides._get_current_function_mode_stack(), f"{family}: no mode is left behind")
+
+
+def two_routers_in_a_layer(family="ernie4_5_vl_moe"):
+    """One for text, one for the tokens of images: each is recorded with the tokens that it saw, and together they are what the model returns."""
+    if not exists(family):
+        return
+    for images in (True, False):
+        for wanted in (None, 20):
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model = build(family, num_hidden_layers=3, output_router_logits=True).train()
+                recorder = Recorder(model, folder, max_tokens=wanted)
+                batch = collate(Tokens(3, (12, 20)).rows)
+                kinds = torch.zeros_like(batch["input_ids"])
+                kinds[::2, 2::3] = int(images)
+                out = model(**batch, moe_mm_token_type_ids=kinds)
+                out.loss.backward()
+                recorder.close()
+                t = tensors(folder, records(folder)[0])
+                check([layer.number for layer in recorder.layers] == [1, 4, 2, 5], f"{family}: {[(layer.number, layer.name) for layer in recorder.layers]}")
+                kinds = kinds.reshape(-1) if wanted is None else kinds.reshape(-1)[t["sampled"].long()]
+                for n in (1, 2):
+                    for number, kind in ((n, 0), (n + 3, 1)):
+                        p, rows = f"layer.{number}.", (kinds == kind).nonzero().reshape(-1)
+                        all_of_them = kind == 0 and not images
+                        check((p + "seen" not in t) if all_of_them else torch.equal(t[p + "seen"].long(), rows), f"{family}: {p}seen")
+                        named = [k for k in ("router_logits", "selected_experts", "routing_weights", "logits_grad") if p + k in t]
+                        check(len(named) == (4 if len(rows) else 0), f"{family}: of {p} {named}")
+                        theirs = out.router_logits[n - 1].detach()
+                        theirs = theirs if wanted is None else theirs[t["sampled"].long()]
+                        if len(rows):
+                            check(same(t[p + "router_logits"], theirs[rows]), f"{family}: {p}router_logits are the rows of its tokens")
+                            check(all(len(t[p + k]) == len(rows) for k in named), f"{family}: rows of {p}")
+                said = [str(w.message) for w in said if "moe_audit_recorder" in str(w.message)]
+                check(not said, f"{family}: no warning {said}")
 
 
 def router_without_gradient(family="mixtral"):
@@ -496,6 +533,7 @@ for family in families:
 if not sys.argv[3:]:
     output_of_the_block()
     routers_out_of_their_block()
+    two_routers_in_a_layer()
     router_without_gradient()
     if PEFT:
         no_router()

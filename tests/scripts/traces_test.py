@@ -54,7 +54,10 @@ def balance_loss(head, t, returned):
     for layer in head["layers"]:
         p = f"layer.{layer['layer']}."
         logits = t.get(p + "returned_router_logits") if returned else None
-        for keep, row in zip(t["token_mask"][1], rows(logits or t[p + "router_logits"])):
+        mask = t["token_mask"][1]
+        if p + "seen" in t:  # one of two routers in a layer
+            mask = [mask[i] for i in t[p + "seen"][1]]
+        for keep, row in zip(mask, rows(logits or t[p + "router_logits"]), strict=True):
             if not keep:
                 continue
             counts, mass, tokens = counts or [0] * experts, mass or [0.0] * experts, tokens + 1

@@ -32,8 +32,12 @@ BalanceLosses::Sums::Sums(BalanceLosses* of, const MicroBatch& mb)
       sum_{v::BalanceSum(of->right()), v::BalanceSum(of->right()), v::BalanceSum(of->right())},
       all_(!mb.layers.empty() && mb.layers.size() == of->ctx_.facts.layers.size() && !m_.sampled_tokens) {}
 
+BalanceLosses::LayerSums BalanceLosses::Sums::of_nothing() const {
+  return {v::BalanceSum(of_.right()), v::BalanceSum(of_.right()), v::BalanceSum(of_.right())};
+}
+
 BalanceLosses::LayerSums BalanceLosses::Sums::of(const v::RoutedLayer& l) const {
-  LayerSums s{v::BalanceSum(of_.right()), v::BalanceSum(of_.right()), v::BalanceSum(of_.right())};
+  LayerSums s = of_nothing();
   if (!all_ || (!m_.aux_loss && !m_.z_loss)) return s;
   s.range = l.highest - l.lowest;
   s.experts = l.experts;

@@ -25,6 +25,7 @@ class BalanceLosses {
    public:
     Sums(BalanceLosses* of, const MicroBatch& mb);
     LayerSums of(const v::RoutedLayer& l) const;         // layers may run side by side
+    LayerSums of_nothing() const;                        // a router that saw no token
     void add(const std::optional<LayerSums>& of_layer);  // in the order of the layers; nothing: it could not be read
     void finish();                                       // into the rows aux_loss and z_loss
 

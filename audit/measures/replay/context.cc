@@ -219,7 +219,7 @@ ReplayTable Context::table() {
 }
 
 bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t, v::RoutedLayer* l) {
-  const std::int64_t rows = m.rows();
+  const std::int64_t rows = t.rows(m);
   l->tokens = rows;
   l->experts = t.experts;
   const TraceLayer* stated = facts.layer(t.layer);
@@ -227,8 +227,9 @@ bool Context::read_layer(const MicroBatchRecord& m, const Shared& shared, const 
   if (stated && !counted_twice.empty() && stated->module.find("." + std::string(counted_twice) + ".") != std::string::npos) l->times = 2;
   if (balance_known && chosen_by_table(facts, t.layer)) l->times = 0;  // deepseek_v4 hands the loss the logits of the other routers
   l->backend = backend;
-  l->sequences = shared.sequences;
-  l->valid = shared.valid;
+  Shared seen = seen_of(shared, t);
+  l->sequences = seen.sequences;
+  l->valid = std::move(seen.valid);
   if ((!t.router_logits && !t.hidden_states) || rows < 1 || l->experts < 1 || l->top_k < 1 || l->top_k > l->experts)
     return false;
   if (rows > kMostLogits / l->experts)
@@ -288,15 +289,26 @@ Shared Context::shared_of(const MicroBatch& mb) const {
   return s;
 }
 
-void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t) {
-  if (t.experts < 1) return;
+Shared Context::seen_of(const Shared& all, const LayerTensors& t) {
+  if (!t.seen) return all;
+  Shared s;
+  std::vector<std::int32_t> rows(static_cast<std::size_t>(all.valid.empty() ? 0 : t.seen->elements()));
+  if (rows.empty() || !read_ids(*t.seen, 0, t.seen->elements(), rows.data())) return s;
+  for (const std::int32_t row : rows) s.valid.push_back(all.valid[static_cast<std::size_t>(row)]);
+  return s;
+}
+
+void Context::count_loads(const MicroBatchRecord& m, const Shared& of_all, const LayerTensors& t) {
+  if (t.experts < 1 || t.saw_nothing()) return;
+  const Shared shared = seen_of(of_all, t);
+  const std::int64_t rows = t.rows(m);
   Loads counted;
   const auto e = static_cast<std::size_t>(t.experts);
   if (t.selected_experts && t.top_k > 0 && !m.sampled_tokens) {
-    std::vector<std::int32_t> ids(static_cast<std::size_t>(m.rows() * t.top_k));
-    if (!read_ids(*t.selected_experts, 0, m.rows() * t.top_k, ids.data())) return;
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(rows * t.top_k));
+    if (!read_ids(*t.selected_experts, 0, rows * t.top_k, ids.data())) return;
     std::vector<std::uint8_t> dropped(ids.size());
-    if (t.dropped && !read_flags(*t.dropped, 0, m.rows() * t.top_k, dropped.data())) return;
+    if (t.dropped && !read_flags(*t.dropped, 0, rows * t.top_k, dropped.data())) return;
     counted.valid.resize(e), counted.all.resize(e), counted.kept.resize(e);
     for (std::size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] < 0 || ids[i] >= t.experts) continue;
@@ -307,12 +319,12 @@ void Context::count_loads(const MicroBatchRecord& m, const Shared& shared, const
       counted.kept[id] += valid && !dropped[i];
     }
     counted.tokens =
-        shared.valid.empty() ? m.rows() : std::accumulate(shared.valid.begin(), shared.valid.end(), std::int64_t{0});
+        shared.valid.empty() ? rows : std::accumulate(shared.valid.begin(), shared.valid.end(), std::int64_t{0});
   } else if (t.tokens_per_expert) {
     counted.all.resize(e);
     if (!read_counts(*t.tokens_per_expert, 0, t.experts, counted.all.data())) return;
     counted.valid = counted.kept = counted.all;
-    counted.tokens = m.tokens;
+    counted.tokens = t.seen && !m.sampled_tokens ? rows : m.tokens;
   } else {
     return;
   }

@@ -90,6 +90,8 @@ class Context {
   /// False, with a problem where the trace is at fault: this layer cannot be replayed.
   bool read_layer(const MicroBatchRecord& m, const Shared& shared, const LayerTensors& t, v::RoutedLayer* l);
   Shared shared_of(const MicroBatch& mb) const;
+  /// Of the rows that a layer's router saw.
+  static Shared seen_of(const Shared& all, const LayerTensors& t);
 
   /// Numbers that a bug could multiply by: of a gradient's weight, or of a loss.
   std::vector<v::Symbol> symbols(bool of_gradient) const;

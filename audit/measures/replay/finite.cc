@@ -18,11 +18,12 @@ void add(Row* r, const char* held_to, std::int64_t n, std::int64_t bad, const Pl
 }  // namespace
 
 void replay_finite(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, bool replayed) {
-  if (!t.router_logits || m.rows() < 1 || t.experts < 1) return;
+  const std::int64_t rows = t.rows(m);
+  if (!t.router_logits || rows < 1 || t.experts < 1) return;
   std::int64_t bad = 0;
   if (!replayed) {
     std::vector<double> row(static_cast<std::size_t>(t.experts));
-    for (std::int64_t i = 0; i < m.rows(); ++i) {
+    for (std::int64_t i = 0; i < rows; ++i) {
       if (!read_values(*t.router_logits, i * t.experts, t.experts, row.data())) return;
       bool one = false, wrong = false;  // -inf masks an expert; all of them it may not
       for (const double x : row) {
@@ -32,7 +33,7 @@ void replay_finite(Context* ctx, const MicroBatchRecord& m, const LayerTensors& 
       bad += wrong || !one;
     }
   }
-  add(&ctx->row("finite_logits", t.layer), "finite router_logits", m.rows(), bad, ctx->place_of(m));
+  add(&ctx->row("finite_logits", t.layer), "finite router_logits", rows, bad, ctx->place_of(m));
 }
 
 void replay_finite(Context* ctx, const MicroBatchRecord& m) {

@@ -84,6 +84,7 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   v::BalanceSum loss(v::held_to(ctx_.balance));
   for (const LayerTensors& t : mb.layers) {
     v::RoutedLayer l;
+    if (t.saw_nothing()) continue;
     if (!ctx_.read_layer(m, shared, t, &l)) return;
     loss.add(l);
   }
@@ -97,6 +98,7 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   split_ += splits ? 1 : 0;
   for (const LayerTensors& t : mb.layers) {
     v::RoutedLayer l;
+    if (t.saw_nothing()) continue;
     if (!ctx_.read_layer(m, shared, t, &l)) return;
     const std::vector<double> of_balance = of_logits(l, slopes);
     if (of_balance.empty()) return;

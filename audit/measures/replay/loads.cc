@@ -67,8 +67,9 @@ void replay_loads(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t
     }
     return name(sum(got) == sum(own->all) ? "as many, of other experts" : "not the choices of this micro-batch");
   }
-  if (top_k < 1 || m.tokens < 1) return;
-  const double want = static_cast<double>(top_k * m.tokens), total = static_cast<double>(sum(got));
+  const std::int64_t tokens = t.seen && !m.sampled_tokens ? t.rows(m) : m.tokens;
+  if (top_k < 1 || tokens < 1) return;
+  const double want = static_cast<double>(top_k * tokens), total = static_cast<double>(sum(got));
   // Padding and drops make it fewer; nothing makes it more.
   if (!r.add(total, total <= want ? total : want, 0.5, ctx->place_of(m))) return;
   for (const Counted& f : factors) {

@@ -89,7 +89,7 @@ bool recompute_logits(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (stated && stated->lora.value_or(false)) return no("the router has an adapter, which rounds in between");
   const TensorView* weight = ctx->router_weight(m, t.layer, after_the_step);
   if (!weight) return no("needs router_weight of the step");
-  const std::int64_t experts = weight->shape[0], hidden = weight->shape[1], tokens = m.rows();
+  const std::int64_t experts = weight->shape[0], hidden = weight->shape[1], tokens = t.rows(m);
   if (t.hidden_states->shape.size() != 2 || t.hidden_states->shape[1] != hidden || experts != t.experts ||
       tokens > kMostInputs / std::max(hidden, experts))
     return no("hidden_states and router_weight do not go together");
@@ -136,7 +136,7 @@ void Logits::add(const MicroBatch& mb, const LayerTensors& t) {
   if (!t.hidden_states || !t.router_logits) return;
   const bool training = Context::trains(m);
   Row& r = ctx_.row(training ? "logits" : "evaluation_logits", t.layer);
-  const std::int64_t count = m.rows() * t.experts;
+  const std::int64_t count = t.rows(m) * t.experts;
   std::vector<double> recorded(static_cast<std::size_t>(count));
   if (!read_values(*t.router_logits, 0, count, recorded.data()) ||
       !std::all_of(recorded.begin(), recorded.end(), [](double x) { return std::isfinite(x); })) {
@@ -167,7 +167,7 @@ void Logits::add(const MicroBatch& mb, const LayerTensors& t) {
     k::round_values(c.x.data(), static_cast<std::int64_t>(x.size()), f, x.data());
     k::round_values(c.w.data(), static_cast<std::int64_t>(w.size()), f, w.data());
     std::vector<double> narrow;
-    product(x, w, m.rows(), t.experts, c.hidden, &narrow);
+    product(x, w, t.rows(m), t.experts, c.hidden, &narrow);
     double& worst = s.narrow[f];
     for (std::size_t i = 0; i < narrow.size(); ++i)
       worst = std::max(worst, std::fabs(recorded[i] - narrow[i]) /

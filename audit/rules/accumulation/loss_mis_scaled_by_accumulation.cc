@@ -20,7 +20,8 @@ weight, logged losses cannot be compared between runs.
 
 Measured, one optimizer step of the real Trainer at GA 8 against one batch of the same tokens, tiny Mixtral, OLMoE
 and Qwen2-MoE, with and without PEFT (fixtures/oracle/accumulation.json): 8 times too large in 4.47.0 and 4.48.0,
-right in 4.47.1 and 4.48.1 to 5.0.0, 8 times too small in 5.2.0, right again in 5.5.4. Reported in
+right in 4.47.1 and 4.48.1 to 5.0.0, 8 times too small in 5.2.0, right again in 5.5.4. The thinker of Qwen3-Omni is 8 times too
+large in 4.57 to 5.1 and 5.5.4 to 5.16 (fixtures/oracle/advisories.jsonl). Reported in
 huggingface/transformers issues 35663 and 45305 and, as a first loss of 83.7 instead of 10.5, in
 axolotl-ai-cloud/axolotl issue 2262.
 
@@ -65,9 +66,11 @@ Outcome check(Facts& f) {
   if (version) finding.evidence.push_back(say::evidence(f->transformers));
   add_first_loss(f, &finding);
   const std::int64_t* micro = f.want(f->micro_batch);
+  const std::string* family = f.want(f->family);
+  const bool thinker = family && *family == "qwen3_omni_moe_thinker";  // right since 5.17.0 alone
   finding.remedy =
-      "Move to a release that was measured right:\n    pip install \"transformers==4.57.6\"\nor, with the same "
-      "tokens per step if they fit. " +
+      std::string("Move to a release that was measured right:\n    pip install \"transformers==") + (thinker ? "5.23.0" : "4.57.6") +
+      "\"\nor, with the same tokens per step if they fit. " +
       say::training(f, {{"gradient_accumulation_steps", "1"},
                         {"per_device_train_batch_size", std::to_string(*steps * (micro ? *micro : 1))}});
   finding.does_not_show =

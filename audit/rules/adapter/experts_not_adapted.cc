@@ -69,6 +69,7 @@ Outcome check(Facts& f) {
   const AdapterModules* modules = f.require(f->adapter_modules);
   if (f.missing()) return f.cannot_tell();
   if (adapter::reaches(*modules, Part::kRoutedExpert)) return Outcome::pass("routed experts are adapted");
+  if (adapter::reaches_second_set(*modules)) return Outcome::not_applicable("experts of a second set are adapted, those for images");
   const bool* fused = f.want(f->experts_fused);
   std::vector<std::string> named;
   std::vector<Location> places;

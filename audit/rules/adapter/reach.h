@@ -13,11 +13,19 @@ inline bool reaches(const AdapterModules& modules, Part part) {
   return std::find(modules.part.begin(), modules.part.end(), part) != modules.part.end();
 }
 
+/// Stacks of a second set of experts, which the family knows by name alone (ERNIE-4.5-VL's for images).
+inline bool reaches_second_set(const AdapterModules& modules) {
+  for (std::size_t i = 0; i < modules.part.size(); ++i) {
+    if (modules.part[i] == Part::kOther && i < modules.copies.size() && modules.copies[i] > 1) return true;
+  }
+  return false;
+}
+
 /// Row `i` names projections of routed experts, and no routed expert is reached by anything: AD003 reports it, so AD004
 /// does not report it again when it also matches nothing.
 inline bool missed_experts(const AdapterTargets& targets, std::size_t i, const AdapterModules& modules) {
   return targets.names_experts[i] && targets.field[i] != "exclude_modules" && targets.field[i] != "modules_to_save" &&
-         targets.entry[i] != "all-linear" && !reaches(modules, Part::kRoutedExpert);
+         targets.entry[i] != "all-linear" && !reaches(modules, Part::kRoutedExpert) && !reaches_second_set(modules);
 }
 
 /// Why an adapter rule has no subject, if facts prove it.

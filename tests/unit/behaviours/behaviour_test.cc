@@ -57,6 +57,19 @@ TEST(Ask, OneBadReleaseInsideARangeSpoilsIt) {
   EXPECT_FALSE(ask_at("transformers", "loss_factor", kMixtral, ">=4.47.1,<4.52").value);  // 4.48.0 lies inside
 }
 
+/// fixtures/oracle/advisories.jsonl; between 5.2.0 and 5.5.3 Trainer divided once more, which hid it.
+TEST(Ask, TheThinkerOfQwen3Omni) {
+  const std::vector<std::pair<std::string_view, std::string>> thinker = {
+      {"family", "qwen3_omni_moe_thinker"}, {"framework", "transformers"}, {"trainer", "Trainer"}};
+  for (const auto& [version, factor] : {std::pair{"4.57.6", "GA"}, {"5.1.0", "GA"}, {"5.2.0", "1"}, {"5.5.3", "1"}, {"5.5.4", "GA"},
+                                        {"5.16.1", "GA"}, {"5.17.0", "1"}, {"5.23.0", "1"}}) {
+    const BehaviourAnswer answer = ask_at("transformers", "loss_factor", thinker, version);
+    EXPECT_EQ(answer.value, factor) << version;
+    EXPECT_TRUE(answer.measured) << version;
+  }
+  EXPECT_FALSE(ask_at("transformers", "loss_factor", thinker, ">=5.16.1,<5.18").value);
+}
+
 TEST(Ask, ARangeOverReleasesMeasuredOnBothSidesOfARewrite) {
   const BehaviourAnswer answer = ask_at("transformers", "autocast_lowers_router", kMixtral, ">=4.56,<5.20");
   EXPECT_EQ(answer.value, "true") << answer.why;

@@ -159,6 +159,13 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"zaya", "model.layers.4.mlp.gate.down_proj", Part::kRouter, 4},
                     Case{"zaya", "model.layers.4.mlp.gate.router_mlp.out_proj.weight", Part::kRouter, 4},
                     Case{"zaya", "model.layers.4.mlp.experts.down_proj", kExpert, 4, -1, true},
+                    Case{"ernie4_5_vl_moe", "model.layers.4.mlp.gate.weight", Part::kRouter, 4},
+                    Case{"ernie4_5_vl_moe", "model.layers.4.mlp.gate.weight_1", Part::kOther, 4},
+                    Case{"ernie4_5_vl_moe", "model.language_model.layers.4.mlp.text_moe.experts.gate_up_proj", kExpert, 4, -1, true},
+                    Case{"ernie4_5_vl_moe", "model.language_model.layers.4.mlp.vision_moe.experts.gate_up_proj", Part::kOther, 4},
+                    Case{"ernie4_5_vl_moe", "model.language_model.layers.4.mlp.vision_moe.gate.moe_statics.e_score_correction_bias", Part::kOther, 4},
+                    Case{"ernie4_5_vl_moe", "model.language_model.layers.4.mlp.shared_experts.up_proj.weight", Part::kSharedExpert, 4},
+                    Case{"ernie4_5_vl_moe", "model.vision_model.blocks.4.mlp.fc1.weight", Part::kOther},
                     Case{"gpt_oss", "model.layers.1.mlp.router.bias", Part::kRouter, 1},
                     Case{"gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_blocks", kExpert, 1, -1, true},
                     Case{"gpt_oss", "model.layers.1.mlp.experts.down_proj_bias", kExpert, 1, -1, true},
@@ -168,6 +175,9 @@ INSTANTIATE_TEST_SUITE_P(
     Adapter, Classify,
     testing::Values(
         Case{"qwen3_moe", "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight", kExpert, 0, 3},
+        Case{"ernie4_5_vl_moe", "base_model.model.model.language_model.layers.1.mlp.text_moe.experts.base_layer.lora_A.weight", kExpert, 1, -1, true},
+        Case{"ernie4_5_vl_moe", "base_model.model.model.language_model.layers.1.mlp.vision_moe.experts.lora_B.weight", Part::kOther, 1},
+        Case{"ernie4_5_vl_moe", "mlp.gate", Part::kRouter}, Case{"ernie4_5_vl_moe", "experts", kExpert, -1, -1, true},
         Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.weight", Part::kRouter, 9},
         Case{"mixtral", "base_model.model.model.layers.9.block_sparse_moe.gate.lora_B.default.weight", Part::kRouter,
              9},
@@ -259,6 +269,18 @@ TEST(MatchPattern, FindsLayerAndExpert) {
   EXPECT_EQ(match(decoder, "decoder.block.1.layer.2.mlp.experts.expert_7.wi"), Pair(-9, -9));
   EXPECT_EQ(match("model.layers.{L}.mlp.experts.{e}.w1.weight", "model.layers.4.mlp.experts.0.w1.weight"), Pair(4, 0));
   EXPECT_EQ(match("model.norm.weight", "model.norm.weight"), Pair(-1, -1));
+}
+
+/// Behind the experts that the config counts come those of a second set, where the family has one.
+TEST(ClassifySecondSet, BeginsAtTheNumberOfExperts) {
+  const std::string name = "model.layers.4.mlp.experts.64.up_proj.weight";
+  const Family* two = find_family("ernie4_5_vl_moe");
+  ASSERT_TRUE(has_second_set(*two));
+  EXPECT_EQ(classify(two, name, 0, 64).part, Part::kOther);
+  EXPECT_EQ(classify(two, name, 0, 65).part, Part::kRoutedExpert);
+  EXPECT_EQ(classify(two, name).part, Part::kRoutedExpert) << "how many experts there are is not known";
+  ASSERT_FALSE(has_second_set(*find_family("qwen3_moe")));
+  EXPECT_EQ(classify(find_family("qwen3_moe"), name, 0, 64).part, Part::kRoutedExpert) << "one too many";
 }
 
 }  // namespace

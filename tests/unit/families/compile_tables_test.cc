@@ -146,6 +146,12 @@ TEST_F(CompileTables, RefusesABadShapeAndATensorOfNoFamily) {
   expect_refused("families/mixtral.yaml", "is no hub tensor of this family");
 }
 
+TEST_F(CompileTables, RefusesASecondSetOfExpertsThatIsAudited) {
+  replace("families/ernie4_5_vl_moe.yaml", "experts.{v}.up_proj.weight\", shape: [\"?\", H], part: other",
+          "experts.{v}.up_proj.weight\", shape: [\"?\", H], part: routed_expert");
+  expect_refused("families/ernie4_5_vl_moe.yaml", "{v} is of a second set of experts, part: other");
+}
+
 TEST_F(CompileTables, AFamilyLikeAnotherTakesItsNamesOver) {
   ASSERT_EQ(run(), 0) << output_;
   EXPECT_NE(read(root_ / "out/families.cc").find("\"model.language_model.layers.{L}.mlp.gate.weight\""), std::string::npos);

@@ -1,6 +1,7 @@
 // Base against trained: fixtures against torch (fixtures/pairs/golden.json), the two layouts of experts, threads.
 #include <cmath>
 #include <map>
+#include <set>
 
 #include "audit/measures/weight_pairs.h"
 #include "tests/unit/measures/fixture_model.h"
@@ -29,6 +30,25 @@ struct Pair {
     bench.run(measure_base_comparison);
   }
 };
+
+/// Files say model.layers, modules model.language_model.layers; experts of the second set number behind the first in files, and are a
+/// stack of their own in memory.
+TEST(UnitNames, OtherNamesInFrontOfTheLayerAndASecondSetOfExperts) {
+  const UnitNames names(find_family("ernie4_5_vl_moe"), 8);
+  const std::string files = "model.layers.1.", memory = "model.language_model.layers.1.";
+  std::set<std::string> keys;
+  for (const char* tail : {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "mlp.shared_experts.up_proj.weight",
+                           "mlp.shared_experts.gate_proj.weight", "post_attention_layernorm.weight"}) {
+    EXPECT_EQ(names.key_of(files + tail), names.key_of(memory + tail));
+    EXPECT_TRUE(keys.insert(names.key_of(files + tail)).second) << "the key of another: " << tail;
+  }
+  EXPECT_EQ(names.stack_keys(memory + "mlp.text_moe.experts.gate_up_proj", 3),
+            (std::vector<std::string>{names.key_of(files + "mlp.experts.3.gate_proj.weight"), names.key_of(files + "mlp.experts.3.up_proj.weight")}));
+  EXPECT_EQ(names.stack_keys(memory + "mlp.vision_moe.experts.gate_up_proj", 3),
+            (std::vector<std::string>{names.key_of(files + "mlp.experts.11.gate_proj.weight"), names.key_of(files + "mlp.experts.11.up_proj.weight")}));
+  EXPECT_EQ(names.part_of(files + "mlp.experts.7.up_proj.weight").part, Part::kRoutedExpert);
+  EXPECT_EQ(names.part_of(files + "mlp.experts.8.up_proj.weight").part, Part::kOther);
+}
 
 /// Sums of n squares in another order than torch's: n u, twice (Higham, section 4.2), generously for n <= 1536.
 constexpr double kSums = 4 * 1536 * 0x1p-53;

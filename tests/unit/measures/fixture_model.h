@@ -25,8 +25,8 @@ inline nlohmann::json read_json(const std::string& path) {
 
 /// Layers with experts, by the family's rule, for configs that say nothing unusual.
 inline std::vector<std::int64_t> moe_layers_of(const Family& family, const nlohmann::json& config) {
-  std::int64_t first = 0;
-  if (const std::string key(family.moe_layer_rule.from.key); !key.empty()) first = config.value(key, family.moe_layer_rule.from.fallback);
+  std::int64_t first = family.moe_layer_rule.from.fallback;
+  if (const std::string key(family.moe_layer_rule.from.key); !key.empty()) first = config.value(key, first);
   if (const std::string key(family.moe_layer_rule.every.key); !key.empty()) {
     EXPECT_EQ(config.at(key), 1);
   }

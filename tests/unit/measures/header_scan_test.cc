@@ -162,6 +162,49 @@ TEST(HeaderScan, MatricesBehindTheExperts) {  // LongCat of transformers 5 has a
                                                         "model.layers.1.mlp.experts.11.gate_proj.weight", "model.layers.1.mlp.experts.11.up_proj.weight"}));
 }
 
+/// ERNIE-4.5-VL: routers stored [hidden, experts], two in a layer, and as many experts for images behind those for text.
+TEST(HeaderScan, ASecondSetOfExperts) {
+  const nlohmann::json facts = model_facts(fixture("models/ernie4_5_vl_moe-tf5"));
+  const TensorStore hub = open_weights(fixture("models/ernie4_5_vl_moe-tf5"));
+  const Bench bench = scan(facts, open_weights(fixture("models/ernie4_5_vl_moe-tf5")));
+  const RouterTable& t = bench.facts.routers.value();
+  ASSERT_EQ(t.layer, std::vector<int>{1});
+  EXPECT_EQ(t.tensor[0], "model.layers.1.mlp.gate.weight");
+  EXPECT_TRUE(t.is_input_major(0));
+  EXPECT_EQ(t.experts[0], 8);
+  EXPECT_EQ(t.hidden[0], 64);
+  EXPECT_EQ(t.expert_count[0], 8);
+  EXPECT_EQ(t.bias[0], "model.layers.1.mlp.moe_statics.e_score_correction_bias");
+  EXPECT_EQ(bench.facts.expert_storage.value().tensors, std::vector<std::int64_t>{24});
+  EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{});
+  EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+  EXPECT_EQ(bench.facts.weight_shapes.value().tensor, std::vector<std::string>{});
+
+  // One of the second set is missing, and one is too many.
+  const TempTree tree;
+  const std::string last = "model.layers.1.mlp.experts.15.up_proj.weight", beyond = "model.layers.1.mlp.experts.16.up_proj.weight";
+  const Bench spoiled = scan(facts, spoilt(tree, "models/ernie4_5_vl_moe-tf5", {last}, [&](WeightFile& f) { f.add_zeros(beyond, {8, 64}); }));
+  EXPECT_EQ(spoiled.facts.tensor_diff.value().missing, std::vector<std::string>{last});
+  EXPECT_EQ(spoiled.facts.tensor_diff.value().unexpected, std::vector<std::string>{beyond});
+
+  // As the modules hold them.
+  const TempTree memory;
+  WeightFile file;
+  for (const ExpandedTensor& e : expand(*find_family("ernie4_5_vl_moe"), {2, 8, 64, 16, 32, 128, {1}}, FamilyTensor::Where::kMemory)) {
+    std::vector<std::int64_t> shape = e.shape;
+    std::replace(shape.begin(), shape.end(), std::int64_t{-1}, std::int64_t{8});
+    if (!e.name.ends_with("proj.bias")) file.add_zeros(e.name, shape);
+  }
+  memory.write("model.safetensors", file.text());
+  const Bench held = scan(facts, open_weights(memory.path()));
+  ASSERT_EQ(held.facts.routers.value().tensor, std::vector<std::string>{"model.language_model.layers.1.mlp.text_moe.gate.weight"});
+  EXPECT_FALSE(held.facts.routers.value().is_input_major(0));
+  EXPECT_EQ(held.facts.routers.value().hidden, std::vector<std::int64_t>{64});
+  EXPECT_EQ(held.facts.routers.value().expert_count, std::vector<std::int64_t>{8});
+  EXPECT_EQ(held.facts.tensor_diff.value().missing, std::vector<std::string>{});
+  EXPECT_EQ(held.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+}
+
 /// DeepSeek-V4 as released and as the first releases of transformers 5 saved it. The renamings are of conversion_mapping.py, by hand.
 TEST(HeaderScan, NamesOfReleasedFilesAndOfOlderReleases) {
   using Renamings = std::vector<std::pair<std::string, std::string>>;

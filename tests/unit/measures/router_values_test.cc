@@ -50,6 +50,28 @@ TEST(RouterValues, EveryRouterTensorOfTheFixtures) {
   EXPECT_EQ(buffers, 6u);
 }
 
+/// Where a router is stored [hidden, experts], an expert without weights is a column of zeros, and a row of them is none.
+TEST(RouterValues, AnExpertOfARouterThatIsStoredTheOtherWayRound) {
+  const std::string router = "model.layers.1.mlp.gate.weight";
+  const TensorStore whole = open_weights(fixture("models/ernie4_5_vl_moe-tf5"));
+  WeightFile file;
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    if (whole[i].name != router) file.copy(whole[i], std::string(whole[i].name));
+  }
+  std::vector<float> values(64 * 8, 0.5f);
+  for (std::size_t h = 0; h < 64; ++h) values[h * 8 + 5] = 0;
+  for (std::size_t e = 0; e < 8; ++e) values[17 * 8 + e] = 0;
+  file.add_f32(router, {64, 8}, values);
+  const TempTree tree;
+  tree.write("model.safetensors", file.text());
+  const Bench bench = scan(model_facts(fixture("models/ernie4_5_vl_moe-tf5")), open_weights(tree.path()));
+  const RouterValues& v = bench.facts.router_values.value();
+  const auto at = static_cast<std::size_t>(std::find(v.tensor.begin(), v.tensor.end(), router) - v.tensor.begin());
+  ASSERT_LT(at, v.tensor.size());
+  EXPECT_EQ(v.zero_rows[at], 1);
+  EXPECT_EQ(v.first_zero_row[at], 5);
+}
+
 /// mixtral-tf4 with one router replaced.
 TensorStore with_router(const TempTree& tree, const std::vector<float>& values, const std::string& dtype = "F32") {
   const TensorStore whole = open_weights(fixture("models/mixtral-tf4"));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <map>
+#include <set>
 
 #include "audit/measures/value_scan.h"
 #include "tests/unit/measures/fixture_model.h"
@@ -40,6 +41,32 @@ void expect_sums(double sum, double square, std::int64_t n, const nlohmann::json
   const double u = 0x1p-53, gamma = (static_cast<double>(n) + 2) * u / (1 - (static_cast<double>(n) + 2) * u);
   EXPECT_LE(std::fabs(sum - number(want["sum"])), gamma * number(want["absolute"]));
   EXPECT_LE(std::fabs(square - number(want["sum_of_squares"])), gamma * number(want["sum_of_squares"]));
+}
+
+/// An expert of a router that is stored [hidden, experts] is a column; experts of a second set are none of the scanned ones.
+TEST(WeightScanMeasure, ARouterThatIsStoredTheOtherWayRound) {
+  nlohmann::json facts = model_facts(fixture("models/ernie4_5_vl_moe-tf5"));
+  const Bench bench = scan(facts, open_weights(fixture("models/ernie4_5_vl_moe-tf5")));
+  ASSERT_TRUE(bench.facts.router_rows.known()) << bench.facts.router_rows.why_unknown();
+  const RouterRows& rows = bench.facts.router_rows.value();
+  ASSERT_EQ(rows.expert, (std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7}));
+  const TensorView& gate = *bench.model.find("model.layers.1.mlp.gate.weight");
+  std::vector<double> values(64 * 8);
+  ASSERT_TRUE(decode(gate, 0, 64 * 8, values.data()));
+  for (std::size_t e = 0; e < 8; ++e) {
+    double square = 0, most = -INFINITY;
+    for (std::size_t h = 0; h < 64; ++h) square += values[h * 8 + e] * values[h * 8 + e], most = std::max(most, values[h * 8 + e]);
+    EXPECT_NEAR(rows.sum_of_squares[e], square, 1e-12 * square);
+    EXPECT_EQ(rows.max[e], most);
+    EXPECT_EQ(rows.elements[e], 64);
+  }
+  const WeightScan& t = bench.facts.weight_scan.value();
+  std::set<int> experts;
+  for (std::size_t i = 0; i < t.tensor.size(); ++i) {
+    if (t.part[i] == Part::kRoutedExpert) experts.insert(t.expert[i]);
+    if (t.tensor[i].find(".experts.8.") != std::string::npos) EXPECT_EQ(t.part[i], Part::kOther) << t.tensor[i];
+  }
+  EXPECT_EQ(experts.size(), 8u);
 }
 
 struct Totals {

@@ -186,6 +186,37 @@ TEST_F(TraceTest, Sampled) {
   EXPECT_FALSE(with({-1, 3}));
 }
 
+TEST_F(TraceTest, ALayerThatSawSomeOfTheTokens) {
+  const auto with = [&](std::vector<std::int32_t> at, std::vector<WeightProblem>* problems) {
+    const auto n = static_cast<std::int64_t>(at.size());
+    SafetensorsText file;
+    file.add<std::uint8_t>("token_mask", "U8", {4}, {1, 1, 1, 0}).add<std::int32_t>("layer.0.seen", "I32", {n}, at);
+    if (n > 0) file.add<std::int16_t>("layer.0.selected_experts", "I16", {2, 2}, {0, 1, 1, 2});
+    tree.write("a.safetensors", file.add<float>("layer.1.router_logits", "F32", {4, 3}, std::vector<float>(12)).text());
+    const Opened o = open(tree.path());
+    const MicroBatchRecord record = o.trace->micro_batches()[0];
+    MicroBatch mb = o.trace->open(o.trace->micro_batches()[0], problems);
+    EXPECT_EQ(mb.layer(1)->rows(record), 4);
+    EXPECT_FALSE(mb.layer(1)->saw_nothing());
+    if (mb.layer(0)) EXPECT_EQ(mb.layer(0)->rows(record), n);
+    return mb;
+  };
+  std::vector<WeightProblem> problems;
+  MicroBatch mb = with({1, 3}, &problems);
+  EXPECT_TRUE(problems.empty());
+  EXPECT_TRUE(mb.layer(0)->selected_experts);
+  mb = with({}, &problems);
+  EXPECT_TRUE(problems.empty());
+  EXPECT_TRUE(mb.layer(0)->saw_nothing());
+  mb = with({3, 1}, &problems);
+  ASSERT_EQ(problems.size(), 1u) << "not ascending";
+  EXPECT_FALSE(mb.layer(0)) << "nobody knows whose rows its tensors hold";
+  problems.clear();
+  mb = with({1, 2, 3}, &problems);
+  ASSERT_EQ(problems.size(), 1u) << "[2, 2] are not the choices of three tokens";
+  EXPECT_NE(problems[0].what.find("seen tokens"), std::string::npos);
+}
+
 TEST_F(TraceTest, FilesThatAreMissingOrCut) {
   const Opened o = open(tree.path());
   std::vector<WeightProblem> problems;

@@ -49,5 +49,36 @@ TEST(Forms, TiesOfPaddingMoveNothingThatLeavesPaddingOut) {
   EXPECT_GT(counted.tie_slack(), 0);
 }
 
+/// transformers takes one set of the rows of all layers, so it does not matter to which of them a row belongs.
+TEST(Forms, LayersThatSawDifferentNumbersOfTokensWeighByThem) {
+  RoutedLayer whole = half_tied();
+  for (std::size_t i = 0; i < whole.logits.size(); ++i) whole.logits[i] += 0.3 * static_cast<double>(i * i % 7);
+  whole.valid = {1, 1, 0, 1, 1, 0, 1, 1};
+  RoutedLayer first = whole, rest = whole;
+  const std::int64_t cut = 3, n = whole.tokens, e = whole.experts, k = whole.top_k;
+  const auto rows = [&](RoutedLayer* l, std::int64_t from, std::int64_t to) {
+    l->tokens = to - from;
+    l->logits.assign(whole.logits.begin() + from * e, whole.logits.begin() + to * e);
+    l->chosen.assign(whole.chosen.begin() + from * k, whole.chosen.begin() + to * k);
+    l->valid.assign(whole.valid.begin() + from, whole.valid.begin() + to);
+  };
+  rows(&first, 0, cut);
+  rows(&rest, cut, n);
+  ASSERT_TRUE(whole.prepare() && first.prepare() && rest.prepare());
+  const BalanceForm form = held_to(BalanceFamily::kTransformers);
+  BalanceSum one(form), one_by_one(form), nothing(form), merged(form);
+  one.add(whole);
+  one_by_one.add(first);
+  one_by_one.add(rest);
+  EXPECT_NEAR(one_by_one.value(), one.value(), 1e-12);
+  merged.add(one_by_one);
+  merged.add(nothing);
+  EXPECT_EQ(merged.value(), one_by_one.value());
+  BalanceSum means(form);  // the mean of the layers' means is another number here
+  RoutedLayer again = first;
+  for (int i = 0; i < 2; ++i) means.add(again);
+  EXPECT_GT(std::fabs(means.value() - one.value()), 1e-3);
+}
+
 }  // namespace
 }  // namespace moeaudit::variants
