@@ -241,7 +241,9 @@ TensorDiff compare(const TensorStore& model, const Family& family, const std::ve
   std::unordered_set<std::string_view> known;
   for (const ExpandedTensor& t : expected) {
     known.insert(t.name);
-    const bool excused = t.alternative.empty() ? t.optional : is_there(model, t.alternative);
+    const bool excused = t.alternatives.empty() ? t.optional
+                                                : std::any_of(t.alternatives.begin(), t.alternatives.end(),
+                                                              [&](const std::string& other) { return is_there(model, other); });
     const auto where = shard.find(t.name);
     if (where == shard.end() && (excused || is_there(model, t.name))) continue;
     diff.missing.push_back(t.name);
