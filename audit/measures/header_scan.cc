@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "audit/behaviours/behaviour.h"
 #include "audit/measures/measure.h"
 #include "audit/measures/model_shape.h"
 #include "audit/measures/tensor_name.h"
@@ -99,11 +100,12 @@ struct Layout {
   FamilyTensor::Where where = FamilyTensor::Where::kHub;
   std::vector<ExpandedTensor> expected;
 };
-Layout layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
+Layout layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape, bool reads_older) {
   using Where = FamilyTensor::Where;
   Layout best{Where::kHub, expand(family, shape, Where::kHub)};
   auto most = count_found(model, best.expected);
   for (const Where where : {Where::kMemory, Where::kReleased, Where::kOlder}) {
+    if (where == Where::kOlder && !reads_older) continue;
     std::vector<ExpandedTensor> expected = expand(family, shape, where);
     const auto found = count_found(model, expected);
     if (found > most) best = {where, std::move(expected)}, most = found;
@@ -354,7 +356,9 @@ void run(MeasureContext& context) {
   FamilyShape shape;
   std::string why = "the family of this model is not known";
   const bool shaped = family && model_shape(f, &shape, &why);
-  const Layout layout = shaped ? layout_of(model, *family, shape) : Layout{};
+  // What older releases wrote counts as complete where no release that the run may use is known to have stopped reading it.
+  const bool reads_older = !family || ask({"transformers", "older_names_read", {{"family", std::string(family->name)}}}, f.transformers.get()).value != "false";
+  const Layout layout = shaped ? layout_of(model, *family, shape, reads_older) : Layout{};
   RouterTable routers = family ? find_routers(model, *family, layout.where, skipped, encoder_layers, &storage) : recognise_moe(model).table;
   const std::string note = std::to_string(model.size()) + " tensors, " + std::to_string(routers.layer.size()) + " routers" +
                            (family ? "" : ", recognised by shape");
