@@ -209,7 +209,7 @@ json facts_of(const json& row) {
   static const std::map<std::string, std::string> kTypes = {
       {"Mixtral", "mixtral"},       {"Qwen3Moe", "qwen3_moe"}, {"Olmoe", "olmoe"},          {"Qwen2Moe", "qwen2_moe"},
       {"GraniteMoe", "granitemoe"}, {"Phimoe", "phimoe"},      {"MiniMaxM2", "minimax_m2"},
-      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"Kimi_K25", "deepseek_v3"}};
+      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"Kimi_K25", "deepseek_v3"}, {"NemotronH", "nemotron_h"}};
   json facts = {{"versions.transformers", row.at("transformers")}, {"model.type", "mixtral"},
                 {"balance.aux_flag", true}, {"balance.aux_added_to_loss", true}, {"balance.aux_coefficient", 0.5},
                 {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}};
@@ -219,8 +219,8 @@ json facts_of(const json& row) {
   if (row.contains("model")) facts["model.type"] = kTypes.at(row.at("model").get<std::string>());
   if (facts["model.type"] == "switch_transformers") facts["training.trainer"] = "Trainer";
   if (facts["model.type"] == "doge") facts["model.has_moe"] = true;
-  if (advisory == "AV019") {
-    facts["model.family"] = "kimi_k25";
+  if (advisory == "AV019" || advisory == "AV100") {
+    facts["model.family"] = advisory == "AV019" ? "kimi_k25" : "nemotron_h";
     facts["training.method"] = "full";
     facts["training.trust_remote_code"] = false;
   }
@@ -258,6 +258,7 @@ std::optional<bool> faulty(const json& row) {
     return row.at("router") == "zero" ? std::nullopt : std::optional(row.at("by_later_tokens").get<double>() > 0);
   }
   if (advisory == "AV019") return row.at("layers") == 0;
+  if (advisory == "AV100") return row.at("saved") == "backbone.embedding.weight";
   if (advisory == "AV020") return row.at("times_added").get<double>() > 1.5;
   return std::nullopt;
 }
