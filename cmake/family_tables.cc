@@ -91,11 +91,11 @@ std::string shape_of(Map& row) {
     for (std::string term; std::getline(stream, term, '+');) {
       std::stringstream product(term);
       for (std::string factor; std::getline(product, factor, '*');) {
-        const bool symbol = factor.size() == 1 && std::string("EHISVX").find(factor[0]) != std::string::npos;
+        const bool symbol = factor.size() == 1 && std::string("EHISVXZ").find(factor[0]) != std::string::npos;
         const bool digits = !factor.empty() && factor.find_first_not_of("0123456789") == std::string::npos;
         if (!symbol && !digits) {
           fail(row.file(), row.node("shape").Mark(),
-               "shape '" + dim + "': write E, H, I, S, V, X, numbers, products like 2*I, sums like E+X, or ?");
+               "shape '" + dim + "': write E, H, I, S, V, X, Z, numbers, products like 2*I, sums like E+X, or ?");
         }
       }
     }
@@ -123,8 +123,8 @@ std::string renamed(const std::string& name, const Prefixes& prefixes) {
 /// `where: word` or a list of words, as names of FamilyTensor::Where.
 std::vector<std::string> wheres_of(Map& row) {
   std::vector<std::string> out;
-  const bool one = row.node("where").IsScalar();
-  for (const std::string& word : one ? std::vector<std::string>{row.text("where")} : row.list("where", true)) {
+  row.node("where");
+  for (const std::string& word : row.words("where")) {
     if (!kWhere.count(word)) fail(row.file(), row.node("where").Mark(), "where: '" + word + "' is none of hub, memory, both, older");
     if (word == "both") out.insert(out.end(), {"kHub", "kMemory"});
     else out.push_back(kWhere.at(word));
@@ -135,7 +135,7 @@ std::vector<std::string> wheres_of(Map& row) {
 /// Where released files have other names than save_pretrained writes, those are the hub's with the prefixes of `released`.
 std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* names) {
   struct Seen {
-    std::string instead;
+    std::vector<std::string> instead;
     YAML::Mark mark;
   };
   std::vector<std::string> rows;
@@ -147,8 +147,9 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
     const bool layered = name.find("{L}") != std::string::npos || name.find("{D}") != std::string::npos;
     if (layered == (layers == "kNone"))
       fail(top.file(), entry.Mark(), "'" + name + "': {L} or {D} and 'layers: none' exclude each other, and one is needed");
-    const std::string instead = row.text_or("instead", ""), when = row.text_or("optional", "");
-    if (!instead.empty()) alternatives.push_back({instead, entry.Mark()});
+    const std::string when = row.text_or("optional", "");
+    const std::vector<std::string> instead = row.words("instead");
+    alternatives.push_back({instead, entry.Mark()});
     const std::string shape = shape_of(row), part = row.word("part", kParts);
     const bool beyond = row.flag("beyond", false);
     if (beyond && name.find("{e}") == std::string::npos) fail(top.file(), entry.Mark(), "'" + name + "': beyond: true needs {e}");
@@ -157,19 +158,23 @@ std::string family_tensors(Map& top, FamilyTables& t, std::set<std::string>* nam
     if (!released.empty() && std::find(wheres.begin(), wheres.end(), "kHub") != wheres.end()) wheres.push_back("kReleased");
     for (const std::string& w : wheres) {
       const Prefixes prefixes = w == "kReleased" ? released : Prefixes();
-      const std::string called = renamed(name, prefixes), other = renamed(instead, prefixes);
+      const std::string called = renamed(name, prefixes);
+      std::vector<std::string> others;
+      for (const std::string& other : instead) others.push_back(renamed(other, prefixes));
       if (!names->insert(w + called).second)
         fail(top.file(), entry.Mark(), "tensor '" + called + "' is listed twice");
-      const std::string why = other.empty() ? when : "the checkpoint has " + other + " instead";
+      const std::string why = others.empty() ? when : "the checkpoint has " + joined(others, " or ") + " instead";
       rows.push_back("{" + quoted(called) + ", " + quoted(shape) + ", Part::" + part + ", FamilyTensor::Where::" + w +
                      ", FamilyTensor::Layers::" + layers + ", " + (why.empty() ? "false" : "true") + ", " +
-                     quoted(why) + ", " + quoted(other) + (beyond ? ", true}" : ", false}"));
+                     quoted(why) + ", " + t.writer.strings(others) + (beyond ? ", true}" : ", false}"));
     }
     row.done();
   }
   for (const Seen& a : alternatives) {
-    if (!names->count("kHub" + a.instead) && !names->count("kMemory" + a.instead))
-      fail(top.file(), a.mark, "instead: '" + a.instead + "' is no tensor of this family");
+    for (const std::string& other : a.instead) {
+      if (!names->count("kHub" + other) && !names->count("kMemory" + other))
+        fail(top.file(), a.mark, "instead: '" + other + "' is no tensor of this family");
+    }
   }
   return t.writer.array("FamilyTensor", rows);
 }
@@ -197,7 +202,7 @@ std::string condition(Map& m, const std::string& key) {
 /// `all`, or a mapping of MoeLayerRule's fields, numbers as config_key=fallback or as a constant.
 std::string layer_rule(Map& top, const std::string& key, Writer& w) {
   const YAML::Node node = top.node(key);
-  if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\", {}}";
+  if (node.IsScalar() && node.Scalar() == "all") return "{{\"\", 0}, {\"\", -1}, {\"\", 1}, {\"\", -1}, \"\", \"\", {}, false}";
   if (!node.IsMap()) fail(top.file(), node.Mark(), "'" + key + "' is 'all' or a mapping (docs/add_a_family.md)");
   Map m(top.file(), node);
   auto number = [&](const std::string& key, const std::string& otherwise) {
@@ -209,16 +214,17 @@ std::string layer_rule(Map& top, const std::string& key, Writer& w) {
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
   std::vector<std::string> types;
-  const bool one = m.has("types") && m.node("types").IsScalar();
-  for (const std::string& text : one ? std::vector<std::string>{m.text("types")} : m.list("types", false)) {
+  for (const std::string& text : m.words("types")) {
     const std::size_t equals = text.find('=');
     if (equals == std::string::npos) fail(m.file(), m.node("types").Mark(), "'types': write config_key=word");
     types.push_back("{" + quoted(text.substr(0, equals)) + ", " + quoted(text.substr(equals + 1)) + "}");
   }
+  const bool counts = m.flag("counts", false);
+  if (counts && types.empty()) fail(m.file(), m.node("counts").Mark(), "counts: true needs 'types', the list that counts");
   const std::string out = "{" + number("from", "0") + ", " + number("to", "-1") + ", " + number("every", "1") + ", " +
                           number("offset", "-1") + ", " + quoted(m.text_or("dense", "")) + ", " +
                           quoted(m.text_or("only", "")) + ", " +
-                          w.array("FamilyCondition", types) + "}";
+                          w.array("FamilyCondition", types) + (counts ? ", true}" : ", false}");
   m.done();
   return out;
 }
@@ -318,8 +324,11 @@ YAML::Node read_like(const fs::path& path, const YAML::Node& own) {
       if (tensor["where"].Scalar() != (layout ? "memory" : where) && tensor["where"].Scalar() != "both") continue;
       YAML::Node one = YAML::Clone(tensor);
       one["where"] = where;
-      for (const char* key : {"name", "instead"}) {
-        if (one[key]) one[key] = renamed(one[key].Scalar(), prefixes);
+      one["name"] = renamed(one["name"].Scalar(), prefixes);
+      if (one["instead"]) {
+        std::vector<std::string> instead = Map(path.string(), tensor).words("instead");
+        for (std::string& other : instead) other = renamed(other, prefixes);
+        one["instead"] = instead;
       }
       tensors.push_back(one);
     }
@@ -358,6 +367,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
          "renormalise: config and a key for router.renormalised belong together");
   }
   if (renormalise != "config") given.insert("router.renormalised");
+  if (top.node("moe_layer_rule").IsMap() && top.node("moe_layer_rule")["counts"]) given.insert("model.num_layers");
   check_complete(top, given, unknown);
 
   Map balance(top.file(), top.node("balance"));

@@ -100,6 +100,10 @@ class Map {
     }
     return out;
   }
+  /// A word, or a list of words; none if the key is not there.
+  std::vector<std::string> words(const std::string& key) {
+    return has(key) && node(key).IsScalar() ? std::vector<std::string>{text(key)} : list(key, false);
+  }
   void done() const {
     for (const auto& [key, where] : keys_) {
       if (!asked_.count(key)) {

@@ -49,6 +49,7 @@ std::int64_t symbol_value(char symbol, const FamilyShape& s) {
     case 'S': return s.shared_width;
     case 'V': return s.vocabulary;
     case 'X': return s.extra_rows;
+    case 'Z': return s.expert_input > 0 ? s.expert_input : s.hidden;
   }
   return 0;
 }
@@ -125,7 +126,7 @@ constexpr std::array<std::string_view, 7> kRoots = {"module", "base_model", "mod
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
 constexpr std::array<std::string_view, 13> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
                                                            "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
-                                                           "sam_model",   "qwen2_model", "resampler_model"};
+                                                           "sam_model",   "qwen2_model", "resampler_model", "mm_projector"};
 constexpr std::array<std::string_view, 6> kRouters = {"gate", "router", "router_gate", "gating", "moe_gate", "wg"};
 constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn",        "attention",
                                                          "self_attention", "linear_attn", "cross_attn",
@@ -133,10 +134,10 @@ constexpr std::array<std::string_view, 9> kAttentions = {"self_attn",      "attn
 constexpr std::array<std::string_view, 11> kAttentionLeaves = {
     "q_proj",    "k_proj", "v_proj", "o_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
     "kv_b_proj", "Wqkv",   "sinks"};
-constexpr std::array<std::string_view, 8> kEmbeddings = {"embed_tokens", "embed_tokens_per_layer", "embed", "wte",            "wpe",
-                                                         "word_embeddings", "tok_embeddings", "shared"};
+constexpr std::array<std::string_view, 9> kEmbeddings = {"embed_tokens", "embed_tokens_per_layer", "embed", "wte",            "wpe",
+                                                         "word_embeddings", "tok_embeddings", "shared", "embeddings"};
 constexpr std::array<std::string_view, 5> kHeads = {"lm_head", "head", "embed_out", "score", "unembed"};
-constexpr std::array<std::string_view, 6> kMlps = {"mlp", "mlps", "feed_forward", "ffn", "block_sparse_moe", "moe"};
+constexpr std::array<std::string_view, 7> kMlps = {"mlp", "mlps", "feed_forward", "ffn", "block_sparse_moe", "moe", "mixer"};
 constexpr std::array<std::string_view, 16> kMlpLeaves = {
     "gate_proj", "linear_gate", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "c_fc", "c_proj", "wi", "wo",
     "w13_dn", "w2_md"};
@@ -329,9 +330,10 @@ std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shap
     for (std::int64_t layer : layers_of(tensor, shape)) {
       const std::int64_t first = second ? shape.experts : 0, experts = first + (per_expert ? shape.experts : 1);
       for (std::int64_t e = first; e < experts + (tensor.beyond ? shape.extra_rows : 0); ++e) {
+        std::vector<std::string> alternatives;
+        for (std::string_view other : tensor.alternatives) alternatives.push_back(replaced(other, shape, layer, e));
         out.push_back({replaced(tensor.name, shape, layer, e), dims, tensor.part, static_cast<int>(layer),
-                       per_expert ? static_cast<int>(e) : -1, tensor.optional || e >= experts,
-                       replaced(tensor.alternative, shape, layer, e)});
+                       per_expert ? static_cast<int>(e) : -1, tensor.optional || e >= experts, std::move(alternatives)});
       }
     }
   }

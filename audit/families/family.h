@@ -23,8 +23,8 @@ struct FamilyKey {
 };
 
 /// One tensor of the family. Placeholders: {L} layer, {D} layer of the decoder behind an encoder, {e} expert, {v} expert of a second
-/// set of as many, which names number behind the first. Shape symbols: E experts, H hidden, I expert width, S shared width, V vocabulary,
-/// X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
+/// set of as many, which names number behind the first. Shape symbols: E experts, H hidden, I expert width, Z what an expert gets,
+/// S shared width, V vocabulary, X rows of the router beyond one an expert, numbers, products ("2*I"), sums ("E+X"), "?" any.
 struct FamilyTensor {
   // name in the saved file | parameter name in memory (transformers >= 5) | in released files, where these have others |
   // in files of older releases of the class
@@ -37,7 +37,7 @@ struct FamilyTensor {
   Layers layers;
   bool optional;                            // may be absent (tied, bias switched off, ...)
   std::string_view optional_when;           // "tie_word_embeddings", "attention_bias=false", ...; free text, may be ""
-  std::string_view alternative;             // optional only where this tensor stands in for it in the same layer; may be ""
+  std::span<const std::string_view> alternatives;  // optional only where one of these stands in for it in the same layer
   bool beyond;                              // {e} may go on through X: what is there runs nothing, and may be missing
 };
 
@@ -60,11 +60,13 @@ struct FamilyCondition {
 
 /// Which layers are MoE: those from `from` to `to` (both included; to < 0: to the last) whose index divided by `every`
 /// leaves `offset` (offset < 0: every - 1), but none that the list `dense` names. A list `only` replaces all of it, and so
-/// does a list of words, one a layer, that the config has under a key of `types`: those with the word `value`.
+/// does a list of words, one a layer, that the config has under a key of `types`: those with the word `value`. A text stands
+/// for the list of its letters.
 struct MoeLayerRule {
   LayerKey from, to, every, offset;
   std::string_view dense, only;  // config keys of lists; may be ""
   std::span<const FamilyCondition> types;
+  bool counts;                   // that list says how many layers there are, too
 };
 
 /// What of the scaling the router's own weights have.
@@ -135,6 +137,7 @@ struct FamilyShape {
   std::vector<std::int64_t> moe_layers;
   std::int64_t encoder_layers = 0;     // of `layers`: layer encoder_layers is the decoder's first
   std::int64_t extra_rows = 0;         // rows of the router beyond one an expert
+  std::int64_t expert_input = 0;       // width of what an expert gets; 0: the hidden size
 };
 struct ExpandedTensor {
   std::string name;
@@ -143,7 +146,7 @@ struct ExpandedTensor {
   int layer;                         // -1 none
   int expert;                        // -1 none
   bool optional;
-  std::string alternative;           // if not empty: missing all the same, unless this tensor is there
+  std::vector<std::string> alternatives;  // if not empty: missing all the same, unless one of these is there
 };
 /// All tensors of `where` for one model, in a fixed order. A symbol of the shape that is 0 in `shape` gives -1.
 std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shape, FamilyTensor::Where where);

@@ -299,17 +299,46 @@ std::string model_type_of(const Material& material) {
   return type && type->is_string() ? type->text : std::string();
 }
 
-const Family* family_of(const ModelConfig& config) {
+std::optional<LayerWords> layer_words(const MoeLayerRule& rule, const std::function<const Node*(std::string_view)>& value_of) {
+  for (const FamilyCondition& listed : rule.types) {
+    const Node* found = value_of(listed.key);
+    LayerWords out{listed.key, listed.value, {}};
+    if (found && found->is_list()) {
+      for (const Node& item : found->items) out.words.push_back(item.text);
+    } else if (found && found->is_string() && listed.value.size() == 1) {
+      for (const char letter : found->text) out.words.emplace_back(1, letter);
+    } else {
+      continue;
+    }
+    return out;
+  }
+  return std::nullopt;
+}
+
+/// Does the class of the family build experts for this config?
+bool builds_experts(const Family& family, const Node& text) {
+  if (!family.moe_if.key.empty()) {
+    const Node* says = text.find(family.moe_if.key);
+    const auto yes = says ? says->as_bool() : std::nullopt;
+    if (!yes || (*yes ? "true" : "false") != family.moe_if.value) return false;
+  }
+  const auto layers = layer_words(family.moe_layer_rule, [&](std::string_view key) { return text.find(key); });
+  return !layers || std::find(layers->words.begin(), layers->words.end(), layers->moe) != layers->words.end();
+}
+
+const Family* described_by(const ModelConfig& config) {
   const Node* type = config.root.find("model_type");
   const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
   if (!family && config.text) {
     type = config.text->find("model_type");
     family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
   }
-  if (!family || family->moe_if.key.empty()) return family;
-  const Node* says = (config.text ? *config.text : config.root).find(family->moe_if.key);
-  const auto yes = says ? says->as_bool() : std::nullopt;
-  return yes && (*yes ? "true" : "false") == family->moe_if.value ? family : nullptr;
+  return family;
+}
+
+const Family* family_of(const ModelConfig& config) {
+  const Family* family = described_by(config);
+  return family && builds_experts(*family, config.text ? *config.text : config.root) ? family : nullptr;
 }
 
 const Family* family_of(const Material& material) {

@@ -3,17 +3,17 @@
 // from read(): the first looks at keys only and never writes.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "audit/families/family.h"
 #include "audit/inputs/material.h"
 
 namespace moeaudit {
-
-struct Family;
 
 /// A parsed file, and where it stands.
 struct ConfigFile {
@@ -97,8 +97,17 @@ const ConfigReader* find_config_reader(const Node& root);
 /// The family of the model whose config was read last, or of the hub id that is in the committed table; nullptr:
 /// unknown.
 const Family* family_of(const Material& material);
-/// By the model_type of the file itself, else by that of the language model nested in it.
+/// By the model_type of the file itself, else by that of the language model nested in it; nullptr also for a model whose
+/// class builds no experts for what the config says.
 const Family* family_of(const ModelConfig& config);
+/// The family that has the model_type, experts or none.
+const Family* described_by(const ModelConfig& config);
+/// The words, one a layer, that a config has under a key of the rule's `types`; a text is the list of its letters.
+struct LayerWords {
+  std::string_view key, moe;  // where they stand, and the word of a MoE layer
+  std::vector<std::string> words;
+};
+std::optional<LayerWords> layer_words(const MoeLayerRule& rule, const std::function<const Node*(std::string_view)>& value_of);
 /// model_type of the (text) config that was read last, "" if none.
 std::string model_type_of(const Material& material);
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "audit/inputs/reader.h"
 #include "audit/inputs/resolve_parts.h"
 
 namespace moeaudit {
@@ -68,6 +69,15 @@ void add(const Said& base, const Said& trained, std::string_view key, std::strin
   out->line.push_back(trained.line);
 }
 
+/// Which layers have experts, by the config's list; releases call the other layers by other names, or all by letters.
+std::optional<std::vector<bool>> listed_experts(const MoeLayerRule& rule, const ModelConfig& config) {
+  const auto listed = layer_words(rule, [&](std::string_view key) { return text_of(config).find(key); });
+  if (!listed) return std::nullopt;
+  std::vector<bool> out;
+  for (const std::string& word : listed->words) out.push_back(word == listed->moe);
+  return out;
+}
+
 const ModelConfig* strongest(const Material& m, Role role) {
   const ModelConfig* found = nullptr;
   for (const ModelConfig& c : m.configs) {
@@ -99,6 +109,8 @@ void resolve_base(Resolver& r) {
   if (r.family) {
     for (const FamilyKey& row : r.family->keys) {
       if (row.keys.empty()) continue;  // a constant of the family
+      const auto experts = row.fact == "model.moe_layers" ? listed_experts(r.family->moe_layer_rule, *base) : std::nullopt;
+      if (experts && experts == listed_experts(r.family->moe_layer_rule, *trained)) continue;
       add(said(*base, row.keys, row.default_value), said(*trained, row.keys, row.default_value), row.keys.front(), effect_of(row.fact), &changes);
     }
   }

@@ -310,19 +310,14 @@ void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t fi
   const std::int64_t named = config_number(r, rule.offset);
   const std::int64_t offset = named < 0 ? every - 1 : named == 1 && every == 1 ? 0 : named;  // a step of 1: every layer
   const auto dense = config_numbers(r, rule.dense), only = config_numbers(r, rule.only);
-  const Node* types = nullptr;
-  std::string_view word;
-  for (const FamilyCondition& listed : rule.types) {
-    const Node* found = config_value(r, listed.key);
-    if (!types && found && found->is_list()) types = found, word = listed.value;
-  }
+  const auto types = layer_words(rule, [&](std::string_view key) { return config_value(r, key); });
   auto names = [](const std::vector<std::int64_t>& list, std::int64_t i) {
     return std::find(list.begin(), list.end(), i) != list.end();
   };
   for (std::int64_t i = 0; i < n; ++i) {
     const bool by_rule = i >= from && (to < 0 || i <= to) && i % every == offset;
     const auto at = static_cast<std::size_t>(i);
-    if (types  ? at < types->items.size() && types->items[at].text == word
+    if (types  ? at < types->words.size() && types->words[at] == types->moe
         : only ? names(*only, i)
                : by_rule && !(dense && names(*dense, i)))
       layers->push_back(first + i);
@@ -331,7 +326,15 @@ void add_moe_layers(const Resolver& r, const MoeLayerRule& rule, std::int64_t fi
 
 void resolve_moe_layers(Resolver& r) {
   FactSheet& f = r.facts;
-  if (!r.family || !f.num_layers.known()) return;
+  if (!r.family) return;
+  if (r.family->moe_layer_rule.counts) {
+    std::string looked_for;
+    for (const FamilyCondition& listed : r.family->moe_layer_rule.types) looked_for += (looked_for.empty() ? "" : " or ") + std::string(listed.key);
+    const auto types = layer_words(r.family->moe_layer_rule, [&](std::string_view key) { return config_value(r, key); });
+    if (types) f.num_layers.set(static_cast<std::int64_t>(types->words.size()), Origin::kDerived, derived_from("the length of " + std::string(types->key)));
+    else f.num_layers.explain_unknown("the configuration has no list " + looked_for);
+  }
+  if (!f.num_layers.known()) return;
   constexpr std::int64_t kMost = 100000;  // more is nonsense in the config; RT003 and the tensor comparison speak of it
   const std::int64_t encoder = f.encoder_layers.known() ? f.encoder_layers.value() : 0, n = f.num_layers.value();
   if (n < 0 || n > kMost || encoder < 0 || encoder > kMost) return;
@@ -387,6 +390,7 @@ void recognise_unknown(Resolver& r) {
     return;
   }
   for (const ModelConfig& c : r.material.configs) {
+    if (described_by(c)) continue;  // and its class builds no experts for this config
     const Node& text = c.text ? *c.text : c.root;
     for (std::string_view key : kExpertKeys) {
       const Node* v = text.find(key);
@@ -417,6 +421,7 @@ void count_expert_parameters(Resolver& r) {
   shape.experts = f.num_experts.value();
   shape.hidden = f.hidden_size.value();
   shape.expert_width = f.expert_width.value();
+  shape.expert_input = f.expert_input.known() ? f.expert_input.value() : 0;
   std::int64_t total = 0;
   for (const ExpandedTensor& t : expand(*r.family, shape, FamilyTensor::Where::kMemory)) {
     const bool open = std::any_of(t.shape.begin(), t.shape.end(), [](std::int64_t d) { return d <= 0; });  // packed bytes

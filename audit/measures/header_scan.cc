@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "audit/behaviours/behaviour.h"
 #include "audit/measures/measure.h"
 #include "audit/measures/model_shape.h"
 #include "audit/measures/tensor_name.h"
@@ -99,11 +100,12 @@ struct Layout {
   FamilyTensor::Where where = FamilyTensor::Where::kHub;
   std::vector<ExpandedTensor> expected;
 };
-Layout layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape) {
+Layout layout_of(const TensorStore& model, const Family& family, const FamilyShape& shape, bool reads_older) {
   using Where = FamilyTensor::Where;
   Layout best{Where::kHub, expand(family, shape, Where::kHub)};
   auto most = count_found(model, best.expected);
   for (const Where where : {Where::kMemory, Where::kReleased, Where::kOlder}) {
+    if (where == Where::kOlder && !reads_older) continue;
     std::vector<ExpandedTensor> expected = expand(family, shape, where);
     const auto found = count_found(model, expected);
     if (found > most) best = {where, std::move(expected)}, most = found;
@@ -246,7 +248,9 @@ TensorDiff compare(const TensorStore& model, const Family& family, const std::ve
   std::unordered_set<std::string_view> known;
   for (const ExpandedTensor& t : expected) {
     known.insert(t.name);
-    const bool excused = t.alternative.empty() ? t.optional : is_there(model, t.alternative);
+    const bool excused = t.alternatives.empty() ? t.optional
+                                                : std::any_of(t.alternatives.begin(), t.alternatives.end(),
+                                                              [&](const std::string& other) { return is_there(model, other); });
     const auto where = shard.find(t.name);
     if (where == shard.end() && (excused || is_there(model, t.name))) continue;
     diff.missing.push_back(t.name);
@@ -357,7 +361,9 @@ void run(MeasureContext& context) {
   FamilyShape shape;
   std::string why = "the family of this model is not known";
   const bool shaped = family && model_shape(f, &shape, &why);
-  const Layout layout = shaped ? layout_of(model, *family, shape) : Layout{};
+  // What older releases wrote counts as complete where no release that the run may use is known to have stopped reading it.
+  const bool reads_older = !family || ask({"transformers", "older_names_read", {{"family", std::string(family->name)}}}, f.transformers.get()).value != "false";
+  const Layout layout = shaped ? layout_of(model, *family, shape, reads_older) : Layout{};
   const std::int64_t first_set = family && has_second_set(*family) && f.num_experts.known() ? f.num_experts.value() : 0;
   RouterTable routers = family ? find_routers(model, *family, layout.where, skipped, encoder_layers, first_set, &storage)
                                : recognise_moe(model).table;

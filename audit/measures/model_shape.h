@@ -27,6 +27,7 @@ inline bool model_shape(const FactSheet& f, FamilyShape* shape, std::string* why
   shape->moe_layers = f.moe_layers.value();
   shape->encoder_layers = f.encoder_layers.known() ? f.encoder_layers.value() : 0;
   shape->extra_rows = f.extra_rows.known() ? f.extra_rows.value() : 0;
+  shape->expert_input = f.expert_input.known() ? f.expert_input.value() : 0;
   const bool sane = shape->layers >= 0 && shape->experts >= 0 && shape->layers <= kMaxListedExperts &&
                     (shape->layers == 0 || shape->experts <= kMaxListedExperts / shape->layers);
   if (!sane) {

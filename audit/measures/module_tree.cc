@@ -41,8 +41,9 @@ bool is_packed(std::string_view name) { return ends_with(name, "_blocks") || end
 
 bool is_present(const ExpandedTensor& t, const TensorStore& store) {
   if (is_packed(t.name)) return false;
-  if (t.alternative.empty() || is_packed(t.alternative) || store.empty()) return true;
-  return store.find(t.name) != nullptr || store.find(t.alternative) == nullptr;
+  if (t.alternatives.empty() || store.empty() || store.find(t.name) != nullptr) return true;
+  return std::all_of(t.alternatives.begin(), t.alternatives.end(),
+                     [&](const std::string& other) { return is_packed(other) || store.find(other) == nullptr; });
 }
 
 std::vector<std::int64_t> shape_of(const ExpandedTensor& t, const TensorStore& store) {

@@ -209,7 +209,8 @@ json facts_of(const json& row) {
   static const std::map<std::string, std::string> kTypes = {
       {"Mixtral", "mixtral"},       {"Qwen3Moe", "qwen3_moe"}, {"Olmoe", "olmoe"},          {"Qwen2Moe", "qwen2_moe"},
       {"GraniteMoe", "granitemoe"}, {"Phimoe", "phimoe"},      {"MiniMaxM2", "minimax_m2"},
-      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"KimiLinear", "kimi_linear"}, {"HYV4", "hy_v4"}};
+      {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"KimiLinear", "kimi_linear"}, {"HYV4", "hy_v4"},
+      {"Kimi_K25", "deepseek_v3"},  {"NemotronH", "nemotron_h"}};
   json facts = {{"versions.transformers", row.at("transformers")}, {"model.type", "mixtral"},
                 {"balance.aux_flag", true}, {"balance.aux_added_to_loss", true}, {"balance.aux_coefficient", 0.5},
                 {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}, {"training.method", "full"}};
@@ -219,6 +220,10 @@ json facts_of(const json& row) {
   if (row.contains("model")) facts["model.type"] = kTypes.at(row.at("model").get<std::string>());
   if (facts["model.type"] == "switch_transformers") facts["training.trainer"] = "Trainer";
   if (facts["model.type"] == "doge") facts["model.has_moe"] = true;
+  if (advisory == "AV019" || advisory == "AV100" || advisory == "AV101") {
+    facts["model.family"] = advisory == "AV101" ? "kimi_k25" : advisory == "AV100" ? "nemotron_h" : facts["model.type"];
+    facts["training.trust_remote_code"] = false;
+  }
   if (row.contains("expert_capacity")) facts["router.expert_capacity"] = row.at("expert_capacity");
   if (row.contains("tokens")) facts["training.sequence_length"] = row.at("tokens");
   if (advisory == "AV041") {
@@ -254,6 +259,8 @@ std::optional<bool> faulty(const json& row) {
     return row.at("router") == "zero" ? std::nullopt : std::optional(row.at("by_later_tokens").get<double>() > 0);
   }
   if (advisory == "AV019") return row.at("saved_by_other_names") > 0;
+  if (advisory == "AV101") return row.at("layers") == 0;
+  if (advisory == "AV100") return row.at("saved") == "backbone.embedding.weight";
   if (advisory == "AV020") return row.at("times_added").get<double>() > 1.5;
   return std::nullopt;
 }

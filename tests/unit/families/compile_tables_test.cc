@@ -87,6 +87,17 @@ TEST_F(CompileTables, RefusesAnUnknownKey) {
   expect_refused("families/mixtral.yaml", "unknown key 'moe_layer_rul'");
 }
 
+TEST_F(CompileTables, RefusesToCountWithoutAList) {
+  replace("families/mixtral.yaml", "moe_layer_rule: all", "moe_layer_rule: {from: 0, counts: true}");
+  expect_refused("families/mixtral.yaml", "counts: true needs 'types'");
+}
+
+TEST_F(CompileTables, RefusesAnAlternativeThatIsNoTensor) {
+  replace("families/nemotron_h.yaml", "instead: [\"backbone.layers.{L}.mixer.in_proj.weight\", \"backbone.layers.{L}.mixer.q_proj.weight\"]",
+          "instead: [\"backbone.layers.{L}.mixer.in_proj.weight\", \"backbone.layers.{L}.mixer.qkv.weight\"]");
+  expect_refused("families/nemotron_h.yaml", "instead: 'backbone.layers.{L}.mixer.qkv.weight' is no tensor of this family");
+}
+
 TEST_F(CompileTables, RefusesAKeyWrittenTwice) {
   replace("families/mixtral.yaml", "moe_layer_rule: all", "moe_layer_rule: all\nmoe_layer_rule: all");
   ++line_;

@@ -71,6 +71,63 @@ TEST(ResolveModel, NonsenseInALayerRuleEndsWell) {
   EXPECT_EQ(moe_layers(R"({"model_type": "exaone_moe", "num_hidden_layers": 3, "mlp_layer_types": [null, "sparse"]})"), (Layers{1}));
 }
 
+TEST(ResolveModel, TheListOfLayersCountsThem) {
+  const FactSheet words = facts_of(R"({"model_type": "nemotron_h", "num_hidden_layers": 7, "hybrid_override_pattern": "EEE",
+                                       "layers_block_type": ["mamba", "moe", "attention", "mlp", "moe"]})");
+  EXPECT_EQ(words.num_layers.value(), 5);  // the class ignores num_hidden_layers, and the letters where there are words
+  EXPECT_EQ(words.num_layers.source().cite, "the length of layers_block_type");
+  EXPECT_EQ(words.moe_layers.value(), (Layers{1, 4}));
+  EXPECT_EQ(words.num_dense_layers.value(), 3);
+  const FactSheet letters = facts_of(R"({"model_type": "nemotron_h", "num_hidden_layers": 6, "layers_block_type": null, "hybrid_override_pattern": "MEM*-E"})");
+  EXPECT_EQ(letters.num_layers.value(), 6);
+  EXPECT_EQ(letters.moe_layers.value(), (Layers{1, 5}));
+  const FactSheet neither = facts_of(R"({"model_type": "nemotron_h", "num_hidden_layers": 6})");
+  EXPECT_TRUE(neither.has_moe.value());
+  EXPECT_FALSE(neither.num_layers.known());
+  EXPECT_EQ(neither.num_layers.why_unknown(), "the configuration has no list layers_block_type or hybrid_override_pattern");
+  EXPECT_FALSE(neither.moe_layers.known());
+}
+
+TEST(ResolveModel, OtherWordsForTheSameLayersAreNoChange) {
+  test::TempTree tree;
+  RunOptions options;
+  options.bases = {tree.path("base")};
+  const std::string head = R"({"model_type": "nemotron_h", "hybrid_override_pattern": )";
+  tree.write("base/config.json", head + R"("ME*E"})");
+  const auto changed = [&](const std::string& config) {
+    tree.write("checkpoint-3/config.json", config);
+    tree.write("checkpoint-3/trainer_state.json", R"({"global_step": 3, "log_history": []})");
+    options.paths = {tree.path("checkpoint-3")};
+    const LoadedRun run = std::move(load_runs(options).at(0));
+    EXPECT_TRUE(run.facts.base_config.known()) << run.facts.base_config.why_unknown();
+    return run.facts.base_config.known() ? run.facts.base_config.value().key : std::vector<std::string>{"unknown"};
+  };
+  const std::string words = R"({"model_type": "nemotron_h", "layers_block_type": ["linear_attention", "moe", "full_attention", )";
+  EXPECT_EQ(changed(words + R"("moe"]})"), std::vector<std::string>{});
+  EXPECT_EQ(changed(words + R"("mlp"]})"), std::vector<std::string>{"layers_block_type"});
+  EXPECT_EQ(changed(words + R"("moe", "mlp"]})"), std::vector<std::string>{"layers_block_type"});
+}
+
+TEST(ResolveModel, DenseIfTheListOfLayersNamesNoExperts) {
+  for (const char* layers : {R"("hybrid_override_pattern": "M-M*-")", R"("layers_block_type": ["mamba", "mlp", "attention"])"}) {
+    const FactSheet f = facts_of(R"({"model_type": "nemotron_h", "n_routed_experts": 8, )" + std::string(layers) + "}");
+    EXPECT_FALSE(f.has_moe.value()) << layers;
+    EXPECT_FALSE(f.family.known());
+    EXPECT_FALSE(f.num_experts.known());
+  }
+  EXPECT_TRUE(facts_of(R"({"model_type": "nemotron_h", "layers_block_type": ["moe"]})").has_moe.value());
+}
+
+TEST(ResolveModel, WhatAnExpertGets) {
+  const std::string head = R"({"model_type": "nemotron_h", "hybrid_override_pattern": "ME", "hidden_size": 8, "n_routed_experts": 4,
+                               "moe_intermediate_size": 3, "moe_latent_size": )";
+  const FactSheet latent = facts_of(head + "2}"), plain = facts_of(head + "null}");
+  EXPECT_EQ(latent.expert_input.value(), 2);
+  EXPECT_EQ(latent.expert_parameters.value(), 4 * 2 * 3 * 2);
+  EXPECT_FALSE(plain.expert_input.known());
+  EXPECT_EQ(plain.expert_parameters.value(), 4 * 2 * 3 * 8);
+}
+
 TEST(ResolveModel, AValueOfAnotherKindIsUnknownAndNotTheDefault) {
   const FactSheet f = facts_of(R"({"model_type": "mixtral", "num_local_experts": "eight", "num_experts_per_tok": 2.5,
       "output_router_logits": "maybe", "router_aux_loss_coef": null})");

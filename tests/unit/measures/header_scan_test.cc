@@ -271,6 +271,28 @@ TEST(HeaderScan, NamesThatSavingInvents) {
   }
 }
 
+/// backbone.embedding, as transformers before 5.16 saved Nemotron-H, is no embedding for those that do not read it.
+TEST(HeaderScan, NamesThatLaterReleasesDoNotRead) {
+  nlohmann::json facts = {{"model.type", "nemotron_h"}, {"model.family", "nemotron_h"}, {"model.num_layers", 4}, {"model.moe_layers", {1}},
+                          {"model.hidden_size", 64}, {"model.expert_width", 16}, {"model.expert_input", 32}, {"router.num_experts", 8}};
+  const std::string now = "backbone.embeddings.weight", before = "backbone.embedding.weight";
+  const TensorStore saved = open_weights(fixture("models/nemotron_h-tf5"));
+  WeightFile file;
+  for (std::size_t i = 0; i < saved.size(); ++i) file.copy(saved[i], saved[i].name == now ? before : std::string(saved[i].name));
+  const TempTree tree;
+  tree.write("model.safetensors", file.text());
+  using Names = std::vector<std::string>;
+  for (const std::string version : {"", "5.5.4", "5.15.1", "5.16.0", "5.23.0"}) {
+    SCOPED_TRACE(version);
+    if (!version.empty()) facts["versions.transformers"] = version;
+    const bool read = version.empty() || version == "5.5.4" || version == "5.15.1";
+    const TensorDiff diff = scan(facts, open_weights(tree.path())).facts.tensor_diff.value();
+    EXPECT_EQ(diff.missing, read ? Names{} : Names{now});
+    EXPECT_EQ(diff.unexpected, read ? Names{} : Names{before});
+    EXPECT_EQ(scan(facts, open_weights(fixture("models/nemotron_h-tf5"))).facts.tensor_diff.value().missing, Names{});
+  }
+}
+
 TEST(HeaderScan, ShapesThatDiffer) {
   const TempTree tree;
   const std::string gate = "model.layers.1.block_sparse_moe.gate.weight", w2 = "model.layers.2.block_sparse_moe.experts.5.w2.weight",
