@@ -308,6 +308,9 @@ std::vector<Case> cases() {
       "a floor above most sums", 64, 6,
       [](ref::RouteOptions& o) { o.renormalise = true, o.renormalise_floor = 0.5, o.renormalise_eps = 0.01; }, true);
   add(
+      "sigmoids and a floor", 24, 3,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.renormalise = true, o.renormalise_floor = 1.2; }, true);
+  add(
       "laguna", 256, 8,
       [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.logit_softcap = 30, o.renormalise = true; }, true);
   add("softmax of capped logits", 60, 4, [](ref::RouteOptions& o) { o.logit_softcap = 2; });
@@ -543,6 +546,24 @@ void what_is_not_finite_chooses_alike() {
 BOOST_AUTO_TEST_CASE(infinite_and_nan_logits_choose_alike) {
   what_is_not_finite_chooses_alike<double>();
   what_is_not_finite_chooses_alike<float>();
+}
+
+/// Nobody comes after choices that were given, and one that is no expert is refused.
+BOOST_AUTO_TEST_CASE(given_choices) {
+  const std::vector<double> logits = {3, 1, 2, 0, 0, 1, 2, 3};
+  std::vector<std::int32_t> given = {1, 3, 0, 2}, got(4), next(2, 7);
+  std::vector<double> weights(4);
+  k::RouteArgs<double> a;
+  a.logits = logits.data(), a.given = given.data();
+  a.tokens = 2, a.experts = 4, a.top_k = 2, a.score = k::Score::kSigmoid;
+  BOOST_REQUIRE(k::route(a, {got.data(), weights.data(), next.data(), nullptr}) == k::Status::kOk);
+  BOOST_CHECK(got == given);
+  BOOST_CHECK(next == std::vector<std::int32_t>(2, -1));
+  BOOST_CHECK_CLOSE(weights[0], 1 / (1 + std::exp(-1.0)), 1e-12);
+  for (const std::int32_t outside : {-1, 4}) {
+    given[3] = outside;
+    BOOST_CHECK(k::route(a, {got.data(), weights.data(), nullptr, nullptr}) == k::Status::kBadShape);
+  }
 }
 
 /// A token alone has the bits that it has among others.
