@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "audit/families/family.h"
 #include "audit/measures/measure.h"
 #include "audit/measures/replay_backend.h"
 #include "audit/measures/router_inputs.h"
@@ -161,7 +162,11 @@ class RouterPrecision {
   /// Empty, or why this router was left out.
   std::string run_router(std::size_t row) {
     Router r;
-    std::string fault = read_router(ctx_.model, ctx_.facts.routers.value(), routing_, row, &r);
+    const RouterTable& routers = ctx_.facts.routers.value();
+    const Family* family = ctx_.facts.family.known() ? find_family(ctx_.facts.family.value()) : nullptr;
+    if (family && !family->table_layers.key.empty() && routing_.correction_bias && routers.bias[row].empty())
+      return routers.tensor[row] + " weighs experts that a table of token ids gives";
+    std::string fault = read_router(ctx_.model, routers, routing_, row, &r);
     if (!fault.empty()) return fault;
     const std::int64_t top_k = ctx_.facts.top_k.value();
     const k::Status status = k::check_route(route_args<float>(routing_, r, top_k), {});

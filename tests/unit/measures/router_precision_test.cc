@@ -9,15 +9,19 @@
 #include <filesystem>
 #include <fstream>
 #include <numeric>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "audit/inputs/inputs.h"
 #include "audit/measures/measure.h"
 #include "audit/measures/router_inputs.h"
 #include "kernels/host/gaussian.h"
+#include "tests/unit/inputs/temp_tree.h"
 #include "tests/unit/measures/router_checkpoint.h"
 
 namespace moeaudit {
+extern const Measure measure_header_scan;
 namespace {
 
 using namespace test;  // NOLINT: router_checkpoint.h
@@ -224,6 +228,39 @@ TEST(RouterPrecision, HiddenStatesPerLayerAndSkippedRows) {
   const PrecisionTable& t = r.table();
   for (std::size_t i = 0; i < t.layer.size(); ++i) EXPECT_EQ(t.tokens[i], t.layer[i] == 0 ? 9 : 10);
   EXPECT_NE(r.records[0].note.find("1 rows that are not finite left out"), std::string::npos) << r.records[0].note;
+}
+
+/// As an audit has them: layers whose experts a table of token ids gives, and a gate that scores experts which every token has.
+Measured of_fixture(const std::string& model) {
+  RunOptions options;
+  options.paths = {fixture("models/" + model)};
+  options.assume = {{"transformers", "5.23.0"}};
+  LoadedRun run = std::move(load_runs(options).at(0));
+  std::vector<MeasureRecord> records;
+  MeasureContext context{run.facts, run.model, run.base, run.adapter, run.hidden_states, 1, true, {}, records};
+  measure_header_scan.run(context);
+  return measure(std::move(run.facts), run.model);
+}
+
+TEST(RouterPrecision, RoutersOfOtherKinds) {
+  const Measured table = of_fixture("deepseek_v4-tf5");
+  EXPECT_EQ(std::set<int>(table.table().layer.begin(), table.table().layer.end()), (std::set<int>{1, 2}));
+  EXPECT_NE(table.records[0].note.find("1 router left out, the first because model.layers.0.ffn.gate.weight weighs experts that a table"),
+            std::string::npos)
+      << table.records[0].note;
+  for (const std::string model : {"inkling-tf5", "inkling_text-tf5"}) {
+    const Measured always = of_fixture(model);
+    const PrecisionTable& t = always.table();
+    ASSERT_GT(t.mode.size(), 3u) << always.records[0].note;
+    for (std::size_t i = 0; i < t.mode.size(); ++i) {
+      EXPECT_EQ(t.layer[i], 1);
+      // Weights add up to 8 with those that every token has, times 1.0 or so.
+      if (t.mode[i] == "fp32") EXPECT_LT(t.flipped[i], 1e-3);
+      if (t.mode[i] == "fp32") EXPECT_LT(t.weight_error[i], 1e-5);
+      if (t.mode[i] == "bf16") EXPECT_GT(t.weight_error[i], 1e-4);
+      if (t.mode[i] == "bf16") EXPECT_LT(t.weight_error[i], 0.1);
+    }
+  }
 }
 
 TEST(RouterPrecision, SaysWhyItCouldNotTell) {
