@@ -124,7 +124,7 @@ constexpr std::array<std::string_view, 9> kTensorSuffixes = {"weight",       "bi
 // Steps in front of a name that say nothing of its part.
 constexpr std::array<std::string_view, 7> kRoots = {"module", "base_model", "model", "language_model", "transformer", "thinker", "llm"};
 constexpr std::array<std::string_view, 5> kLayerLists = {"layers", "layer", "h", "blocks", "block"};
-constexpr std::array<std::string_view, 13> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
+constexpr std::array<std::string_view, 14> kOtherTowers = {"visual",      "audio",        "vision_tower",          "vision_model", "vision_encoder",
                                                            "audio_tower", "audio_model",  "multi_modal_projector", "talker",       "code2wav",
                                                            "sam_model",   "qwen2_model", "resampler_model", "mm_projector"};
 constexpr std::array<std::string_view, 6> kRouters = {"gate", "router", "router_gate", "gating", "moe_gate", "wg"};
