@@ -54,10 +54,12 @@ std::string to_text(const Routing& v) {
   if (v.linear_bias) text += ", linear bias";
   if (v.correction_bias) text += ", selection bias";
   if (v.groups > 1) {
-    text += ", " + std::to_string(v.top_groups) + " of " + std::to_string(v.groups) + " groups by " + name_of(v.group_score);
+    text += ", " + std::to_string(v.top_groups) + " of " + std::to_string(v.groups) + " groups by " + name_of(v.group_score) +
+            (v.group_mask_is_zero ? ", others masked by 0" : "");
   }
   if (v.logit_softcap > 0) text += ", logits capped at " + to_text(v.logit_softcap);
   text += v.renormalise ? ", renormalised" : ", not renormalised";
+  if (v.always_rows) text += " with experts that every token has";
   if (v.scaling != 1.0) text += ", scaled by " + to_text(v.scaling);
   if (!v.expert_scale_tensor.empty()) text += ", scaled by expert";
   return text;
