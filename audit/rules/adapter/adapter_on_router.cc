@@ -48,6 +48,17 @@ Culprits find_culprits(const AdapterTargets& targets) {
   return found;
 }
 
+/// Rows that are routers of their own: a module inside one (ERNIE's gate.moe_statics) is part of it.
+std::int64_t num_routers(const AdapterModules& modules, const std::vector<std::size_t>& rows) {
+  return std::count_if(rows.begin(), rows.end(), [&](std::size_t i) {
+    const std::string& name = modules.module[i];
+    return std::none_of(rows.begin(), rows.end(), [&](std::size_t j) {
+      const std::string& other = modules.module[j];
+      return name.size() > other.size() && name[other.size()] == '.' && name.compare(0, other.size(), other) == 0;
+    });
+  });
+}
+
 std::string drop(Facts& f, const AdapterTargets& targets, const std::vector<std::size_t>& rows) {
   say::Settings settings;
   for (const char* field : {"target_modules", "target_parameters", "modules_to_save"}) {
@@ -87,6 +98,7 @@ Outcome check(Facts& f) {
   const AdapterTargets* targets = f.want(f->adapter_targets);
   const Culprits culprits = targets ? find_culprits(*targets) : Culprits{};
   const std::size_t first = rows.front();
+  const std::int64_t routers = num_routers(*modules, rows);
   const std::int64_t rank = modules->rank[first];
   std::int64_t parameters = 0;
   for (std::size_t i : rows) parameters += modules->adapter_parameters[i];
@@ -100,12 +112,12 @@ Outcome check(Facts& f) {
   }
   Finding finding;
   finding.severity = Severity::kWarning;
-  finding.message = "The adapter trains " + say::plural(static_cast<std::int64_t>(rows.size()), "router", "routers") +
+  finding.message = "The adapter trains " + say::plural(routers, "router", "routers") +
                     (rank == 0 ? std::string(" whole") : " with rank " + std::to_string(rank)) + ", " +
                     say::count(parameters) + " parameters" +
                     (entries.empty() ? "" : ", through the entry " + say::some(entries)) + ".";
   finding.evidence = {{"adapter.modules router", modules->module[first], location_of(f->adapter_modules.source())},
-                      {"adapter.modules routers", std::to_string(rows.size()), {}},
+                      {"adapter.modules routers", std::to_string(routers), {}},
                       {"adapter.modules router parameters", say::count(parameters), {}}};
   if (f.want(f->adapter_rank)) finding.evidence.push_back(say::evidence(f->adapter_rank));
   finding.remedy = remedy(f, culprits, targets, modules->by_parameter[first]);
