@@ -366,6 +366,7 @@ void BalanceSum::add_once(const RoutedLayer& l) {
   }
   p_.insert(p_.end(), mean.begin(), mean.end());
   for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += counts[e];
+  tied_ += slack;
   const bool all = a.valid == nullptr || form_.padding == Padding::kOutOfSums;
   const std::int64_t rows = all ? l.tokens : std::accumulate(l.valid.begin(), l.valid.end(), std::int64_t{0});
   rows_.push_back(static_cast<double>(rows));
@@ -386,6 +387,7 @@ void BalanceSum::add(const BalanceSum& layers) {
   p_.insert(p_.end(), layers.p_.begin(), layers.p_.end());
   rows_.insert(rows_.end(), layers.rows_.begin(), layers.rows_.end());
   for (std::size_t e = 0; e < counts_.size(); ++e) counts_[e] += layers.counts_[e];
+  tied_ += layers.tied_;
   counted_ += layers.counted_;
 }
 

@@ -90,12 +90,14 @@ class BalanceSum {
   std::int64_t rows() const { return counted_; }
   /// How much the value can change where experts tie for the last place: of all layers added so far, relative.
   double tie_slack() const { return ties_; }
+  /// Of one set of all layers: choices that may be of other experts, for that reason.
+  double tied() const { return tied_; }
 
  private:
   void add_once(const RoutedLayer& layer);
   BalanceForm form_;
   int layers_ = 0;
-  double sum_ = 0, ties_ = 0;
+  double sum_ = 0, ties_ = 0, tied_ = 0;
   std::vector<double> p_;             // [layers, experts] mean probabilities
   std::vector<double> rows_;          // [layers] that they are the means of
   std::vector<std::int64_t> counts_;  // [experts]

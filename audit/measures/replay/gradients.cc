@@ -12,6 +12,35 @@ namespace {
 
 constexpr std::size_t kSplit = 8;  // micro-batches whose logits' gradient is split
 
+/// How far of_logits() may be off: by `rounded` relative to the magnitudes of its terms (those of route_backward_relative()
+/// in bounds.h), and by slopes of which each is known up to `tied`.
+std::vector<double> band_of(const v::RoutedLayer& l, const std::vector<double>& by_expert, double rounded, double tied) {
+  std::vector<double> out(l.logits.size());
+  for (std::int64_t t = 0; t < l.tokens; ++t) {
+    if (!l.valid.empty() && !l.valid[static_cast<std::size_t>(t)]) continue;
+    const double* x = l.logits.data() + t * l.experts;
+    double* band = out.data() + t * l.experts;
+    const double largest = *std::max_element(x, x + l.experts);
+    double sum = 0, mean = 0;
+    for (std::int64_t e = 0; e < l.experts; ++e) sum += band[e] = std::exp(x[e] - largest);
+    for (std::int64_t e = 0; e < l.experts; ++e) mean += by_expert[static_cast<std::size_t>(e)] * (band[e] /= sum);
+    for (std::int64_t e = 0; e < l.experts; ++e) {
+      const double capped = l.softcap > 0 ? x[e] / l.softcap : 0;
+      band[e] *= (rounded * (by_expert[static_cast<std::size_t>(e)] + mean) + 2 * tied) * l.times * (1 + capped * capped);
+    }
+  }
+  return out;
+}
+
+/// Softmax, its backward and the sum of the gradients of both losses round each term a few times.
+double roundings(const LayerTensors& t, const v::RoutedLayer& l) {
+  double sum = 64 * unit(Float::kF32) + 4 * std::expm1(2 * l.logit_error);
+  for (const auto& tensor : {t.logits_grad, t.router_logits}) {
+    if (tensor && k::is_narrow(float_of(tensor->dtype))) sum += 4 * unit(float_of(tensor->dtype));
+  }
+  return sum;
+}
+
 /// d balance loss / d logits of one layer, where expert e has the slope `by_expert` in every token's probability.
 std::vector<double> of_logits(const v::RoutedLayer& l, const std::vector<double>& by_expert) {
   std::vector<double> slopes(l.logits.size()), out(l.logits.size());
@@ -94,7 +123,7 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
   std::vector<double> slopes;
   const auto rows = static_cast<double>(loss.rows()), experts = static_cast<double>(loss.counts().size());
   for (const std::int64_t c : loss.counts()) slopes.push_back(experts * static_cast<double>(c) / rows / rows);
-  const double steepest = *std::max_element(slopes.begin(), slopes.end());
+  const double tied = experts * loss.tied() / rows / rows;
   split_ += splits ? 1 : 0;
   for (const LayerTensors& t : mb.layers) {
     v::RoutedLayer l;
@@ -102,40 +131,42 @@ void Gradients::add(const MicroBatch& mb, const Shared& shared) {
     if (!ctx_.read_layer(m, shared, t, &l)) return;
     const std::vector<double> of_balance = of_logits(l, slopes);
     if (of_balance.empty()) return;
-    if (splits && t.logits_grad) split(m, t, of_balance, l.times * steepest);
+    if (splits && t.logits_grad) split(m, t, of_balance, band_of(l, slopes, roundings(t, l), tied));
     if (wanted_.count(t.layer) > 0 && t.hidden_states) sum(m, t, of_balance);
   }
 }
 
-/// The gradient of the logits less the balance loss's part is the cross-entropy's; 0 everywhere: there is none.
+/// The gradient of the logits less the balance loss's part is the cross-entropy's; 0 everywhere, up to what the balance
+/// loss's own part is rounded by: there is none.
 void Gradients::split(const MicroBatchRecord& m, const LayerTensors& t, const std::vector<double>& of_balance,
-                      double slope) {
+                      const std::vector<double>& band) {
   const TraceLayer* stated = ctx_.facts.layer(t.layer);
   if (stated && stated->trainable && !*stated->trainable) return;
   std::vector<double> all(of_balance.size());
   if (!read_values(*t.logits_grad, 0, static_cast<std::int64_t>(all.size()), all.data())) return;
   const double weight = *m.aux_loss_grad;
-  const Float stored = float_of(t.logits_grad->dtype), logits = float_of(t.router_logits->dtype);
-  // A term is at most the slope; softmax, its backward and the sum of both parts round it a few times.
-  const double band = std::fabs(weight) * slope *
-                      (64 * unit(Float::kF32) + 4 * (k::is_narrow(stored) ? unit(stored) : 0) +
-                       4 * (k::is_narrow(logits) ? unit(logits) : 0));
-  double rest = 0;
-  for (std::size_t i = 0; i < all.size(); ++i) rest = std::max(rest, std::fabs(all[i] - weight * of_balance[i]));
+  const double least = 4 * k::bounds::smallest(float_of(t.logits_grad->dtype));
+  double rest = 0;  // of what is no rounding
+  bool within = true;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const double off = std::fabs(all[i] - weight * of_balance[i]);
+    within = within && off <= std::fabs(weight) * band[i] + least;
+    rest = std::max(rest, off);
+  }
   Row& r = ctx_.row("router_grad_ce", t.layer);
-  if (rest <= band && ctx_.may_be_zero) {
+  if (within && ctx_.may_be_zero) {
     r.missing = "a gradient of 0 says nothing: " + ctx_.why_not_routed;
     return;
   }
   ++r.compared;
   r.held_to = "a gradient beside the balance loss's";
-  r.differing += rest <= band;
-  if (r.compared == 1 || rest <= band) r.place = ctx_.place_of(m);
-  if (rest <= band && ctx_.routing && ctx_.routing->renormalise && stated && stated->top_k == 1) {
+  r.differing += within;
+  if (r.compared == 1 || within) r.place = ctx_.place_of(m);
+  if (within && ctx_.routing && ctx_.routing->renormalise && stated && stated->top_k == 1) {
     r.name.found = true, r.name.id = "W5";
     r.name.name = "one expert a token, its weight divided by itself: 1 whatever the logits";
   }
-  const double shown = rest <= band ? 0.0 : rest;
+  const double shown = within ? 0.0 : rest;
   r.recorded = r.compared == 1 ? shown : std::min(r.recorded, shown);
 }
 

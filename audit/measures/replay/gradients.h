@@ -29,7 +29,7 @@ class Gradients {
     double tokens = 0;
   };
 
-  void split(const MicroBatchRecord& m, const LayerTensors& t, const std::vector<double>& of_balance, double slope);
+  void split(const MicroBatchRecord& m, const LayerTensors& t, const std::vector<double>& of_balance, const std::vector<double>& band);
   void sum(const MicroBatchRecord& m, const LayerTensors& t, const std::vector<double>& of_balance);
 
   Context& ctx_;
