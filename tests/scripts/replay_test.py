@@ -187,6 +187,33 @@ for tensor, first, differing in (("", b"", 0), ("layer.0.routing_weights", struc
     if (got["weights"]["compared"], got["weights"]["differing"]) != (2 * (64 + 52), differing):
         complain(name, tensor, "weights of layer 0 are", got["weights"])
 
+# What the first token chose, by the rank of its logits; -1: a choice that was dropped. How many of layer 0's tokens are compared and differ.
+name = "aux-on-tf4.57.6"
+source = os.path.join(root, "fixtures/traces", name)
+with open(os.path.join(source, "step0_mb0_rank0.safetensors"), "rb") as f:
+    data = f.read()
+at = 8 + struct.unpack("<Q", data[:8])[0]
+header = json.loads(data[8:at])
+logits = struct.unpack_from("<8f", data, at + header["layer.0.router_logits"]["data_offsets"][0])
+ranked = sorted(range(8), key=lambda e: -logits[e]) + [-1]
+tokens = sum(json.loads(line).get("tokens", 0) for line in open(os.path.join(source, "records.jsonl"), encoding="utf-8"))
+for ranks, compared, differing in (((0, 1), tokens, 0), ((1, 0), tokens, 0), ((0, 0), tokens, 1), ((0, 2), tokens, 1), ((-1, 1), tokens, 0), ((0, -1), tokens, 0),
+                                   ((-1, 2), tokens, 1), ((-1, -1), tokens - 1, 0)):
+    with tempfile.TemporaryDirectory() as folder:
+        damaged(source, folder, "layer.0.selected_experts", struct.pack("<2h", *(ranked[r] for r in ranks)))
+        got = [(r["compared"], r["differing"]) for r in run("replay", folder)[0]["quantities"] if r["quantity"] == "selection" and r["layer"] == 0]
+    if got != [(compared, differing)]:
+        complain("a first choice of rank", ranks, got)
+
+# Of logits this large float32's own rounding decides: neither the weights of that token nor the loss are judged.
+for times, judged in ((1, True), (1e8, False)):
+    with tempfile.TemporaryDirectory() as folder:
+        damaged(source, folder, "layer.0.router_logits", struct.pack("<8f", *(times * x for x in logits)))
+        got = {r["quantity"]: r for r in run("replay", folder)[0]["quantities"] if r.get("layer", 0) == 0}
+    if (got["weights"]["compared"], got["aux_loss"]["compared"]) != ((2 * tokens, 2) if judged else (2 * tokens - 2, 1)):
+        complain("logits times", times, got["weights"], got["aux_loss"])
+
+
 def balance_alone(source, folder, beside):
     """A trace of bfloat16 logits whose gradient is that of the balance loss alone, and in the last expert of every token `beside` x the
     steepest slope, too. transformers: E sum_e f_e P_e over the rows of both layers."""

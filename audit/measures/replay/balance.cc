@@ -97,7 +97,9 @@ void BalanceLosses::Sums::finish_aux() {
     const double band = of_.moved_ + k::bounds::softmax_relative(sum_.experts, 0, sum_.range, Float::kF32) + narrow +
                         reduction(static_cast<double>(m_.tokens) * layers_) + sum_.loss.tie_slack();
     r.held_to = of_.right().name;
-    if (std::isfinite(want)) {
+    if (!(band < kTellsNothing)) {
+      r.missing = "the logits are so large that rounding them can change the loss by half";
+    } else if (std::isfinite(want)) {
       r.observe(*m_.aux_loss, want, band, of_.ctx_.place_of(m_));
       of_.balance_seen_.push_back(&m_);
     }
@@ -112,9 +114,14 @@ void BalanceLosses::Sums::finish_z() {
     r.missing = "needs router_logits of every layer, finite and not sampled";
   } else {
     const double want = sum_.z / layers_;
-    const double band = sum_.z_error / layers_ / std::max(want, 1e-300) + reduction(static_cast<double>(m_.tokens)) +
-                        8 * unit(Float::kF32) * (1 + sum_.range);
+    const double by_range = 8 * unit(Float::kF32) * (1 + sum_.range);
+    const double band =
+        sum_.z_error / layers_ / std::max(want, 1e-300) + reduction(static_cast<double>(m_.tokens)) + by_range;
     r.held_to = v::z_forms()[0].name;
+    if (!(by_range < kTellsNothing)) {
+      r.missing = "the logits are so far apart that rounding them can change the loss by half";
+      return;
+    }
     r.observe(*m_.z_loss, want, band, of_.ctx_.place_of(m_));
     of_.z_seen_.push_back(&m_);
   }

@@ -26,6 +26,7 @@ namespace v = variants;
 using k::Float;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kTellsNothing = 0.5;  // relative: a band from here on hides what it should show
 constexpr std::int32_t kNoSuchExpert = -2;  // an id of E or more; -1: no choice
 constexpr double kInf = std::numeric_limits<double>::infinity();
 

@@ -101,8 +101,10 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
 
 namespace {
 
-/// Whether a set of experts is one that the choice values allow, each value moved by no more than its band.
-bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* band, const std::vector<char>& in) {
+/// Whether a set of experts, with `others` that were dropped and are not told, is one that the choice values allow, each
+/// value moved by no more than its band.
+bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* band, const std::vector<char>& in,
+             std::int64_t others) {
   const std::int64_t size = a.experts / a.groups;
   const auto group_score = [&](std::int64_t g, double sign) {
     double best = -kInf, second = -kInf;
@@ -140,7 +142,8 @@ bool allowed(const k::RouteArgs<double>& a, const double* choice, const double* 
     lowest = std::min(lowest, choice[e] + band[e]);
   }
   for (std::int64_t e = 0; e < a.experts; ++e) {
-    if (!in[static_cast<std::size_t>(e)] && certain[static_cast<std::size_t>(e / size)] && choice[e] - band[e] > lowest)
+    if (!in[static_cast<std::size_t>(e)] && certain[static_cast<std::size_t>(e / size)] && choice[e] - band[e] > lowest &&
+        --others < 0)
       return false;
   }
   return true;
@@ -186,11 +189,16 @@ struct OneToken {
                 (args.score_after_top_k ? l.logit_error : 0.0);
     }
     std::fill(in.begin(), in.end(), 0);
+    std::int64_t others = 0;
     for (std::int64_t j = 0; j < l.top_k; ++j) {
       const std::int32_t e = l.chosen[static_cast<std::size_t>(token * l.top_k + j)];
-      if (e >= 0) in[static_cast<std::size_t>(e)] = 1;
+      if (e < 0) {
+        ++others;
+      } else if (in[static_cast<std::size_t>(e)]++ != 0) {
+        return false;  // twice the same
+      }
     }
-    return allowed(args, choice.data(), band.data(), in);
+    return allowed(args, choice.data(), band.data(), in, others);
   }
 
   k::RouteArgs<double> plain;
@@ -371,10 +379,12 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   if (by_table && *std::min_element(l.chosen.begin(), l.chosen.end()) < 0) return unknown("a choice is no expert");
   if (!by_table && ctx->routing->correction_bias && l.bias.empty())
     return unknown("needs correction_bias_before of the step");
-  if (!ctx->routing->expert_scale_tensor.empty() && w.missing.empty())
-    w.missing = "the weights are multiplied by a scale of their expert, which a trace does not hold";
-  if (ctx->routing->always_rows && w.missing.empty())
-    w.missing = "the weights share their sum with experts that every token has, whose logits a trace does not hold";
+  std::string unweighed;
+  if (!ctx->routing->expert_scale_tensor.empty()) {
+    unweighed = "the weights are multiplied by a scale of their expert, which a trace does not hold";
+  } else if (ctx->routing->always_rows) {
+    unweighed = "the weights share their sum with experts that every token has, whose logits a trace does not hold";
+  }
   k::RouteArgs<double> args = route_args<double>(*ctx->routing, l.experts, l.top_k);
   args.logit_softcap = 0;  // Context::read_layer() capped them
   args.given = by_table ? l.chosen.data() : nullptr;
@@ -389,14 +399,16 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   OneToken one(args, l, scores);
   r.held_to = std::string("the k largest of the ") + (t.router_logits ? "recorded" : "recomputed") + " logits, by " + family_words(*ctx);
   std::vector<double> recorded_weights;
-  if (t.routing_weights && w.missing.empty()) {
+  if (t.routing_weights && unweighed.empty()) {
     recorded_weights.resize(l.chosen.size());
     if (!read_values(*t.routing_weights, 0, l.tokens * l.top_k, recorded_weights.data())) recorded_weights.clear();
     w.held_to = "weights of the chosen, by " + family_words(*ctx);
   }
   std::int64_t differing = 0;
+  bool of_others = false, hidden = false;
   for (std::int64_t token = 0; token < l.tokens; ++token) {
     const std::int32_t* got = l.chosen.data() + token * l.top_k;
+    if (std::all_of(got, got + l.top_k, [](std::int32_t e) { return e == -1; })) continue;  // all dropped: which, is not told
     const std::int32_t* want = chosen.data() + token * l.top_k;
     bool same = true;
     for (std::int64_t j = 0; j < l.top_k; ++j) same = same && std::find(got, got + l.top_k, want[j]) != got + l.top_k;
@@ -408,10 +420,15 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
         ++differing;
         if (r.differing + differing == 1) r.place = place;
       }
+      of_others = true;
       continue;  // weights of another set say nothing
     }
     const double by_weight =
         std::expm1(2 * std::log1p(one.error(token)) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
+    if (!(by_weight < kTellsNothing)) {
+      hidden = true;
+      continue;
+    }
     for (std::int64_t j = 0; j < l.top_k; ++j) {
       const auto at = static_cast<std::size_t>(token * l.top_k + j);
       if (!l.dropped.empty() && l.dropped[at]) continue;  // its weight is used by nothing
@@ -422,6 +439,14 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
           by_weight * std::fabs(expected) + 0.5 * k::spacing(expected, float_of(t.routing_weights->dtype));
       w.add(recorded_weights[at], expected, by, place);
     }
+  }
+  if (r.missing.empty()) r.missing = "every choice is -1, one that was dropped";
+  if (w.missing.empty()) {
+    w.missing = !unweighed.empty()         ? unweighed
+                : recorded_weights.empty() ? "the weights could not be read"
+                : hidden                   ? "the logits are so large that rounding them can change a weight by half"
+                : of_others                ? "no token has just the experts that the logits give, so no weight has its counterpart"
+                                           : "every choice was dropped";
   }
   r.differing += differing;
   r.recorded = static_cast<double>(r.differing);
