@@ -525,7 +525,8 @@ BOOST_AUTO_TEST_CASE(entropy_closed_forms_and_senses) {
   BOOST_CHECK(std::isnan(entropy_of(args_of({0.0, std::nan("")}, {}, 1, 2, Of::kTokens)).loss));
   BOOST_CHECK(std::isnan(entropy_of(args_of({-kInf, -kInf}, {}, 1, 2, Of::kMean)).loss));
   BOOST_CHECK(entropy_of(args_of({0.0, std::nan("")}, Mask{0}, 1, 2, Of::kTokens)).loss == 0.0);
-  k::EntropyLossArgs<double> lone = args_of({4.0}, {}, 1, 1, Of::kTokens);
+  const Doubles one = {4.0};
+  k::EntropyLossArgs<double> lone = args_of(one, {}, 1, 1, Of::kTokens);
   lone.over_log_experts = true;
   BOOST_CHECK(entropy_of(lone).loss == 0.0);
 }
