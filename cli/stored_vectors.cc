@@ -685,6 +685,7 @@ StoredVectors parse_vectors(std::string_view text) {
   StoredVectors all;
   all.written_by = file.at("written_by");
   all.not_reached = file.at("not_reached");
+  for (const Json& n : all.not_reached) (void)n.at("rows").get<std::vector<std::string>>(), (void)n.at("why").get<std::string>();
   for (const Json& j : file.at("vectors")) {
     StoredVector v{j.at("id"), j.at("stem"), j.at("operation"), j.at("source"), j.at("options"), {}, {}, {}, {}};
     for (const auto& [role, name] : j.at("inputs").items()) {
@@ -692,6 +693,7 @@ StoredVectors parse_vectors(std::string_view text) {
       v.inputs[role] = tensor.at("values").get<Values>();
       v.shapes[role] = tensor.at("shape").get<std::vector<std::int64_t>>();
     }
+    if (!j.at("outputs").is_object() || j.at("outputs").empty()) throw std::runtime_error("vector " + v.id + " has no outputs");
     for (const auto& [name, output] : j.at("outputs").items()) {
       const double bound = k::bounds::gamma(output.at("roundings").get<double>(), k::unit_roundoff(k::Float::kF64));
       v.outputs[name] = {output.at("values").get<Values>(), bound * output.at("scale").get<double>()};

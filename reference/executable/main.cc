@@ -109,7 +109,7 @@ int main(int argc, char** argv) {
     (what == "--help" ? std::cout : std::cerr) << kUsage;
     return what == "--help" ? 0 : 2;
   } catch (const std::exception& e) {
-    std::cerr << "moe-audit-reference: " << e.what() << "\n";
+    std::cerr << "moe-audit-reference: " << (argc > 2 ? std::string(argv[2]) + ": " : "") << e.what() << "\n";
     return 2;
   }
 }

@@ -285,6 +285,8 @@ void router_vectors(Builder& b) {
   row("W3-post", "top-k, then softmax", "gpt-oss, Mixtral as trained", {"0.7063", "0.2937"}, {{"top_k", 2}, {"score_after_top_k", true}}, z);
   row("right-softmax", "softmax, top-k, renormalised: the same as top-k, then softmax", "transformers modeling_mixtral.py", {"0.7063", "0.2937"}, {{"top_k", 2}, {"renormalise", true}}, z);
   row("W4", "softmax of the softmax", "transformers 5.0 to 5.5", {"0.5732", "0.4268"}, {{"top_k", 2}, {"renormalise", true}}, {{"logits", "softmax"}});
+  b.row("router", "W5", "route", "k = 1, its weight divided by itself: no gradient", "Megatron-LM #894, minimind #859", {"1.0"}, {{"top_k", 1}, {"renormalise", true}}, z,
+        "weights", 3, 1);  // of token 3
   Json twice = sigmoid;
   twice["scaling"] = 2.5;
   row("right-scaled", "routed_scaling_factor 2.5", "DeepSeek-V3", {}, twice, biased);
@@ -526,7 +528,20 @@ Json make_vectors() {
        {{"rows", {"Z14"}}, {"why", "bfloat16: a relative error of about 2^-8, with no digits of its own"}},
        {{"rows", {"Z16"}}, {"why", "what one rank logs; tokens of other ranks are not in the vector"}},
        {{"rows", {"Z17"}}, {"why", "logits of the language-model head"}},
-       {{"rows", {"G13"}}, {"why", "a coefficient that nobody meant: every weight is wrong"}}});
+       {{"rows", {"G13"}}, {"why", "a coefficient that nobody meant: every weight is wrong"}},
+       {{"rows", {"B3", "B4", "B6", "B7", "B8", "B9", "B10", "B11"}}, {"why", "which tokens are counted, and in what dtype: the update of those counts is right"}},
+       {{"rows", {"B5", "B19"}}, {"why", "what the bias is rounded to, or replaced by, where it is kept"}},
+       {{"rows", {"B12"}}, {"why", "an optimizer that moves the bias as well"}},
+       {{"rows", {"B13", "B15", "B16"}}, {"why", "a bias that is not saved, moved where it should stay, or left out"}},
+       {{"rows", {"W6"}}, {"why", "an epsilon that matters only where all scores of a token are near 0"}},
+       {{"rows", {"W7"}}, {"why", "choices that are dropped, and this router drops none"}},
+       {{"rows", {"W9", "W10", "W11"}}, {"why", "groups of experts, which this router has none of; the vectors of router have them"}},
+       {{"rows", {"W12"}}, {"why", "bfloat16: other experts where logits come to tie, no digits of its own"}},
+       {{"rows", {"W13", "W14"}}, {"why", "noise, given in the vectors of router_noise"}},
+       {{"rows", {"W15"}}, {"why", "limits of a selection kernel: more experts, negative logits"}},
+       {{"rows", {"W16"}}, {"why", "scores on the inputs of experts that are not linear, which the vector has none of"}},
+       {{"rows", {"X1", "X2", "X3", "X4", "X7"}}, {"why", "C0 to C5 of other k, E or tokens than were meant"}},
+       {{"rows", {"X5", "X6"}}, {"why", "which choices are dropped, not how many"}}});
   return b.file;
 }
 

@@ -365,6 +365,13 @@ TEST_F(Cli, SelftestNamesTheVectorThatFails) {
   EXPECT_EQ(j["backends"][0]["failures"].size(), 3u);
   EXPECT_EQ(run("selftest --vectors " + write("broken.json", "{\"vectors\": [").string()).exit_code, 2);
   EXPECT_EQ(run("selftest --vectors " + (dir_ / "missing.json").string()).exit_code, 2);
+  for (const char* at : {"/vectors/0/inputs", "/vectors/0/options/top_k", "/vectors/0/outputs", "/not_reached/0/why"}) {
+    auto spoilt = nlohmann::ordered_json::parse(slurp(kRoot + "/fixtures/selftest/vectors.json"));
+    spoilt[nlohmann::ordered_json::json_pointer(at)] = nullptr;
+    const Result other = run("selftest --device cpu --vectors " + write("spoilt.json", spoilt.dump()).string());
+    EXPECT_EQ(other.exit_code, 2) << at << other.out << other.err;
+    EXPECT_NE(other.err.find("spoilt.json"), std::string::npos) << other.err;
+  }
 }
 
 TEST_F(Cli, HealthOfPublishedCounts) {
