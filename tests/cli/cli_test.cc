@@ -305,7 +305,8 @@ TEST_F(Cli, TheDeviceDoesNotChangeTheReportAndIsNamed) {
   const Result host = run(check + " --device cpu");
   EXPECT_EQ(host.exit_code, 0) << host.err;
   EXPECT_EQ(run(check).out, host.out);  // too little work for a device
-  for (const auto& m : nlohmann::json::parse(host.out)["measures"]) {
+  const auto report = nlohmann::json::parse(host.out);
+  for (const auto& m : report.at("measures")) {
     const std::string backend = m["backend"];
     EXPECT_TRUE(backend.empty() || backend.rfind("host", 0) == 0) << m;
     EXPECT_FALSE(m.contains("warning"));
