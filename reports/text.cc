@@ -61,7 +61,8 @@ void write_verdict(const AuditResult& result, const Paint& paint, std::ostream& 
 std::string subject(const FactSheet& f) {
   std::vector<std::string> parts;
   auto add = [&](std::string s) { parts.push_back(std::move(s)); };
-  if (f.model_type.known()) add(f.model_type.value());
+  const bool stranger = f.family.known() && f.family.value() == "unknown";
+  if (f.model_type.known()) add(f.model_type.value() + (stranger ? ", no family that moe-audit knows: what depends on it is not judged" : ""));
   if (f.num_experts.known() && f.top_k.known()) {
     add(std::to_string(f.num_experts.value()) + " experts, top-" + std::to_string(f.top_k.value()));
   }

@@ -408,6 +408,17 @@ void recognise_unknown(Resolver& r) {
   f.has_moe.set(false, Origin::kDerived, where);
 }
 
+/// Whatever else is given: of a family without a table nobody can tell what its config and its code mean.
+void explain_unknown_family(FactSheet& f) {
+  if (!f.family.known() || f.family.value() != "unknown") return;
+  const std::string who = f.model_type.known() ? "model_type " + f.model_type.value() : "this model's architecture";
+  f.visit([&](auto& fact) {
+    const std::string_view supply = fact.info().supply;
+    if (fact.known() || (supply != "--model DIR with config.json" && supply != "--model DIR of a known family")) return;
+    fact.explain_unknown("nothing is recorded about " + who);
+  });
+}
+
 /// The matrices of the family's stacks, one copy a MoE layer.
 void count_expert_parameters(Resolver& r) {
   FactSheet& f = r.facts;
@@ -458,6 +469,7 @@ void resolve_model(Resolver& r) {
     f.has_moe.set(true, Origin::kFamily, f.family.source());
   } else {
     recognise_unknown(r);
+    explain_unknown_family(f);
   }
   resolve_moe_layers(r);
 

@@ -88,6 +88,18 @@ TEST(ResolveModel, TheListOfLayersCountsThem) {
   EXPECT_FALSE(neither.moe_layers.known());
 }
 
+/// More files of the same model would settle nothing: the reason says so, and no hint asks for them.
+TEST(ResolveModel, AFamilyWithoutATableIsNamedAsTheReason) {
+  const FactSheet stranger = facts_of(R"({"model_type": "moe_of_tomorrow", "num_experts": 8, "num_experts_per_tok": 2, "output_router_logits": true})");
+  EXPECT_TRUE(stranger.has_moe.value());
+  EXPECT_EQ(stranger.num_experts.value(), 8);
+  for (const std::string& why : {stranger.top_k.why_unknown(), stranger.balance.why_unknown(), stranger.routing.why_unknown()})
+    EXPECT_EQ(why, "nothing is recorded about model_type moe_of_tomorrow");
+  const FactSheet dense = facts_of(R"({"model_type": "dense_of_tomorrow", "hidden_size": 8})");
+  EXPECT_FALSE(dense.has_moe.value());
+  EXPECT_EQ(dense.top_k.why_unknown(), "");
+}
+
 TEST(ResolveModel, OtherWordsForTheSameLayersAreNoChange) {
   test::TempTree tree;
   RunOptions options;
