@@ -123,6 +123,15 @@ BOOST_AUTO_TEST_CASE(counts_that_no_int64_adds_up) {
   BOOST_CHECK(of_blocks({0, 1, most / 2, 1}) == k::Status::kBadShape);
   BOOST_CHECK(of_blocks({0, 1, most, most}) == k::Status::kBadShape);
   BOOST_CHECK(of_blocks({9, 9, 9, -1}) == k::Status::kBadShape);
+  // Whatever is drawn: 50 blocks, of which one is too large to be drawn 50 times, or has a count below 0 that the
+  // others would hide.
+  Longs many(100, 9);
+  many[0] = most / 10;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kBadShape);
+  many[0] = -1;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kBadShape);
+  many[0] = 0;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kOk);
 }
 
 BOOST_AUTO_TEST_CASE(published_counts) {
