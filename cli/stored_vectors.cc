@@ -299,9 +299,9 @@ Outputs term_weights(const Json& j, const Inputs& in, k::Backend& backend) {
 
 Outputs drop(const Json& j, const Inputs& in, k::Backend& backend) {
   const Ids chosen = in.get<std::int32_t>("chosen");
-  const Values weights = in.get("weights"), keys = in.get("keys");
+  const Values weights = in.get("weights"), keys = in.get("keys"), scores = in.get("scores");
   k::DropArgs<double> a;
-  a.chosen = chosen.data(), a.weights = pointer(weights), a.keys = pointer(keys);
+  a.chosen = chosen.data(), a.weights = pointer(weights), a.keys = pointer(keys), a.scores = pointer(scores);
   a.tokens = in.size("chosen", 0), a.top_k = in.size("chosen", 1), a.experts = j.value("experts", 8);
   a.capacity = j.value("capacity", 4);
   a.order = one_of<k::DropOrder>(j, "order",
@@ -321,15 +321,15 @@ Outputs drop(const Json& j, const Inputs& in, k::Backend& backend) {
   return out;
 }
 
-/// cases: tokens, experts, top_k, min_capacity, expert_parallel_size, world_size.
+/// cases: tokens, experts, top_k, min_capacity, expert_parallel_size, world_size, alignment, largest count.
 Outputs capacity(const Json& j, const Inputs& in, k::Backend& backend) {
   using F = k::CapacityForm;
   const auto cases = in.get<std::int64_t>("cases");
   const Values factors = in.get("factors");
   std::vector<std::int64_t> places(factors.size());
   for (std::size_t i = 0; i < places.size(); ++i) {
-    const std::int64_t* c = cases.data() + 6 * i;
-    k::CapacityArgs a{F::kMegatron, c[0], c[1], c[2], factors[i], c[3], c[4], c[5]};
+    const std::int64_t* c = cases.data() + 8 * i;
+    k::CapacityArgs a{F::kMegatron, c[0], c[1], c[2], factors[i], c[3], c[4], c[5], c[6], c + 7};
     a.form = one_of<F>(j, "form",
                        {{"megatron", F::kMegatron},
                         {"deepspeed", F::kDeepSpeed},

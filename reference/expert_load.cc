@@ -10,7 +10,7 @@ namespace moeaudit::reference {
 namespace {
 
 /// -sum p ln p over the last dimension, 0 ln 0 = 0.
-at::Tensor entropy(const at::Tensor& p) { return at::where(p.gt(0), -p * at::log(p), at::zeros_like(p)).sum(-1); }
+at::Tensor entropy(const at::Tensor& p) { return at::where(p.eq(0), at::zeros_like(p), -p * at::log(p)).sum(-1); }
 
 }  // namespace
 

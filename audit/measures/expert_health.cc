@@ -266,7 +266,8 @@ class LayerSums {
 
   k::LoadStatistics statistics(const std::vector<std::int64_t>& counts, std::int64_t tokens) const {
     k::LoadStatistics s;
-    k::load_statistics(counts.data(), experts_, k_or_one(), tokens, &s);
+    if (k::load_statistics(counts.data(), experts_, k_or_one(), tokens, &s) != k::Status::kOk)  // no counts: NaN
+      k::load_statistics(std::vector<std::int64_t>(counts.size()).data(), experts_, k_or_one(), tokens, &s);
     return s;
   }
 

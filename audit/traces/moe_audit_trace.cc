@@ -129,6 +129,7 @@ class HeadReader {
     f.number("max_grad_norm", &facts->max_grad_norm);
     f.number("capacity_factor", &facts->capacity_factor);
     f.integer("min_capacity", &facts->min_capacity, 0, kMost);
+    f.integer("capacity_alignment", &facts->capacity_alignment, 1, kMost);
     f.text("drop_policy", &facts->drop_policy);
     f.flag("routing_replayed", &facts->routing_replayed);
     ok_ &= f.ok();

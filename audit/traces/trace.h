@@ -51,8 +51,8 @@ struct TraceFacts {
   std::optional<double> max_grad_norm;
   // capacity, where experts have one
   std::optional<double> capacity_factor;
-  std::optional<std::int64_t> min_capacity;
-  std::string drop_policy;               // "position", "choices", "probs", "random"; docs/trace.md
+  std::optional<std::int64_t> min_capacity, capacity_alignment;
+  std::string drop_policy;  // "position", "choices", "probs", "batch_prioritised", "random"; docs/trace.md
   std::optional<bool> routing_replayed;  // the forward took the experts of a rollout instead of choosing
   Node adapters;                         // PEFT's, by name; a null node if the run trains none
   // coefficients

@@ -265,7 +265,8 @@ class CudaBackend final : public Backend {
     auto a = args;
     auto r = result;
     const std::int64_t slots = a.tokens * a.top_k;
-    m.in(a.chosen, slots).in(a.weights, slots).in(a.keys, slots).out(r.place, slots).out(r.weights, slots);
+    m.in(a.chosen, slots).in(a.weights, slots).in(a.keys, slots).in(a.scores, a.tokens * a.experts);
+    m.out(r.place, slots).out(r.weights, slots);
     m.out(r.kept, a.experts).out(r.dropped, 1).out(r.tokens_lost, 1);
     void* workspace = m.workspace(drop_workspace(a.tokens, a.experts, a.top_k));
     return m.run(&error_, [&] { return cuda::drop(a, r, workspace, nullptr); });

@@ -19,9 +19,10 @@ struct Scratch {
   unsigned long long* lost;     // [1]
   std::int64_t* start;          // [experts + 1]
   std::int64_t* order;          // [choices], by expert, in no order within
+  void* important;              // [tokens] of T; kBatchPrioritised
 };
 
-Scratch cut(void* workspace, std::int64_t experts) {
+Scratch cut(void* workspace, std::int64_t experts, std::int64_t choices) {
   auto* at = static_cast<std::int64_t*>(workspace);
   auto* counts = static_cast<unsigned long long*>(workspace);
   return {counts,
@@ -29,13 +30,20 @@ Scratch cut(void* workspace, std::int64_t experts) {
           counts + 2 * experts,
           counts + 2 * experts + 1,
           at + 2 * experts + 2,
-          at + 3 * experts + 3};
+          at + 3 * experts + 3,
+          at + 3 * experts + 3 + choices};
 }
 
 template <class T>
 __global__ void count(DropArgs<T> a, Scratch s) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < a.tokens * a.top_k && a.chosen[i] >= 0 && a.chosen[i] < a.experts) atomicAdd(s.counts + a.chosen[i], 1ull);
+}
+
+template <class T>
+__global__ void weigh(DropArgs<T> a, T* important) {
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < a.tokens) important[t] = importance(a, t);
 }
 
 template <class T>
@@ -65,7 +73,7 @@ __global__ void rank(DropArgs<T> a, DropResult<T> r, Scratch s) {
   std::int64_t place = e >= 0 && e < a.experts ? 0 : a.capacity;
   if (place == 0) {
     for (std::int64_t j = s.start[e]; j < s.start[e + 1]; ++j)
-      place += s.order[j] != i && comes_before(a, s.order[j], i);
+      place += s.order[j] != i && comes_before(a, static_cast<const T*>(s.important), s.order[j], i);
   }
   r.place[i] = place < a.capacity ? static_cast<std::int32_t>(place) : -1;
 }
@@ -89,7 +97,7 @@ template <class T>
 Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* workspace, CUstream_st* stream) {
   if (const Status status = check_drop(a, r); status != Status::kOk) return status;
   if (workspace == nullptr) return Status::kNullPointer;
-  const Scratch s = cut(workspace, a.experts);
+  const Scratch s = cut(workspace, a.experts, a.tokens * a.top_k);
   if (cudaMemsetAsync(workspace, 0, static_cast<std::size_t>(2 * a.experts + 2) * 8, stream) != cudaSuccess)
     return Status::kLaunchFailed;
   const auto slots = static_cast<unsigned>(parts(a.tokens * a.top_k, kThreads)),
@@ -97,6 +105,8 @@ Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* wo
   if (slots > 0) queue(count<T>, slots, kThreads, 0, stream, a, s);
   queue(begin<T>, 1, 1, 0, stream, a, r, s);
   if (slots > 0) {
+    if (a.order == DropOrder::kBatchPrioritised)
+      queue(weigh<T>, tokens, kThreads, 0, stream, a, static_cast<T*>(s.important));
     queue(fill<T>, slots, kThreads, 0, stream, a, s);
     queue(rank<T>, slots, kThreads, 0, stream, a, r, s);
     queue(finish<T>, tokens, kThreads, 0, stream, a, r, s, smallest);
@@ -108,7 +118,7 @@ Status launch(const DropArgs<T>& a, const DropResult<T>& r, T smallest, void* wo
 }  // namespace
 
 std::size_t drop_workspace(std::int64_t tokens, std::int64_t experts, std::int64_t top_k) {
-  return static_cast<std::size_t>(3 * experts + 3 + tokens * top_k) * 8;
+  return static_cast<std::size_t>(3 * experts + 3 + tokens * top_k + tokens) * 8;
 }
 Status drop(const DropArgs<float>& args, const DropResult<float>& result, void* workspace, CUstream_st* stream) {
   return launch(args, result, FLT_EPSILON, workspace, stream);

@@ -45,6 +45,7 @@ HWY_AFTER_NAMESPACE();
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "kernels/host/elementary.h"
@@ -141,6 +142,15 @@ Status count(const CountArgs<Id>& a, std::int64_t* counts, std::int64_t* outside
 struct Spread {
   double max_violation = kNan, cv = kNan;
 };
+/// Of counts of which none is negative; nullopt: more than an int64 holds.
+std::optional<std::int64_t> sum_of(const std::int64_t* counts, std::int64_t n) {
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (__builtin_add_overflow(sum, counts[i], &sum)) return std::nullopt;
+  }
+  return sum;
+}
+
 Spread spread_of(const std::vector<std::int64_t>& counts) {
   std::int64_t sum = 0, largest = 0;
   for (const std::int64_t n : counts) sum += n, largest = std::max(largest, n);
@@ -205,8 +215,10 @@ Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::in
   std::vector<std::int64_t> sorted(counts, counts + experts);
   std::sort(sorted.begin(), sorted.end());
   if (sorted.front() < 0) return Status::kBadShape;
+  const std::optional<std::int64_t> choices = sum_of(counts, experts);
+  if (!choices) return Status::kBadShape;
   *out = {};
-  for (const std::int64_t n : sorted) out->choices += n;
+  out->choices = *choices;
   const double e = static_cast<double>(experts), sum = static_cast<double>(out->choices), fair = sum / e;
   const Spread spread = spread_of({counts, counts + experts});
   out->fair_share = fair;
@@ -250,6 +262,11 @@ Status load_intervals(const std::int64_t* counts, std::int64_t blocks, std::int6
                       std::uint64_t seed, LoadIntervals* out) {
   if (blocks < 2 || blocks >= (std::int64_t{1} << 31) || experts < 1 || draws < 40) return Status::kBadShape;
   if (counts == nullptr || out == nullptr) return Status::kNullPointer;
+  if (std::any_of(counts, counts + blocks * experts, [](std::int64_t n) { return n < 0; })) return Status::kBadShape;
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const std::optional<std::int64_t> of_block = sum_of(counts + b * experts, experts);
+    if (!of_block || *of_block > std::numeric_limits<std::int64_t>::max() / blocks) return Status::kBadShape;
+  }
   std::vector<double> most, least, cvs, entropies, ginis;
   std::vector<std::int64_t> sum(static_cast<std::size_t>(experts));
   for (std::int64_t d = 0; d < draws; ++d) {

@@ -67,7 +67,8 @@ struct LoadStatistics {
 };
 
 /// counts [experts] over `tokens` tokens of top_k choices each; tokens tell the floor alone. Sums in the order of the
-/// experts, ascending for the Gini. kBadShape also for negative counts; kBadTopK beyond 1..experts.
+/// experts, ascending for the Gini. kBadShape also for negative counts and where they sum to more than 2^63 - 1;
+/// kBadTopK beyond 1..experts.
 Status load_statistics(const std::int64_t* counts, std::int64_t experts, std::int64_t top_k, std::int64_t tokens,
                        LoadStatistics* out);
 
@@ -77,8 +78,8 @@ struct Interval {
 /// 95 % intervals by resampling blocks (documents, micro-batches), since the tokens of one are alike: counts [blocks,
 /// experts]; `draws` times as many blocks are drawn with replacement, and the 2.5 and 97.5 % order statistics of each
 /// statistic of their sum taken (as load_statistics() defines it; draws without any choice are left out, NaN if none
-/// has one). Philox numbers of `seed` alone decide. kBadShape for fewer than 2 blocks or 40 draws, 2^31 blocks, or
-/// negative counts.
+/// has one). Philox numbers of `seed` alone decide. kBadShape for fewer than 2 blocks or 40 draws, 2^31 blocks,
+/// negative counts, or a block that drawn `blocks` times would sum to more than 2^63 - 1.
 struct LoadIntervals {
   Interval max_violation, min_violation, cv_population, normalised_entropy, gini;
 };
@@ -99,7 +100,8 @@ struct RoutingStatistics {
 };
 /// probabilities [tokens, experts], rows that sum to 1; chosen [tokens, top_k]; valid [tokens] or null. Float64; sums
 /// over tokens in stretches of kBalanceRun tokens, each from 0, then the stretches in their order. NaN without valid
-/// tokens. kBadShape also for an id that is no expert.
+/// tokens. What is no probability goes where the formulas take it: NaN and what is below 0 make the token entropy NaN,
+/// an infinity makes it -inf; of tokens that are not valid it is not read. kBadShape also for an id that is no expert.
 template <class T>
 struct RoutingStatisticsArgs {
   const T* probabilities = nullptr;

@@ -775,11 +775,11 @@ const char* name_of(Status status) {
   switch (status) {
     case Status::kOk: return "ok";
     case Status::kNullPointer: return "a required pointer is null";
-    case Status::kBadShape: return "a size is negative or zero";
+    case Status::kBadShape: return "a size is negative, zero or too large";
     case Status::kBadTopK: return "top_k is not within 1..experts";
     case Status::kBadGroups:
       return "groups do not divide the experts, top_groups is not within 1..groups, or a group is too small";
-    case Status::kBadOption: return "options that exclude each other";
+    case Status::kBadOption: return "an option is out of its range, or options exclude each other";
     case Status::kLaunchFailed: return "the device refused the launch";
   }
   return "?";

@@ -277,13 +277,16 @@ Status load_scopes(const std::int64_t* counts, std::int64_t steps, std::int64_t 
       micro_violation.add(s.max_violation);
       micro_cv.add(s.cv_population);
       out->empty += s.choices == 0;
-      for (std::size_t e = 0; e < step.size(); ++e) step[e] += row[e], all[e] += row[e];
+      for (std::size_t e = 0; e < step.size(); ++e) {
+        if (__builtin_add_overflow(all[e], row[e], &all[e])) return Status::kBadShape;
+        step[e] += row[e];
+      }
     }
-    load_statistics(step.data(), experts, 1, 1, &s);
+    if (const Status status = load_statistics(step.data(), experts, 1, 1, &s); status != Status::kOk) return status;
     step_violation.add(s.max_violation);
     step_cv.add(s.cv_population);
   }
-  load_statistics(all.data(), experts, 1, 1, &s);
+  if (const Status status = load_statistics(all.data(), experts, 1, 1, &s); status != Status::kOk) return status;
   out->micro_max_violation = micro_violation.value();
   out->micro_cv = micro_cv.value();
   out->step_max_violation = step_violation.value();

@@ -244,7 +244,8 @@ struct LoadScopes {
   double micro_cv = 0, step_cv = 0, pooled_cv = 0;  // population
   std::int64_t empty = 0;  // micro-batches without a choice; left out of the means, as are empty steps
 };
-/// counts [steps, micro_batches, experts]. NaN where nothing was chosen. kBadShape, kNullPointer.
+/// counts [steps, micro_batches, experts]. NaN where nothing was chosen. kBadShape also for negative counts and where
+/// all sum to more than 2^63 - 1; kNullPointer.
 Status load_scopes(const std::int64_t* counts, std::int64_t steps, std::int64_t micro_batches, std::int64_t experts,
                    LoadScopes* out);
 

@@ -275,7 +275,8 @@ Outputs dispatch(const Json& j, const Inputs& in) {
                                         {"weights", DropOrder::kWeights},
                                         {"keys", DropOrder::kKeys},
                                         {"batch_prioritised", DropOrder::kBatchPrioritised}});
-  const at::Tensor weights = get(in, "weights"), place = drop(get(in, "chosen"), weights, get(in, "keys"), order, j.value("capacity", 4));
+  const at::Tensor weights = get(in, "weights");
+  const at::Tensor place = drop(get(in, "chosen"), weights, get(in, "keys"), get(in, "scores"), order, j.value("capacity", 4));
   Outputs out = {{"place", {place, 0, 0}}};
   if (weights.defined())
     out["weights"] = {kept_weights(weights, place, true, std::numeric_limits<double>::epsilon()), twice(static_cast<double>(weights.size(1))), 1};

@@ -352,9 +352,10 @@ void dispatch_vectors(Builder& b) {
   const std::pair<const char*, const char*> orders[] = {{"tokens", "by token"},
                                                         {"choices", "GShard, arXiv 2006.16668 algorithm 1"},
                                                         {"weights", "Megatron-LM --moe-token-drop-policy probs"},
-                                                        {"keys", "DeepSpeed's random token selection"},
-                                                        {"batch_prioritised", "V-MoE, arXiv 2106.05974 section 4.1"}};
+                                                        {"keys", "DeepSpeed's random token selection"}};
   for (const auto& [order, source] : orders) b.vector("dispatch", order, "drop", source, {{"order", order}, {"capacity", 3}}, in);
+  b.vector("dispatch", "batch_prioritised", "drop", "V-MoE, arXiv 2106.05974 section 4.1", {{"order", "batch_prioritised"}, {"capacity", 3}},
+           {{"chosen", "chosen with bias"}, {"weights", "weights"}, {"scores", "sigmoid"}});
   b.vector("expert_load", "counts", "expert_load", "counts, and the statistics of docs/generated/kernels/expert_load.md", {{"experts", kE}, {"top_k", kK}}, {{"chosen", "chosen"}});
   b.tensor("one expert", at::full({kT, 1}, 3, at::kLong));
   b.vector("expert_load", "collapsed", "expert_load", "every token on one expert", {{"experts", kE}, {"top_k", 1}}, {{"chosen", "one expert"}});
@@ -375,9 +376,9 @@ void dispatch_vectors(Builder& b) {
 
 /// How many choices an expert takes. The digits were computed apart, with Python's integers and floats, and NumPy's float32.
 void capacity_rows(Builder& b) {
-  b.tensor("capacity cases", ints({100, 8, 2, 4, 4, 4, 16, 8, 2, 8, 1, 1, 30, 12, 2, 0, 2, 3, 1000, 64, 6, 4, 8, 8,
-                                   4096, 160, 6, 4, 8, 8, 70, 10, 2, 8, 1, 2, 50, 10, 1, 4, 2, 5,
-                                   50, 8, 2, 4, 1, 1, 50, 20, 3, 4, 2, 1}).reshape({9, 6}));
+  b.tensor("capacity cases", ints({100, 8, 2, 4, 4, 4, 1, 40, 16, 8, 2, 8, 1, 1, 1, 9, 30, 12, 2, 0, 2, 3, 1, 8, 1000, 64, 6, 4, 8, 8, 1, 200,
+                                   4096, 160, 6, 4, 8, 8, 1, 300, 70, 10, 2, 8, 1, 2, 1, 30, 50, 10, 1, 4, 2, 5, 1, 9,
+                                   50, 8, 2, 4, 1, 1, 1, 20, 50, 20, 3, 4, 2, 1, 1, 15}).reshape({9, 8}));
   b.tensor("capacity factors", doubles({1.25, 1.0, 1.1, 1.1, 1.2, 1.1, 1.4, 1.2, 1.2}));
   const Json in = {{"cases", "capacity cases"}, {"factors", "capacity factors"}};
   const auto row = [&](const char* id, const char* form, const char* formula, const char* seen, const std::vector<std::string>& published) {
@@ -385,10 +386,22 @@ void capacity_rows(Builder& b) {
   };
   row("C0", "megatron", "ceil(T k / E cf)", "megatron/core/transformer/moe/moe_utils.py get_capacity", {"32.0", "4.0", "6.0", "104.0", "185.0", "16.0", "7.0", "15.0", "9.0"});
   row("C1", "deepspeed", "max(ceil(T / E cf k), min_capacity), in float32", "deepspeed/moe/sharded_moe.py _capacity", {"32.0", "8.0", "6.0", "104.0", "185.0", "16.0", "7.0", "16.0", "9.0"});
-  row("C2", "megablocks", "int(cf (k T ep / E))", "megablocks/layers/moe.py expert_capacity", {"125.0", "4.0", "11.0", "825.0", "1474.0", "15.0", "14.0", "15.0", "18.0"});
+  row("C2", "megablocks", "int(cf (k T ep / E)), the largest count where that is 0", "megablocks/layers/moe.py expert_capacity", {"125.0", "4.0", "11.0", "825.0", "1474.0", "15.0", "14.0", "15.0", "18.0"});
   row("C3", "olmo_core", "ep up8(int(cf (k T / E)))", "olmo_core/nn/moe/parallel_mlp.py", {"128.0", "8.0", "16.0", "832.0", "1472.0", "16.0", "16.0", "16.0", "32.0"});
-  row("C4", "tutel", "k int(cf ceil(T / E))", "tutel/impls/fast_dispatch.py", {"32.0", "4.0", "6.0", "102.0", "186.0", "14.0", "7.0", "16.0", "9.0"});
+  row("C4", "tutel", "k int(cf ceil(T / E)), cf > 0", "tutel/impls/fast_dispatch.py", {"32.0", "4.0", "6.0", "102.0", "186.0", "14.0", "7.0", "16.0", "9.0"});
   row("C5", "fastmoe", "ceil(cf T) k // E", "fmoe/gates/gshard_gate.py", {"31.0", "4.0", "5.0", "103.0", "184.0", "15.0", "7.0", "15.0", "9.0"});
+}
+
+/// Where the counts decide: no limit, or at most the largest count.
+void capacity_by_counts(Builder& b) {
+  b.tensor("capacity cases by counts", ints({100, 8, 2, 0, 1, 1, 1, 40, 100, 8, 2, 0, 1, 1, 16, 40, 100, 8, 2, 0, 1, 1, 1, 40, 100, 8, 2, 0, 1, 1, 1, 29,
+                                             100, 8, 2, 0, 1, 1, 16, 40}).reshape({5, 8}));
+  b.tensor("factors of counts", doubles({0, 0, -1.2, -1.2, 1.2}));
+  b.vector("dispatch", "tutel-by-counts", "capacity", "tutel/impls/fast_dispatch.py extract_critical", {{"form", "tutel"}},
+           {{"cases", "capacity cases by counts"}, {"factors", "factors of counts"}});
+  b.tensor("no factor", doubles({0, 1.2, 0, 0.001, 1.2}));
+  b.vector("dispatch", "megablocks-by-counts", "capacity", "megablocks/layers/moe.py forward_once", {{"form", "megablocks"}},
+           {{"cases", "capacity cases by counts"}, {"factors", "no factor"}});
 }
 
 /// Expert choice and noise; digits as above.
@@ -517,6 +530,7 @@ Json make_vectors() {
   token_rows(b);
   dispatch_vectors(b);
   capacity_rows(b);
+  capacity_by_counts(b);
   weight_vectors(b);
   layer_vectors(b);
   choice_and_noise_rows(b);

@@ -5,10 +5,13 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <boost/test/unit_test.hpp>
 #include <cmath>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -17,6 +20,7 @@
 #include "kernels/host/gaussian.h"
 #include "reference/expert_load.h"
 #include "reference/router.h"
+#include "tests/support/on_every_target.h"
 
 namespace {
 
@@ -99,6 +103,35 @@ BOOST_AUTO_TEST_CASE(closed_forms) {
   BOOST_CHECK(!statistics(Longs(8, 69), 2, 276).idle_is_dead);
   BOOST_CHECK(statistics(Longs(8, 70), 2, 280).idle_is_dead);
   BOOST_CHECK(!statistics(Longs(8, 99), 2, 396).can_judge && statistics(Longs(8, 100), 2, 400).can_judge);
+}
+
+BOOST_AUTO_TEST_CASE(counts_that_no_int64_adds_up) {
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  k::LoadStatistics s;
+  k::LoadIntervals intervals;
+  const auto status = [&](const Longs& counts) {
+    return k::load_statistics(counts.data(), static_cast<std::int64_t>(counts.size()), 1, 10, &s);
+  };
+  const auto of_blocks = [&](const Longs& counts) { return k::load_intervals(counts.data(), 2, 2, 40, 1, &intervals); };
+  BOOST_CHECK(status({most, 1}) == k::Status::kBadShape);
+  BOOST_CHECK(status({most, most, most, 3}) == k::Status::kBadShape);  // wraps round to a number above 0
+  BOOST_CHECK(status({most / 2, most / 2, 1}) == k::Status::kOk && s.choices == most);
+  BOOST_CHECK_CLOSE(s.max_violation, 0.5, 1e-9);
+  BOOST_CHECK(status({4, -1}) == k::Status::kBadShape);
+  // A block may be drawn as often as there are blocks.
+  BOOST_CHECK(of_blocks({most / 4, most / 4, 0, 1}) == k::Status::kOk);
+  BOOST_CHECK(of_blocks({0, 1, most / 2, 1}) == k::Status::kBadShape);
+  BOOST_CHECK(of_blocks({0, 1, most, most}) == k::Status::kBadShape);
+  BOOST_CHECK(of_blocks({9, 9, 9, -1}) == k::Status::kBadShape);
+  // Whatever is drawn: 50 blocks, of which one is too large to be drawn 50 times, or has a count below 0 that the
+  // others would hide.
+  Longs many(100, 9);
+  many[0] = most / 10;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kBadShape);
+  many[0] = -1;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kBadShape);
+  many[0] = 0;
+  BOOST_CHECK(k::load_intervals(many.data(), 50, 2, 40, 1, &intervals) == k::Status::kOk);
 }
 
 BOOST_AUTO_TEST_CASE(published_counts) {
@@ -343,6 +376,104 @@ BOOST_AUTO_TEST_CASE(statistics_of_probabilities) {
                                       &s) == k::Status::kOk);
   BOOST_CHECK_CLOSE(s.mutual_information, std::log(8.0), 1e-12);
   BOOST_CHECK(s.token_entropy == 0.0 && s.confidence == 1.0);
+}
+
+/// Probabilities with what a broken router gives, or a narrow softmax: `what` in expert 1 of token 2.
+template <class T>
+std::vector<T> probabilities_with(T what, std::int64_t tokens, std::int64_t experts) {
+  std::vector<double> z;
+  for (float v : gaussians(tokens * experts, 21)) z.push_back(2 * static_cast<double>(v));
+  const at::Tensor p =
+      ref::scores(at::from_blob(z.data(), {tokens, experts}, at::kDouble), ref::Score::kSoftmax).contiguous();
+  std::vector<T> out(p.data_ptr<double>(), p.data_ptr<double>() + p.numel());
+  out[static_cast<std::size_t>((tokens > 2 ? 2 : 0) * experts + (experts > 1 ? 1 : 0))] = what;
+  return out;
+}
+
+template <class T>
+std::vector<T> oddities() {
+  using L = std::numeric_limits<T>;
+  return {L::quiet_NaN(), L::infinity(), -L::infinity(), L::denorm_min(), L::min() / 2,
+          L::min(),       T(0),          T(-0.0),        T(-0.25),        L::max()};
+}
+
+bool same(double a, double b, double relative) {
+  return std::isnan(a) || std::isnan(b)   ? std::isnan(a) && std::isnan(b)
+         : std::isinf(a) || std::isinf(b) ? a == b
+                                          : std::fabs(a - b) <= relative * std::max(1.0, std::fabs(b));
+}
+
+template <class T>
+void check_oddities() {
+  constexpr std::int64_t kTokens = 7, kExperts = 19, kTopK = 2;
+  for (const T what : oddities<T>()) {
+    const std::vector<T> p = probabilities_with(what, kTokens, kExperts);
+    std::vector<std::int32_t> ids;
+    Longs chosen;
+    for (std::int64_t i = 0; i < kTokens * kTopK; ++i)
+      ids.push_back(static_cast<std::int32_t>(i % 3)), chosen.push_back(i % 3);
+    std::vector<std::uint8_t> valid(kTokens, 1);
+    const at::Tensor all = at::from_blob(const_cast<T*>(p.data()), {kTokens, kExperts},
+                                         sizeof(T) == 4 ? at::kFloat : at::kDouble),
+                     of_all = tensor(chosen).reshape({kTokens, kTopK});
+    for (const bool masked : {false, true}) {  // the token that has it
+      valid[2] = !masked;
+      k::RoutingStatistics s;
+      BOOST_REQUIRE(k::routing_statistics(
+                        k::RoutingStatisticsArgs<T>{p.data(), ids.data(), valid.data(), kTokens, kExperts, kTopK},
+                        &s) == k::Status::kOk);
+      const at::Tensor rows = tensor(masked ? Longs{0, 1, 3, 4, 5, 6} : Longs{0, 1, 2, 3, 4, 5, 6});
+      const auto want = ref::routing_statistics(all.index_select(0, rows), of_all.index_select(0, rows));
+      const double bound = k::bounds::load_statistics(kTokens * kExperts);
+      for (const auto& [name, got] : {std::pair<const char*, double>{"token_entropy", s.token_entropy},
+                                      {"mean_entropy", s.mean_entropy},
+                                      {"mutual_information", s.mutual_information},
+                                      {"confidence", s.confidence}}) {
+        BOOST_CHECK_MESSAGE(same(got, want.at(name), bound),
+                            name << " with " << what << ": " << got << ", not " << want.at(name));
+        BOOST_CHECK(!masked || std::isfinite(got));
+      }
+      if (masked) continue;
+      const bool wrong = std::isnan(what) || what < 0;
+      BOOST_CHECK(std::isnan(s.token_entropy) == wrong);
+      BOOST_CHECK(what != std::numeric_limits<T>::infinity() ||
+                  s.token_entropy == -std::numeric_limits<double>::infinity());
+    }
+  }
+}
+BOOST_AUTO_TEST_CASE(what_is_no_probability) {
+  check_oddities<float>();
+  check_oddities<double>();
+}
+
+/// The bits of the terms do not depend on how many of them a register holds.
+template <class T>
+void same_on_every_target(std::int64_t tokens, std::int64_t experts, T what) {
+  const std::vector<T> p = probabilities_with(what, tokens, experts);
+  const std::vector<std::int32_t> chosen(static_cast<std::size_t>(tokens), static_cast<std::int32_t>(experts - 1));
+  const auto bits = [](double v) { return std::isnan(v) ? ~std::uint64_t{0} : std::bit_cast<std::uint64_t>(v); };
+  std::vector<std::uint64_t> first;
+  const int targets = moeaudit::test::on_every_target([&] {
+    k::RoutingStatistics s;
+    BOOST_REQUIRE(
+        k::routing_statistics(k::RoutingStatisticsArgs<T>{p.data(), chosen.data(), nullptr, tokens, experts, 1}, &s) ==
+        k::Status::kOk);
+    const std::vector<std::uint64_t> all = {bits(s.token_entropy), bits(s.mean_entropy), bits(s.mutual_information),
+                                            bits(s.confidence)};
+    if (first.empty()) first = all;
+    BOOST_CHECK_MESSAGE(all == first, tokens << "x" << experts << " with " << what);
+  });
+  BOOST_CHECK(targets >= 2);
+}
+BOOST_AUTO_TEST_CASE(every_vector_width_has_the_same_bits) {
+  for (const std::int64_t experts : {1, 2, 3, 5, 8, 17, 60, 144, 384}) {
+    for (const std::int64_t tokens : {1, 4, 300}) {
+      same_on_every_target<float>(tokens, experts, 0.25F);
+      same_on_every_target<double>(tokens, experts, 0.25);
+    }
+    for (const float what : oddities<float>()) same_on_every_target(4, experts, what);
+    for (const double what : oddities<double>()) same_on_every_target(4, experts, what);
+  }
 }
 
 BOOST_AUTO_TEST_CASE(co_activation_agrees_with_the_reference) {

@@ -25,11 +25,12 @@ class Drops {
     std::int64_t tokens = 0, valid = 0, experts = 0, top_k = 0;
     std::int64_t most_kept = 0, most_wanted = 0, dropped = 0;
     bool one_size = true;           // every expert that dropped kept the same number
+    bool weighed = false, scored = false;  // weights before the drops are known; scores of all experts are
     std::vector<std::string> orders;  // that drop exactly these
   };
   std::vector<std::string> orders_of(const LayerTensors& t, const v::RoutedLayer* logits,
                                      const std::vector<std::int32_t>& chosen, const std::vector<std::uint8_t>& dropped,
-                                     const Seen& s) const;
+                                     Seen* s) const;  // says as well what it knew
   std::optional<std::int64_t> configured(const Seen& s) const;  // the capacity, where the factor is known
 
   Context& ctx_;

@@ -23,7 +23,9 @@ and pads every expert to the whole batch.
 Compute the capacity as the framework documents it.
 
 ## Limits
-Needs training.capacity_factor in trace.json. Where no framework is stated, any framework's form is right.
+Needs training.capacity_factor in trace.json, and a form that has a meaning for it: 0 and what is below are Tutel's (no drops,
+or at most a capacity), 0 is MegaBlocks' as well. Tutel's alignment is training.capacity_alignment, 1 where it is not stated. Where
+no framework is stated, any framework's form is right.
 )md";
 
 Outcome check(Facts& f) {
@@ -47,11 +49,17 @@ Outcome check(Facts& f) {
     finding.message += " Up to " + say::percent(most) + " of a layer's choices were dropped.";
   }
   for (const std::size_t i : rows.differ) finding.evidence.push_back(replay::evidence(*t, i));
-  finding.remedy = "Compute the capacity as configured (T tokens of the rank, k choices, E experts):\n    capacity = math.ceil(T * k / E * capacity_factor)";
+  const bool by_counts = t->held_to[row].find("largest count") != std::string::npos;  // Tutel's and MegaBlocks' factors up to 0
+  finding.remedy = by_counts ? "Compute the capacity as configured (counts of the choices before any is dropped):\n"
+                               "    most = int(torch.bincount(chosen.flatten(), minlength=E).max())\n"
+                               "    capacity = most if capacity_factor == 0 else min(most, k * int(-capacity_factor * math.ceil(T / E)))"
+                             : "Compute the capacity as configured (T tokens of the rank, k choices, E experts):\n"
+                               "    capacity = math.ceil(T * k / E * capacity_factor)";
   finding.does_not_show = "What the dropped tokens cost.";
   finding.locations = {replay::where(*t, row)};
   finding.sources = {"NVIDIA/Megatron-LM megatron/core/transformer/moe/moe_utils.py get_capacity",
                      "microsoft/DeepSpeed deepspeed/moe/sharded_moe.py _capacity"};
+  if (by_counts) finding.sources = {"microsoft/Tutel tutel/impls/fast_dispatch.py extract_critical", "databricks/megablocks megablocks/layers/moe.py forward_once"};
   return Outcome::finding(std::move(finding));
 }
 

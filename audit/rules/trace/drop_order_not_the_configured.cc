@@ -8,8 +8,8 @@ namespace {
 
 constexpr std::string_view kDoc = R"md(
 ## What it checks
-From a recorded trace with `dropped`: whether the drop policy that trace.json states (position, choices, probs) drops exactly
-what was dropped. An order that does is named.
+From a recorded trace with `dropped`: whether the drop policy that trace.json states (position, choices, probs,
+batch_prioritised) drops exactly what was dropped. An order that does is named.
 
 ## Why it matters
 By position the end of every batch loses its experts, whatever its text; by weights those that matter least do. The order
@@ -22,7 +22,8 @@ is dropped while its expert has room.
 Set the policy that is meant (Megatron-LM: --moe-token-drop-policy probs or position).
 
 ## Limits
-Experts that dropped must have kept equally many, and a random order cannot be checked.
+Experts that dropped must have kept equally many, and a random order cannot be checked. probs needs routing weights or logits,
+batch_prioritised logits.
 )md";
 
 Outcome check(Facts& f) {
