@@ -24,7 +24,8 @@ Mixed sparse_mixer(const at::Tensor& logits, double jitter, const at::Tensor& gi
     const at::Tensor p = at::softmax(left.masked_fill(masked, -kInf), -1);
     at::Tensor weight = p.gather(-1, pick);
     if (draws.defined()) {
-      const at::Tensor whole = pick.eq(std::get<1>(at::max(p.detach(), -1, true))).logical_or(draws.narrow(-1, j, 1).gt(0.75));
+      const at::Tensor whole =
+          pick.eq(std::get<1>(at::max(p.detach(), -1, true))).logical_or(draws.narrow(-1, j, 1).gt(0.75));
       // float32 tensors, as the sum of a Python number and a bool tensor is one: 0.3333, and 0.3333 + 0.6667 = 1.
       const double midpoint = static_cast<double>(0.3333f), both = static_cast<double>(0.3333f + 0.6667f);
       weight = weight * at::where(whole, at::full_like(weight, both), at::full_like(weight, midpoint));

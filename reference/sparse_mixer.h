@@ -1,7 +1,7 @@
 // SparseMixer in float64 on LibTorch: the truth that kernels/host/sparse_mixer.h answers to.
 //
-// Liu et al., arXiv 2310.00811, and SparseMixer-v2, arXiv 2409.12136; as code modeling_phimoe.py of transformers, line 557 of
-// v4.57.6 and 339 of v5.23.0. Symbols: T tokens, E experts, two picks a token.
+// Liu et al., arXiv 2310.00811, and SparseMixer-v2, arXiv 2409.12136; as code modeling_phimoe.py of transformers, line
+// 605 of v4.57.6 and 339 of v5.23.0. Symbols: T tokens, E experts, two picks a token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,8 +15,8 @@ struct Mixed {
   at::Tensor probabilities;  // float64 [T, 2, E]: softmax over these; differentiable
 };
 
-/// logits [T, E]. given int64 [T, 2]: the experts that were drawn in training; undefined: evaluation. draws [T, 2]: the uniform
-/// numbers that decide on the midpoint; undefined: all 1. Throws c10::Error for draws without given experts.
+/// logits [T, E]. given int64 [T, 2]: the experts that were drawn in training; undefined: evaluation. draws [T, 2]: the
+/// uniform numbers that decide on the midpoint; undefined: all 1. Throws c10::Error for draws without given experts.
 Mixed sparse_mixer(const at::Tensor& logits, double jitter, const at::Tensor& given = {}, const at::Tensor& draws = {});
 
 /// What the autograd function of training returns for the logits, d loss / d weights [T, 2] given.

@@ -136,8 +136,8 @@ inline double route_backward_relative(double score, std::int64_t experts, std::i
   return std::expm1(5.0 * std::log1p(score) + gamma(roundings, unit_roundoff(Float::kF64)));
 }
 
-/// Relative error of a weight of sparse_mixer(): a softmax over the experts that are kept, of whose logits each is off by
-/// `logit_error`, then one product with 1 or the midpoint.
+/// Relative error of a weight of sparse_mixer(): a softmax over the experts that are kept, of whose logits each is off
+/// by `logit_error`, then one product with 1 or the midpoint.
 inline double sparse_mixer_weight(std::int64_t experts, double logit_error, double range, Float f) {
   return std::expm1(std::log1p(softmax_relative(experts, logit_error, range, f)) + gamma(1.0, unit_roundoff(f)));
 }

@@ -1,9 +1,10 @@
-// SparseMixer: two experts a token, each drawn among those close to the best and weighed by a softmax over these, and the
-// gradient estimator that goes with it. Host kernels. The draws belong to the framework; given them, everything here is exact.
+// SparseMixer: two experts a token, each drawn among those close to the best and weighed by a softmax over these, and
+// the gradient estimator that goes with it. Host kernels. The draws belong to the framework; given them, everything
+// here is exact.
 //
 // Symbols: T tokens, E experts, j = 0, 1 the pick. Liu et al., arXiv 2310.00811 (SparseMixer-v2: 2409.12136); PhiMoE's
-// sparsemixer() and its autograd function (modeling_phimoe.py: MultiplierProcessor in transformers 4, PhimoeMultiplier in 5, the
-// same formulas from 4.46 to 5.24; 4 refuses another top_k than 2, 5 takes 2 whatever top_k says).
+// sparsemixer() and its autograd function (modeling_phimoe.py: MultiplierProcessor in transformers 4, PhimoeMultiplier
+// in 5, the same formulas in 4.51.3 to 5.24.0; 4 refuses another top_k than 2, 5 takes 2 whatever top_k says).
 #pragma once
 
 #include <cstdint>
@@ -30,13 +31,14 @@ template <class T>
 struct SparseMixerArgs {
   const T* logits = nullptr;  // [tokens, experts]
   std::int64_t tokens = 0;
-  std::int64_t experts = 0;   // of one expert, pick 1 is NaN
-  double jitter = 0;          // router_jitter_noise
+  std::int64_t experts = 0;             // of one expert, pick 1 is NaN
+  double jitter = 0;                    // router_jitter_noise
   const std::int32_t* given = nullptr;  // [tokens, 2], or null: each within the experts
-  const T* draws = nullptr;   // [tokens, 2] of uniform(0, 1), or null: all 1; only with `given`
+  const T* draws = nullptr;             // [tokens, 2] of uniform(0, 1), or null: all 1; only with `given`
   /// What difference and quotient are rounded to, and the number that they are compared with. kF64: nothing beyond T.
   Float logits_dtype = Float::kF64;
-  /// What p and the weights are rounded to: the dtype of the logits, or float32 under autocast, which runs softmax in it.
+  /// What p and the weights are rounded to: the dtype of the logits, or float32 where autocast runs softmax in that (on
+  /// a GPU).
   Float tensor_dtype = Float::kF64;
 };
 
@@ -52,13 +54,13 @@ struct SparseMixerResult {
 Status sparse_mixer(const SparseMixerArgs<float>& args, const SparseMixerResult<float>& result);
 Status sparse_mixer(const SparseMixerArgs<double>& args, const SparseMixerResult<double>& result);
 
-/// d_logits[t, e] = sum over j of d_weights[t, j] p_j[chosen] ([e = chosen] - p_j[e]). In training that is the rule of the
-/// autograd function, which is told neither the draws nor what they made of the weight; at evaluation it is what autograd finds.
-/// The two differ in what a tensor_dtype narrower than T rounds:
+/// d_logits[t, e] = sum over j of d_weights[t, j] p_j[chosen] ([e = chosen] - p_j[e]). In training that is the rule of
+/// the autograd function, which is told neither the draws nor what they made of the weight; at evaluation it is what
+/// autograd finds. The two differ in what a tensor_dtype narrower than T rounds:
 ///   training    u = g p[chosen]; -u p[e], then + u at the chosen: each rounded
 ///   evaluation  (g - g p[chosen]) p[e] rounded once (derivatives.yaml of softmax), g rounded before
-/// and each pick's is rounded to a narrow logits_dtype before their sum is. Otherwise everything is float64 but what keeps an
-/// expert, which is computed as sparse_mixer() does.
+/// and each pick's is rounded to a narrow logits_dtype before their sum is. Otherwise everything is float64 but what
+/// keeps an expert, which is computed as sparse_mixer() does.
 template <class T>
 struct SparseMixerBackwardArgs {
   SparseMixerArgs<T> forward;            // as sparse_mixer() had them: `given` or not says which rule
@@ -87,10 +89,13 @@ struct MixerPick {
     }
     // A Python number becomes one of the tensor's dtype, by way of float32 where that is narrower.
     limit = static_cast<T>(2 * a.jitter);
-    if (dtype != Float::kF64) limit = static_cast<T>(round_to(static_cast<double>(static_cast<float>(2 * a.jitter)), dtype));
+    if (dtype != Float::kF64)
+      limit = static_cast<T>(round_to(static_cast<double>(static_cast<float>(2 * a.jitter)), dtype));
   }
   MOE_AUDIT_HOST_DEVICE T rounded(T v) const { return static_cast<T>(round_to(static_cast<double>(v), dtype)); }
-  MOE_AUDIT_HOST_DEVICE T logit(std::int64_t e) const { return e == out ? -std::numeric_limits<T>::infinity() : logits[e]; }
+  MOE_AUDIT_HOST_DEVICE T logit(std::int64_t e) const {
+    return e == out ? -std::numeric_limits<T>::infinity() : logits[e];
+  }
   MOE_AUDIT_HOST_DEVICE bool keeps(std::int64_t e) const {
     if (e == out) return false;
     const T size = logits[e] < T(0) ? -logits[e] : logits[e];
@@ -175,8 +180,10 @@ MOE_AUDIT_HOST_DEVICE inline void sparse_mixer_backward_in(const SparseMixerBack
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline void sparse_mixer_backward_token(const SparseMixerBackwardArgs<T>& a, std::int64_t t,
                                                               double* d_logits) {
-  if (is_narrow(a.forward.tensor_dtype)) sparse_mixer_backward_in<T>(a, t, d_logits);
-  else sparse_mixer_backward_in<double>(a, t, d_logits);
+  if (is_narrow(a.forward.tensor_dtype))
+    sparse_mixer_backward_in<T>(a, t, d_logits);
+  else
+    sparse_mixer_backward_in<double>(a, t, d_logits);
 }
 
 template <class T>
@@ -188,7 +195,8 @@ Status check_sparse_mixer(const SparseMixerArgs<T>& a, const SparseMixerResult<T
 template <class T>
 Status check_sparse_mixer_backward(const SparseMixerBackwardArgs<T>& a, const double* d_logits) {
   if (a.forward.tokens < 0 || a.forward.experts < 1) return Status::kBadShape;
-  return a.forward.tokens > 0 && (a.forward.logits == nullptr || a.chosen == nullptr || a.weights == nullptr || d_logits == nullptr)
+  return a.forward.tokens > 0 &&
+                 (a.forward.logits == nullptr || a.chosen == nullptr || a.weights == nullptr || d_logits == nullptr)
              ? Status::kNullPointer
              : Status::kOk;
 }

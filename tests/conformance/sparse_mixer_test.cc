@@ -1,5 +1,5 @@
-// SparseMixer: kernels/host against reference/ and its autograd, both against formulas written out, and the kernels against what
-// sparsemixer() of transformers made of the same logits (fixtures/make/sparse_mixer_golden.py).
+// SparseMixer: kernels/host against reference/ and its autograd, both against formulas written out, and the kernels
+// against what sparsemixer() of transformers made of the same logits (fixtures/make/sparse_mixer_golden.py).
 #define BOOST_TEST_MODULE sparse_mixer
 #include "kernels/host/sparse_mixer.h"
 
@@ -29,10 +29,12 @@ using Ids = std::vector<std::int32_t>;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
 
 at::Tensor tensor(const Doubles& v, std::int64_t rows) {
-  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble).clone();
+  return at::from_blob(const_cast<double*>(v.data()), {rows, static_cast<std::int64_t>(v.size()) / rows}, at::kDouble)
+      .clone();
 }
 at::Tensor ids(const Ids& v) {
-  return at::from_blob(const_cast<std::int32_t*>(v.data()), {static_cast<std::int64_t>(v.size()) / 2, 2}, at::kInt).to(at::kLong);
+  return at::from_blob(const_cast<std::int32_t*>(v.data()), {static_cast<std::int64_t>(v.size()) / 2, 2}, at::kInt)
+      .to(at::kLong);
 }
 Doubles values(const at::Tensor& t) {
   const at::Tensor c = t.detach().to(at::kDouble).contiguous();
@@ -48,7 +50,8 @@ Doubles logits_of(std::int64_t tokens, std::int64_t experts, double scale, std::
   for (std::int64_t t = 0; t < tokens; t += 2) {
     double* row = z.data() + t * experts;
     const double top = *std::max_element(row, row + experts);
-    for (std::int64_t e = 0; e < experts; e += 2) row[e] = top - std::fabs(top) * 0.006 * static_cast<double>((e + t) % 9 / 2);
+    for (std::int64_t e = 0; e < experts; e += 2)
+      row[e] = top - std::fabs(top) * 0.006 * static_cast<double>((e + t) % 9 / 2);
   }
   return z;
 }
@@ -74,7 +77,8 @@ Run run(const k::SparseMixerArgs<T>& a) {
 }
 k::SparseMixerArgs<double> args_of(const Doubles& logits, std::int64_t experts, double jitter) {
   k::SparseMixerArgs<double> a;
-  a.logits = logits.data(), a.experts = experts, a.tokens = static_cast<std::int64_t>(logits.size()) / experts, a.jitter = jitter;
+  a.logits = logits.data(), a.experts = experts, a.tokens = static_cast<std::int64_t>(logits.size()) / experts,
+  a.jitter = jitter;
   return a;
 }
 
@@ -102,7 +106,7 @@ struct Shape {
   std::int64_t tokens, experts;
   double jitter, scale;
 };
-const std::vector<Shape> kShapes = {{1, 2, 0.01, 1}, {7, 3, 0.0, 1},   {50, 8, 0.01, 2},  {33, 16, 0.1, 0.5},
+const std::vector<Shape> kShapes = {{1, 2, 0.01, 1},   {7, 3, 0.0, 1},   {50, 8, 0.01, 2},  {33, 16, 0.1, 0.5},
                                     {3, 160, 0.05, 1}, {2, 144, 1.0, 1}, {2, 384, 0.02, 3}, {40, 64, 0.01, 1e-3}};
 
 double range_of(const double* row, std::int64_t experts) {
@@ -125,10 +129,15 @@ BOOST_AUTO_TEST_CASE(agrees_with_the_reference) {
       a.given = training ? given.data() : nullptr, a.draws = training ? draws.data() : nullptr;
       const Run got = run(a);
       const at::Tensor z = tensor(logits, s.tokens).set_requires_grad(true);
-      const ref::Mixed want = training ? ref::sparse_mixer(z, s.jitter, ids(given), tensor(draws, s.tokens)) : ref::sparse_mixer(z, s.jitter);
-      const Doubles weights = values(want.weights), p = values(want.probabilities), kept = values(want.kept), chosen = values(want.chosen);
+      const ref::Mixed want = training ? ref::sparse_mixer(z, s.jitter, ids(given), tensor(draws, s.tokens))
+                                       : ref::sparse_mixer(z, s.jitter);
+      const Doubles weights = values(want.weights), p = values(want.probabilities), kept = values(want.kept),
+                    chosen = values(want.chosen);
       for (std::size_t i = 0; i < weights.size(); ++i) {
-        const double by = 2 * bounds::sparse_mixer_weight(s.experts, 0, range_of(logits.data() + static_cast<std::int64_t>(i) / 2 * s.experts, s.experts), Float::kF64);
+        const double by =
+            2 * bounds::sparse_mixer_weight(
+                    s.experts, 0, range_of(logits.data() + static_cast<std::int64_t>(i) / 2 * s.experts, s.experts),
+                    Float::kF64);
         BOOST_REQUIRE_MESSAGE(got.chosen[i] == static_cast<std::int32_t>(chosen[i]), what << " chosen " << i);
         BOOST_REQUIRE_MESSAGE(std::fabs(got.weights[i] - weights[i]) <= by * weights[i] + bounds::smallest(Float::kF64),
                               what << " weight " << i << ": " << got.weights[i] << ", not " << weights[i]);
@@ -136,37 +145,45 @@ BOOST_AUTO_TEST_CASE(agrees_with_the_reference) {
         for (std::int64_t e = 0; e < s.experts; ++e) {
           const auto at = i * static_cast<std::size_t>(s.experts) + static_cast<std::size_t>(e);
           BOOST_REQUIRE_MESSAGE(got.kept[at] == static_cast<std::uint8_t>(kept[at]), what << " kept " << at);
-          BOOST_REQUIRE_MESSAGE(std::fabs(got.p[at] - p[at]) <= by * p[at] + bounds::smallest(Float::kF64), what << " p " << at);
+          BOOST_REQUIRE_MESSAGE(std::fabs(got.p[at] - p[at]) <= by * p[at] + bounds::smallest(Float::kF64),
+                                what << " p " << at);
           among += got.kept[at];
         }
         several += among > 1, outside += weights[i] == 0;
         const double whole = got.p[i * static_cast<std::size_t>(s.experts) + static_cast<std::size_t>(got.chosen[i])];
         midpoints += weights[i] < 0.5 * whole;
       }
-      // The gradient: autograd at evaluation; in training the autograd function's rule, which autograd finds where the weight is the
-      // probability alone.
-      (training ? (want.probabilities.gather(-1, want.chosen.unsqueeze(-1)).squeeze(-1) * tensor(upstream, s.tokens)).sum()
-                : (want.weights * tensor(upstream, s.tokens)).sum())
+      // The gradient: autograd at evaluation; in training the autograd function's rule, which autograd finds where the
+      // weight is the probability alone.
+      (training
+           ? (want.probabilities.gather(-1, want.chosen.unsqueeze(-1)).squeeze(-1) * tensor(upstream, s.tokens)).sum()
+           : (want.weights * tensor(upstream, s.tokens)).sum())
           .backward();
-      const Doubles by_autograd = values(z.grad()), by_rule = values(ref::sparse_mixer_gradient(want, tensor(upstream, s.tokens)));
+      const Doubles by_autograd = values(z.grad()),
+                    by_rule = values(ref::sparse_mixer_gradient(want, tensor(upstream, s.tokens)));
       k::SparseMixerBackwardArgs<double> b;
       b.forward = a, b.chosen = got.chosen.data(), b.weights = upstream.data();
       Doubles d(logits.size(), -7);
       BOOST_REQUIRE(k::sparse_mixer_backward(b, d.data()) == k::Status::kOk);
       double norm = 0;
       for (std::int64_t t = 0; t < s.tokens; ++t) {
-        const double score = bounds::softmax_relative(s.experts, 0, range_of(logits.data() + t * s.experts, s.experts), Float::kF64);
+        const double score =
+            bounds::softmax_relative(s.experts, 0, range_of(logits.data() + t * s.experts, s.experts), Float::kF64);
         for (std::int64_t e = 0; e < s.experts; ++e) {
           double size = 0;
           for (std::int64_t j = 0; j < 2; ++j) {
             const auto slot = static_cast<std::size_t>(2 * t + j), row = slot * static_cast<std::size_t>(s.experts);
             const auto own = static_cast<std::size_t>(got.chosen[slot]);
-            size += std::fabs(upstream[slot]) * p[row + own] * (p[row + static_cast<std::size_t>(e)] + (static_cast<std::size_t>(e) == own ? 1 : 0));
+            size += std::fabs(upstream[slot]) * p[row + own] *
+                    (p[row + static_cast<std::size_t>(e)] + (static_cast<std::size_t>(e) == own ? 1 : 0));
           }
-          const double by = 2 * bounds::sparse_mixer_backward_relative(score) * size + 4 * bounds::smallest(Float::kF64);
+          const double by =
+              2 * bounds::sparse_mixer_backward_relative(score) * size + 4 * bounds::smallest(Float::kF64);
           const auto at = static_cast<std::size_t>(t * s.experts + e);
-          BOOST_REQUIRE_MESSAGE(std::fabs(d[at] - by_autograd[at]) <= by, what << " gradient " << at << ": " << d[at] << ", not " << by_autograd[at]);
-          BOOST_REQUIRE_MESSAGE(std::fabs(d[at] - by_rule[at]) <= by, what << " by rule " << at << ": " << d[at] << ", not " << by_rule[at]);
+          BOOST_REQUIRE_MESSAGE(std::fabs(d[at] - by_autograd[at]) <= by,
+                                what << " gradient " << at << ": " << d[at] << ", not " << by_autograd[at]);
+          BOOST_REQUIRE_MESSAGE(std::fabs(d[at] - by_rule[at]) <= by,
+                                what << " by rule " << at << ": " << d[at] << ", not " << by_rule[at]);
           norm += d[at] * d[at];
         }
       }
@@ -212,7 +229,8 @@ BOOST_AUTO_TEST_CASE(agrees_with_what_is_written_out) {
   }
 }
 
-// Shifting logits is no symmetry here (the gap is relative); scaling them keeps the masks, and the order of experts carries over.
+// Shifting logits is no symmetry here (the gap is relative); scaling them keeps the masks, and the order of experts
+// carries over.
 BOOST_AUTO_TEST_CASE(laws) {
   const std::int64_t T = 20, E = 12;
   const Doubles logits = logits_of(T, E, 1);
@@ -221,24 +239,27 @@ BOOST_AUTO_TEST_CASE(laws) {
   for (std::int64_t t = 0; t < T; ++t) {
     for (std::int64_t e = E; e-- > 0;) mirrored.push_back(logits[static_cast<std::size_t>(t * E + e)]);
   }
-  const Run plain = run(args_of(logits, E, 0.03)), scaled = run(args_of(twice, E, 0.03)), turned = run(args_of(mirrored, E, 0.03));
+  const Run plain = run(args_of(logits, E, 0.03)), scaled = run(args_of(twice, E, 0.03)),
+            turned = run(args_of(mirrored, E, 0.03));
   BOOST_CHECK(plain.kept == scaled.kept);
   BOOST_CHECK(plain.weights != scaled.weights);
   for (std::int64_t t = 0; t < T; ++t) {
     for (std::int64_t e = 0; e < E; ++e)
-      BOOST_CHECK_EQUAL(plain.kept[static_cast<std::size_t>(2 * t * E + e)], turned.kept[static_cast<std::size_t>(2 * t * E + E - 1 - e)]);
+      BOOST_CHECK_EQUAL(plain.kept[static_cast<std::size_t>(2 * t * E + e)],
+                        turned.kept[static_cast<std::size_t>(2 * t * E + E - 1 - e)]);
   }
 }
 
 Doubles numbers(const nlohmann::json& list) {
   Doubles out;
-  for (const auto& v : list) out.push_back(v.is_null() ? kNan : v.is_string() ? (v == "inf" ? kInf : -kInf) : v.get<double>());
+  for (const auto& v : list)
+    out.push_back(v.is_null() ? kNan : v.is_string() ? (v == "inf" ? kInf : -kInf) : v.get<double>());
   return out;
 }
 bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
-// transformers, bit for bit where tensors are narrow and in what is chosen; weights and gradients of float32 tensors within what
-// float32 rounds.
+// transformers, bit for bit where tensors are narrow and in what is chosen; weights and gradients of float32 tensors
+// within what float32 rounds.
 BOOST_AUTO_TEST_CASE(agrees_with_transformers) {
   for (const char* release : {"4.57.6", "5.23.0"}) {
     const auto golden = nlohmann::json::parse(
@@ -246,10 +267,12 @@ BOOST_AUTO_TEST_CASE(agrees_with_transformers) {
     BOOST_REQUIRE_EQUAL(golden["transformers"].get<std::string>(), release);
     std::size_t compared = 0, midpoints = 0, moved = 0;
     for (const auto& g : golden["cases"]) {
-      const std::string name = g["name"].get<std::string>() + " " + g["dtype"].get<std::string>() + (g["training"] ? " training" : "");
+      const std::string name =
+          g["name"].get<std::string>() + " " + g["dtype"].get<std::string>() + (g["training"] ? " training" : "");
       const Float dtype = g["dtype"] == "float32" ? Float::kF32 : g["dtype"] == "bfloat16" ? Float::kBF16 : Float::kF16;
       BOOST_REQUIRE(g["dtype"] == g["weights_dtype"]);
-      const Doubles z = numbers(g["logits"]), weights = numbers(g["weights"]), upstream = numbers(g["upstream"]), gradient = numbers(g["gradient"]);
+      const Doubles z = numbers(g["logits"]), weights = numbers(g["weights"]), upstream = numbers(g["upstream"]),
+                    gradient = numbers(g["gradient"]);
       const Doubles u = g["draws"].is_null() ? Doubles() : numbers(g["draws"]);
       const std::vector<float> logits(z.begin(), z.end()), draws(u.begin(), u.end());
       const Ids chosen = g["chosen"].get<Ids>();
@@ -272,24 +295,31 @@ BOOST_AUTO_TEST_CASE(agrees_with_transformers) {
           ++compared;
           const auto own = i * static_cast<std::size_t>(a.experts) + static_cast<std::size_t>(chosen[i]);
           midpoints += got.weights[i] < 0.5 * got.p[own];
-          BOOST_CHECK_MESSAGE(!training || got.kept[own] == 1 || std::isnan(weights[i]), name << ": a draw outside of the mask, " << i);
-          BOOST_CHECK_MESSAGE(same(got.weights[i], weights[i]) || std::fabs(got.weights[i] - weights[i]) <= by_weight * weights[i],
-                              name << " weight " << i << ": " << got.weights[i] << ", not " << weights[i]);
+          BOOST_CHECK_MESSAGE(!training || got.kept[own] == 1 || std::isnan(weights[i]),
+                              name << ": a draw outside of the mask, " << i);
+          BOOST_CHECK_MESSAGE(
+              same(got.weights[i], weights[i]) || std::fabs(got.weights[i] - weights[i]) <= by_weight * weights[i],
+              name << " weight " << i << ": " << got.weights[i] << ", not " << weights[i]);
         }
         for (std::int64_t e = 0; e < a.experts; ++e) {
           const auto at = static_cast<std::size_t>(t * a.experts + e);
           double size = 0;
           for (std::size_t i = static_cast<std::size_t>(2 * t); i < static_cast<std::size_t>(2 * t) + 2; ++i) {
             const auto first = i * static_cast<std::size_t>(a.experts), own = static_cast<std::size_t>(chosen[i]);
-            size += std::fabs(upstream[i]) * got.p[first + own] * (got.p[first + static_cast<std::size_t>(e)] + (static_cast<std::size_t>(e) == own ? 1 : 0));
+            size += std::fabs(upstream[i]) * got.p[first + own] *
+                    (got.p[first + static_cast<std::size_t>(e)] + (static_cast<std::size_t>(e) == own ? 1 : 0));
           }
           // In float32 the library rounds each of the four operations, ours none.
-          const double by = dtype != Float::kF32 ? 0
-                            : std::expm1(2 * std::log1p(bounds::softmax_relative(a.experts, 0, range, dtype)) + bounds::gamma(4, k::unit_roundoff(dtype))) * size +
-                                  4 * bounds::smallest(dtype);
+          const double by = dtype != Float::kF32
+                                ? 0
+                                : std::expm1(2 * std::log1p(bounds::softmax_relative(a.experts, 0, range, dtype)) +
+                                             bounds::gamma(4, k::unit_roundoff(dtype))) *
+                                          size +
+                                      4 * bounds::smallest(dtype);
           moved += gradient[at] != 0;
-          BOOST_CHECK_MESSAGE(same(d[at], gradient[at]) || std::fabs(d[at] - gradient[at]) <= by,
-                              name << " gradient " << at << ": " << d[at] << ", not " << gradient[at] << ", within " << by);
+          BOOST_CHECK_MESSAGE(
+              same(d[at], gradient[at]) || std::fabs(d[at] - gradient[at]) <= by,
+              name << " gradient " << at << ": " << d[at] << ", not " << gradient[at] << ", within " << by);
         }
       }
     }
@@ -322,7 +352,8 @@ BOOST_AUTO_TEST_CASE(refuses_what_does_not_fit) {
   BOOST_CHECK(k::sparse_mixer_backward(b, d) == k::Status::kOk);
   a.tokens = 0;
   BOOST_CHECK(k::sparse_mixer(a, {}) == k::Status::kOk);
-  BOOST_CHECK_THROW(ref::sparse_mixer(at::zeros({1, 2}, at::kDouble), 0.01, {}, at::zeros({1, 2}, at::kDouble)), c10::Error);
+  BOOST_CHECK_THROW(ref::sparse_mixer(at::zeros({1, 2}, at::kDouble), 0.01, {}, at::zeros({1, 2}, at::kDouble)),
+                    c10::Error);
   // One expert: the second pick has none left.
   a = {}, a.logits = logit, a.tokens = 1, a.experts = 1;
   const Run one = run(a);
