@@ -373,6 +373,22 @@ Outputs jitter(const Json&, const Inputs& in, k::Backend& backend) {
   return {{"x", out}};
 }
 
+Outputs sparse_mixer(const Json& j, const Inputs& in, k::Backend& backend) {
+  const Values logits = in.get("logits"), draws = in.get("draws"), upstream = in.get("d_weights");
+  const Ids given = in.get<std::int32_t>("given");
+  k::SparseMixerBackwardArgs<double> b;
+  k::SparseMixerArgs<double>& a = b.forward;
+  a.logits = logits.data(), a.tokens = in.size("logits", 0), a.experts = in.size("logits", 1), a.jitter = j.value("jitter", 0.01);
+  a.given = pointer(given), a.draws = pointer(draws);
+  Ids chosen(upstream.size());
+  std::vector<std::uint8_t> kept(2 * logits.size());
+  Values weights(upstream.size()), p(2 * logits.size()), d(logits.size());
+  check(backend.sparse_mixer(a, {chosen.data(), weights.data(), kept.data(), p.data()}), backend);
+  b.chosen = chosen.data(), b.weights = upstream.data();
+  check(backend.sparse_mixer_backward(b, d.data()), backend);
+  return {{"chosen", doubles(chosen)}, {"weights", weights}, {"kept", doubles(kept)}, {"probabilities", p}, {"d_logits", d}};
+}
+
 k::CountArgs<std::int32_t> count_args(const Json& j, const Inputs& in, const Ids& chosen) {
   k::CountArgs<std::int32_t> a;
   a.chosen = chosen.data();
@@ -671,7 +687,8 @@ constexpr std::pair<std::string_view, Operation> kOperations[] = {
     {"gate_logits", gate_logits}, {"rounded_gate_logits", rounded_gate_logits}, {"route", route}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
     {"balance_loss", balance_loss}, {"z_loss", z_loss}, {"squares", squares}, {"bias_update", bias_update},
     {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", term_weights}, {"drop", drop}, {"capacity", capacity},
-    {"expert_choice", expert_choice}, {"noisy_logits", noisy_logits}, {"jitter", jitter}, {"expert_load", expert_load},
+    {"expert_choice", expert_choice}, {"noisy_logits", noisy_logits}, {"jitter", jitter}, {"sparse_mixer", sparse_mixer},
+    {"expert_load", expert_load},
     {"routing_statistics", routing_statistics}, {"dequantise", dequantise}, {"lora_merge", lora_merge},
     {"lora_gradient", lora_gradient}, {"permute", permute}, {"moe_layer", moe_layer},
     {"importance_loss", importance_loss}, {"load_loss", load_loss}, {"entropy_loss", entropy_loss},

@@ -256,6 +256,11 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
   if (m.has("group_mask")) out += ", .group_mask_is_zero = " + m.word("group_mask", kGroupMask);
   out += ", .renormalise = " + std::string(renormalise == "always" ? "true" : "false") +
          ", .renormalise_eps = " + m.number("renormalise_eps", "0");
+  if (m.has("sparse_mixer")) {
+    if (!m.flag("score_after_top_k", false) || renormalise != "never")
+      fail(m.file(), m.node("sparse_mixer").Mark(), "sparse_mixer picks the two best logits: it needs score_after_top_k: true and renormalise: never");
+    out += ", .sparse_mixer = true";
+  }
   out += ", .logits_dtype = DType::" + m.word("logits_dtype", kDTypes) +
          ", .scores_dtype = DType::" + m.word("scores_dtype", kScoresDTypes) +
          ", .scores_cast_back = " + yes("scores_cast_back");
@@ -278,7 +283,8 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
       fail(m.file(), m.node(key).Mark(), "'" + key + "': write a number, or config_key=number");
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
-  const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " + groups_if + ", " +
+  const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " +
+                             config_number("sparse_mixer") + ", " + groups_if + ", " +
                              w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
                              (m.text("logits_dtype") == kByVersion ? "true, " : "false, ") + "WeightScaling::" +
                              (m.has("weight_scaling") ? m.word("weight_scaling", kWeightScaling) : "kRouted") + ", " +

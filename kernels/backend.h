@@ -22,6 +22,7 @@
 #include "kernels/host/router_noise.h"
 #include "kernels/host/router_regularisers.h"
 #include "kernels/host/routing_metrics.h"
+#include "kernels/host/sparse_mixer.h"
 #include "kernels/host/token_loss.h"
 #include "kernels/host/z_loss.h"
 
@@ -67,6 +68,15 @@ class Backend {
   }
   virtual Status jitter(const double* x, const double* factor, std::int64_t count, Float dtype, double* out) {
     return kernels::jitter(x, factor, count, dtype, out);
+  }
+  virtual Status sparse_mixer(const SparseMixerArgs<float>& a, const SparseMixerResult<float>& r) {
+    return kernels::sparse_mixer(a, r);
+  }
+  virtual Status sparse_mixer(const SparseMixerArgs<double>& a, const SparseMixerResult<double>& r) {
+    return kernels::sparse_mixer(a, r);
+  }
+  virtual Status sparse_mixer_backward(const SparseMixerBackwardArgs<double>& a, double* d_logits) {
+    return kernels::sparse_mixer_backward(a, d_logits);
   }
   virtual Status balance_loss(const BalanceLossArgs<double>& a, const BalanceLossResult<double>& r) {
     return kernels::balance_loss(a, r);

@@ -50,7 +50,8 @@ std::string to_text(const std::vector<std::string>& v) {
 
 std::string to_text(const Routing& v) {
   std::string text = name_of(v.scoring);
-  if (v.score_after_top_k) text += " over the chosen experts";
+  if (v.sparse_mixer) text += " for each pick, over those within " + to_text(200 * v.mixer_jitter) + " % of the best (SparseMixer)";
+  else if (v.score_after_top_k) text += " over the chosen experts";
   if (v.linear_bias) text += ", linear bias";
   if (v.correction_bias) text += ", selection bias";
   if (v.groups > 1) {

@@ -69,6 +69,8 @@ struct Routing {
   double renormalise_floor = 0.0;     // the sum is at least this (ernie4_5_moe)
   double scaling = 1.0;
   double logit_softcap = 0.0;         // > 0: logits become cap tanh(logit / cap) first (laguna)
+  bool sparse_mixer = false;          // two picks, each weighed by a softmax over what lies within 2 jitters of the best (phimoe)
+  double mixer_jitter = 0.0;
   DType logits_dtype = DType::kUnknown;  // as written; kUnknown: the dtype of the activations
   DType scores_dtype = DType::kF32;      // dtype in which softmax/sigmoid runs
   bool scores_cast_back = false;         // the scores are rounded to the dtype of the activations before the choice
@@ -98,6 +100,8 @@ struct Routing {
     f("renormalise_floor", s.renormalise_floor);
     f("scaling", s.scaling);
     f("logit_softcap", s.logit_softcap);
+    f("sparse_mixer", s.sparse_mixer);
+    f("mixer_jitter", s.mixer_jitter);
     f("logits_dtype", s.logits_dtype);
     f("scores_dtype", s.scores_dtype);
     f("scores_cast_back", s.scores_cast_back);

@@ -181,6 +181,7 @@ void resolve_routing(Resolver& r, const Source& source) {
   };
   routing.logit_softcap = number(family.logit_softcap);
   routing.renormalise_floor = number(family.renormalise_floor);
+  routing.mixer_jitter = number(family.mixer_jitter);
   if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
   routing.scaling = weight_scaling(family, f.routed_scaling.known() ? f.routed_scaling.value() : routing.scaling,
                                    f.top_k.known() ? f.top_k.value() : 0);

@@ -61,6 +61,12 @@ k::Status ReplayBackend::route(const k::RouteArgs<float>& a, const k::RouteResul
 k::Status ReplayBackend::route(const k::RouteArgs<double>& a, const k::RouteResult<double>& r) {
   return first_that_can([&](k::Backend& b) { return b.route(a, r); });
 }
+k::Status ReplayBackend::sparse_mixer(const k::SparseMixerArgs<float>& a, const k::SparseMixerResult<float>& r) {
+  return first_that_can([&](k::Backend& b) { return b.sparse_mixer(a, r); });
+}
+k::Status ReplayBackend::sparse_mixer(const k::SparseMixerArgs<double>& a, const k::SparseMixerResult<double>& r) {
+  return first_that_can([&](k::Backend& b) { return b.sparse_mixer(a, r); });
+}
 k::Status ReplayBackend::balance_loss(const k::BalanceLossArgs<double>& a, const k::BalanceLossResult<double>& r) {
   return first_that_can([&](k::Backend& b) { return b.balance_loss(a, r); });
 }

@@ -35,6 +35,10 @@ class ReplayBackend final : public kernels::Backend {
   kernels::Status gate_logits(const kernels::GateArgs<float, double>& a) override;
   kernels::Status route(const kernels::RouteArgs<float>& a, const kernels::RouteResult<float>& r) override;
   kernels::Status route(const kernels::RouteArgs<double>& a, const kernels::RouteResult<double>& r) override;
+  kernels::Status sparse_mixer(const kernels::SparseMixerArgs<float>& a,
+                               const kernels::SparseMixerResult<float>& r) override;
+  kernels::Status sparse_mixer(const kernels::SparseMixerArgs<double>& a,
+                               const kernels::SparseMixerResult<double>& r) override;
   kernels::Status balance_loss(const kernels::BalanceLossArgs<double>& a,
                                const kernels::BalanceLossResult<double>& r) override;
   kernels::Status z_loss(const kernels::ZLossArgs<double>& a, const kernels::ZLossResult<double>& r) override;

@@ -80,7 +80,8 @@ class StatesSource : public Trace::Source {
       route.logits = logits.data(), route.always_logits = always.data();
       route.tokens = n;
       route.correction_bias = layer->correction_bias.empty() ? nullptr : layer->correction_bias.data();
-      if (backend_->route(route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr}) != k::Status::kOk) {
+      if (route_by(*backend_, routing_, route, k::RouteResult<double>{chosen.data(), weights.data(), nullptr, nullptr},
+                   k::Float::kF64) != k::Status::kOk) {
         continue;
       }
       LayerTensors l;

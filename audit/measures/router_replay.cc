@@ -151,6 +151,19 @@ template k::RouteArgs<double> route_args<double>(const Routing&, std::int64_t, s
 template k::RouteArgs<float> route_args<float>(const Routing&, const Router&, std::int64_t);
 template k::RouteArgs<double> route_args<double>(const Routing&, const Router&, std::int64_t);
 
+template <class T>
+k::Status route_by(k::Backend& backend, const Routing& routing, const k::RouteArgs<T>& a, const k::RouteResult<T>& r, Float logits) {
+  // The two best logits are the picks; a weight is not of those two alone.
+  const k::Status status = backend.route(a, r);
+  if (!routing.sparse_mixer || status != k::Status::kOk || r.weights == nullptr) return status;
+  k::SparseMixerArgs<T> mixer;
+  mixer.logits = a.logits, mixer.tokens = a.tokens, mixer.experts = a.experts, mixer.jitter = routing.mixer_jitter;
+  mixer.logits_dtype = logits, mixer.tensor_dtype = a.tensor_dtype;
+  return backend.sparse_mixer(mixer, {r.chosen, r.weights, nullptr, nullptr});
+}
+template k::Status route_by<float>(k::Backend&, const Routing&, const k::RouteArgs<float>&, const k::RouteResult<float>&, Float);
+template k::Status route_by<double>(k::Backend&, const Routing&, const k::RouteArgs<double>&, const k::RouteResult<double>&, Float);
+
 RouterReplay::RouterReplay(const Router& router, const Routing& routing, std::int64_t top_k, Float activations,
                            const std::vector<Mode>& modes, k::Backend& backend)
     : router_(router),
@@ -241,7 +254,8 @@ void RouterReplay::run_mode(const ReadyMode& ready, std::int64_t n, Scratch& s, 
   args.expert_scale = r.expert_scale.empty() ? nullptr : r.expert_scale.data();
   if (routing_.scores_dtype == DType::kUnknown && ready.mode.dtype != Float::kF32) args.tensor_dtype = ready.mode.dtype;
   if (routing_.scores_cast_back && activations_ != Float::kF32) args.tensor_dtype = activations_;
-  backend_.route(args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr});
+  route_by(backend_, routing_, args, k::RouteResult<float>{s.mode_chosen.data(), s.narrow_weights.data(), nullptr, nullptr},
+           ready.mode.dtype);
   for (std::int64_t t = 0; t < n; ++t) {
     const double* truth = s.truth.data() + t * r.experts;
     for (std::int64_t e = 0; e < r.experts; ++e) {
@@ -277,7 +291,8 @@ void RouterReplay::run(std::int64_t n, Scratch& s, TileTally* out) const {
   args.tokens = n;
   args.correction_bias = correction_wide_.empty() ? nullptr : correction_wide_.data();
   args.expert_scale = scale_wide_.empty() ? nullptr : scale_wide_.data();
-  backend_.route(args, k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()});
+  route_by(backend_, routing_, args,
+           k::RouteResult<double>{s.chosen.data(), s.weights.data(), s.runner_up.data(), s.choice.data()}, Float::kF64);
   out->tokens = n;
   for (std::int64_t i = 0; i < n * r.experts; ++i)
     out->max_abs_logit = std::max(out->max_abs_logit, std::fabs(s.truth.data()[i]));

@@ -133,6 +133,11 @@ kernels::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, s
 template <class T>
 kernels::RouteArgs<T> route_args(const Routing& routing, const Router& router, std::int64_t top_k);
 
+/// Backend::route(), or what SparseMixer picks and weighs at an evaluation, where the family has that; its logits are of `logits`.
+template <class T>
+kernels::Status route_by(kernels::Backend& backend, const Routing& routing, const kernels::RouteArgs<T>& args,
+                         const kernels::RouteResult<T>& result, kernels::Float logits);
+
 /// True if rounding to `dtype` leaves the router's weight and bias as they are.
 bool survives(const Router& router, kernels::Float dtype);
 

@@ -17,6 +17,7 @@
 #include "kernels/cuda/router_noise.h"
 #include "kernels/cuda/router_regularisers.h"
 #include "kernels/cuda/routing_metrics.h"
+#include "kernels/cuda/sparse_mixer.h"
 #include "kernels/cuda/token_loss.h"
 #include "kernels/host/moe_layer_steps.h"
 
@@ -213,6 +214,20 @@ class CudaBackend final : public Backend {
     Staging m;
     m.in(x, count).in(factor, count).out(out, count);
     return m.run(&error_, [&] { return cuda::jitter(x, factor, count, dtype, out, nullptr); });
+  }
+  Status sparse_mixer(const SparseMixerArgs<float>& a, const SparseMixerResult<float>& r) override { return mix(a, r); }
+  Status sparse_mixer(const SparseMixerArgs<double>& a, const SparseMixerResult<double>& r) override {
+    return mix(a, r);
+  }
+  Status sparse_mixer_backward(const SparseMixerBackwardArgs<double>& args, double* d_logits) override {
+    if (const Status s = check_sparse_mixer_backward(args, d_logits); s != Status::kOk) return s;
+    if (!mixer_ids_fit(args.chosen, args.forward.tokens, args.forward.experts)) return Status::kBadShape;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    const std::int64_t slots = kMixerPicks * a.forward.tokens, all = a.forward.tokens * a.forward.experts;
+    m.in(a.forward.logits, all).in(a.forward.given, slots).in(a.chosen, slots).in(a.weights, slots).out(d_logits, all);
+    return m.run(&error_, [&] { return cuda::sparse_mixer_backward(a, d_logits, nullptr); });
   }
   Status balance_loss(const BalanceLossArgs<double>& args, const BalanceLossResult<double>& result) override {
     if (const Status s = check_balance_loss(args, result); s != Status::kOk) return s;
@@ -499,6 +514,19 @@ class CudaBackend final : public Backend {
     m.in(a.x, a.tokens * a.hidden).in(a.packed, packed_gate_size<Sum>(a.experts, a.hidden)).in(a.bias, a.experts);
     m.out(a.logits, a.tokens * a.experts);
     return m.run(&error_, [&] { return cuda::gate_logits(a, nullptr); });
+  }
+  template <class T>
+  Status mix(const SparseMixerArgs<T>& args, const SparseMixerResult<T>& result) {
+    if (const Status s = check_sparse_mixer(args, result); s != Status::kOk) return s;
+    if (!mixer_ids_fit(args.given, args.tokens, args.experts)) return Status::kBadShape;
+    const std::lock_guard lock(mutex_);
+    Staging m;
+    auto a = args;
+    auto r = result;
+    const std::int64_t slots = kMixerPicks * a.tokens, all = slots * a.experts;
+    m.in(a.logits, a.tokens * a.experts).in(a.given, slots).in(a.draws, slots);
+    m.out(r.chosen, slots).out(r.weights, slots).out(r.kept, all).out(r.probabilities, all);
+    return m.run(&error_, [&] { return cuda::sparse_mixer(a, r, nullptr); });
   }
   template <class T>
   Status route_of(const RouteArgs<T>& args, const RouteResult<T>& result) {

@@ -136,6 +136,18 @@ inline double route_backward_relative(double score, std::int64_t experts, std::i
   return std::expm1(5.0 * std::log1p(score) + gamma(roundings, unit_roundoff(Float::kF64)));
 }
 
+/// Relative error of a weight of sparse_mixer(): a softmax over the experts that are kept, of whose logits each is off
+/// by `logit_error`, then one product with 1 or the midpoint.
+inline double sparse_mixer_weight(std::int64_t experts, double logit_error, double range, Float f) {
+  return std::expm1(std::log1p(softmax_relative(experts, logit_error, range, f)) + gamma(1.0, unit_roundoff(f)));
+}
+/// Error of one logit's gradient, of sparse_mixer_backward() and of autograd over the same operations, relative to
+///   size[e] = sum over both picks of |g| p[chosen] (p[e] + [e = chosen])
+/// with p off by `score` each; a product with g, one with p[e], a difference and the sum over the picks.
+inline double sparse_mixer_backward_relative(double score) {
+  return std::expm1(2.0 * std::log1p(score) + gamma(4.0, unit_roundoff(Float::kF64)));
+}
+
 /// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a
 /// piece, of the tree over the accumulators, and of the pieces.
 inline double scan_additions(Stored type, std::int64_t count) {

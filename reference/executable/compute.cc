@@ -22,6 +22,7 @@
 #include "reference/router_noise.h"
 #include "reference/router_regularisers.h"
 #include "reference/routing_metrics.h"
+#include "reference/sparse_mixer.h"
 #include "reference/token_loss.h"
 
 namespace moeaudit::reference {
@@ -321,6 +322,18 @@ Outputs jittered(const Json&, const Inputs& in) {
   return {{"x", {jitter(get(in, "x"), get(in, "factor")).to(at::kBFloat16).to(at::kDouble), 0, 0}}};
 }
 
+Outputs mixer(const Json& j, const Inputs& in) {
+  const at::Tensor logits = leaf(get(in, "logits")), given = get(in, "given"), upstream = get(in, "d_weights");
+  const Mixed m = sparse_mixer(logits, j.value("jitter", 0.01), given.defined() ? given.to(at::kLong) : given, get(in, "draws"));
+  const at::Tensor d = given.defined() ? sparse_mixer_gradient(m, upstream) : gradient(m.weights, logits, upstream);
+  const double score = softmax_roundings(get(in, "logits"));
+  return {{"chosen", {m.chosen, 0, 0}},
+          {"weights", {m.weights.detach(), twice(score + 1), 1}},
+          {"kept", {m.kept.to(at::kLong), 0, 0}},
+          {"probabilities", {m.probabilities.detach(), twice(score), 1}},
+          {"d_logits", {d, twice(2 * score + 4), 4 * largest(upstream)}}};
+}
+
 at::Tensor numbers(const std::map<std::string, double>& m, const std::vector<const char*>& names) {
   std::vector<double> v;
   for (const char* name : names) v.push_back(m.at(name));
@@ -528,7 +541,8 @@ const std::map<std::string, Outputs (*)(const Json&, const Inputs&)>& operations
       {"gate_logits", gate}, {"rounded_gate_logits", rounded_gate}, {"route", route_of}, {"route_backward", route_backward}, {"gate_backward", gate_backward},
       {"balance_loss", balance}, {"z_loss", z}, {"squares", squares}, {"bias_update", bias},
       {"cross_entropy", cross_entropy}, {"normalise", normalise}, {"term_weights", weights_of_terms}, {"drop", dispatch}, {"capacity", capacities},
-      {"expert_choice", choice_of_experts}, {"noisy_logits", noise}, {"jitter", jittered}, {"expert_load", load_of_choices},
+      {"expert_choice", choice_of_experts}, {"noisy_logits", noise}, {"jitter", jittered}, {"sparse_mixer", mixer},
+      {"expert_load", load_of_choices},
       {"routing_statistics", routing_load}, {"dequantise", dequantise}, {"lora_merge", lora_merging},
       {"lora_gradient", lora_gradients}, {"permute", permutation}, {"moe_layer", layer},
       {"importance_loss", importance}, {"load_loss", smooth_load}, {"entropy_loss", entropy},

@@ -425,6 +425,11 @@ void choice_and_noise_rows(Builder& b) {
         {{"scale", 0.125}}, drawn, "noisy", 0, 8);
   b.tensor("factors of jitter", 1 + at::round(16 * spread({kT, 12}, 5.5)) / 4096);
   b.vector("router_noise", "jitter-bf16", "jitter", "Switch, arXiv 2101.03961 table 4; one rounding to bfloat16", {}, {{"x", "gate x of 16"}, {"factor", "factors of jitter"}});
+  Json mixed = {{"logits", "logits"}, {"d_weights", "d weights"}};
+  b.vector("sparse_mixer", "evaluation", "sparse_mixer", "modeling_phimoe.py sparsemixer, arXiv 2310.00811; gradients by autograd", {{"jitter", 0.2}}, mixed);
+  b.tensor("draws of the midpoint", spread({kT, kK}, 5.6).abs());
+  mixed["given"] = "given experts", mixed["draws"] = "draws of the midpoint";
+  b.vector("sparse_mixer", "training", "sparse_mixer", "the same, with what was drawn; gradients by its autograd function", {{"jitter", 0.2}}, mixed);
 }
 
 void weight_vectors(Builder& b) {

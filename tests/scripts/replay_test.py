@@ -31,6 +31,8 @@ NAMES = {
     "bf16-gate-tf5.23.0": (("logits", "W12", ""), "TR020", "warning"),
     "group-leak-tf4.57.6": (("group_limit", "W10", ""), "TR027", "error"),
     "counter-twice-tf5.23.0": (("expert_counter", "B7", "2"), "TR032", "warning"),
+    "mixer-drawn-tf5.23.0": (("selection", "W17", ""), "TR007", "error"),
+    "mixer-softmax-tf5.23.0": (("weights", "W19", ""), "TR008", "error"),
     "top1-aux-tf4.57.6": (("router_grad_ce", "W5", ""), "TR009", "error"),
 }
 # Seen in the config that was recorded, or beside a rollout, not in a number; adapters are no part of a replay.
@@ -117,7 +119,7 @@ def without_logits(source, folder):
 
 
 for name, quantities in (("aux-on-tf4.57.6", {"selection", "weights", "aux_loss"}), ("bf16-weights-tf4.57.6", {"selection", "aux_loss"}),
-                         ("fp32-router-tf5.23.0", {"selection", "weights"})):
+                         ("fp32-router-tf5.23.0", {"selection", "weights"}), ("mixer-tf5.23.0", {"selection", "weights"})):
     with tempfile.TemporaryDirectory() as folder:
         without_logits(os.path.join(root, "fixtures/traces", name), folder)
         report = run("replay", folder)[0]["quantities"]
@@ -213,6 +215,84 @@ for times, judged in ((1, True), (1e8, False)):
     if (got["weights"]["compared"], got["aux_loss"]["compared"]) != ((2 * tokens, 2) if judged else (2 * tokens - 2, 1)):
         complain("logits times", times, got["weights"], got["aux_loss"])
 
+
+# PhiMoE: what SparseMixer can give in training, and what it gives at an evaluation. The jitter of these runs is 0.1: experts within 20 %.
+def mixer_of(z, first=None, limit=0.2):
+    """Probabilities of one pick in float64, written out; 0 outside of the mask."""
+    m = max(x for e, x in enumerate(z) if e != first)
+    exps = [math.exp(x - m) if e != first and not (m - x) / max(abs(x), m) > limit else 0.0 for e, x in enumerate(z)]
+    return [x / sum(exps) for x in exps]
+
+
+def first_of(name, training):
+    """(tensors of layer 0's first micro-batch that trains or does not, its file): logits, choices, weights."""
+    source = os.path.join(root, "fixtures/traces", name)
+    with open(os.path.join(source, "records.jsonl"), encoding="utf-8") as f:
+        file = next(r["file"] for r in map(json.loads, f) if r["kind"] == "micro_batch" and r["training"] == training)
+    with open(os.path.join(source, file), "rb") as f:
+        data = f.read()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+
+    def read(tensor, code):
+        t = header["layer.0." + tensor]
+        return list(struct.unpack_from(f"<{math.prod(t['shape'])}{code}", data, start + t["data_offsets"][0]))
+    return file, {t: start + header["layer.0." + t]["data_offsets"][0] for t in ("selected_experts", "routing_weights")}, \
+        read("router_logits", "f"), read("selected_experts", "h"), read("routing_weights", "f")
+
+
+def spoilt(name, file, at, code, value):
+    """The replay of the trace with one number changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(root, "fixtures/traces", name)
+        for each in os.listdir(source):
+            with open(os.path.join(source, each), "rb") as f:
+                data = bytearray(f.read())
+            if each == file:
+                struct.pack_into("<" + code, data, at, value)
+            with open(os.path.join(folder, each), "wb") as f:
+                f.write(data)
+        return {r["quantity"]: r for r in run("replay", folder)[0]["quantities"] if r.get("layer") == 0}
+
+
+drawn, thirds, whole = 0, 0, 0
+for name in ("mixer-tf4.57.6", "mixer-tf5.23.0"):
+    for training in (True, False):
+        file, place, logits, chosen, weights = first_of(name, training)
+        outside = lower = alone = None
+        for t in range(len(chosen) // 2):
+            z = logits[8 * t:8 * t + 8]
+            p = [mixer_of(z), mixer_of(z, chosen[2 * t])]
+            for j in (0, 1):
+                own, i = chosen[2 * t + j], 2 * t + j
+                best = own == p[j].index(max(p[j]))
+                drawn += not best
+                thirds += abs(weights[i] - 0.3333 * p[j][own]) < 1e-6
+                whole += not best and abs(weights[i] - p[j][own]) < 1e-6
+                if not (abs(weights[i] - p[j][own]) < 1e-6 or training and not best and abs(weights[i] - 0.3333 * p[j][own]) < 1e-6):
+                    complain(name, "token", t, "has weight", weights[i], "by hand", p[j][own])
+                if best and training:
+                    alone = i, p[j][own]
+            if 0.0 in p[0]:
+                outside = 2 * t, p[0].index(0.0)
+            lower = next(((2 * t + 1, e) for e in range(8) if 0 < p[1][e] < p[1][chosen[2 * t + 1]]), lower)
+        rows = spoilt(name, file, 0, "0s", b"")
+        if (rows["selection"]["outcome"], rows["weights"]["outcome"]) != ("agrees", "agrees"):
+            complain(name, "selection and weights", rows["selection"], rows["weights"])
+        # An expert that could not be drawn; at an evaluation one that could, too, and then the weights of the token are not looked at.
+        for (i, expert), wrong, word in ((outside, 1, None), (lower, 0 if training else 1, "W17")):
+            got = spoilt(name, file, place["selected_experts"] + 2 * i, "h", expert)
+            if got["selection"]["differing"] != wrong:
+                complain(name, "training" if training else "evaluation", "expert", expert, "in place of one:", got["selection"])
+            if wrong and not training and got["selection"].get("found", {}).get("formula") != word:
+                complain(name, "is named", got["selection"].get("found"), "not", word)
+        # A weight that is a little off; a third where the best was drawn.
+        for i, value in ((0, weights[0] * (1 + 1e-5)),) + (((alone[0], 0.3333 * alone[1]),) if training else ()):
+            got = spoilt(name, file, place["routing_weights"] + 4 * i, "f", value)
+            if (got["weights"]["differing"], got["selection"]["differing"]) != (1, 0):
+                complain(name, "weight", i, "is", value, ":", got["weights"])
+if min(drawn, thirds, whole) < 5:
+    complain("the traces of SparseMixer have", drawn, "drawn,", thirds, "thirds,", whole, "whole")
 
 def balance_alone(source, folder, beside):
     """A trace of bfloat16 logits whose gradient is that of the balance loss alone, and in the last expert of every token `beside` x the

@@ -85,7 +85,9 @@ Context::Context(const Trace& trace, std::vector<WeightProblem>* problems)
   const Family* family = facts.model_type.empty() ? nullptr : find_family_by_model_type(facts.model_type);
   const bool transformers = std::any_of(facts.packages.begin(), facts.packages.end(),
                                         [](const auto& p) { return p.first == "transformers"; });
-  may_be_zero = family && !family->not_replayed.empty();
+  if (family) may_be_zero = std::string(family->not_replayed);
+  if (family && family->routing.sparse_mixer)
+    may_be_zero = "SparseMixer gives a token no gradient where no expert lies close enough to the one it picks";
   masks_with_zero = family && family->routing.group_mask_is_zero;
   // Its classes share load_balancing_loss_func; what they hand to it is known of the families of the table.
   if (transformers && (!family || family->balance == Balance::kAuxLoss)) balance = v::BalanceFamily::kTransformers;

@@ -103,7 +103,7 @@ class Context {
   std::vector<WeightProblem>* const problems;
   std::optional<Routing> routing;  // as the family routes; nullopt: why_not_routed
   std::string why_not_routed;
-  bool may_be_zero = false;  // the router's gradient, of a family whose order is not replayed
+  std::string may_be_zero;  // why the router's gradient may be, or nobody knows whether; "": it may not
   bool masks_with_zero = false;  // groups that are not chosen, by the family's order: whatever wins against 0 is right
   v::BalanceFamily balance = v::BalanceFamily::kPerLayer;  // what this framework means by its balance loss
   bool balance_known = false;                              // else: what it is first compared with

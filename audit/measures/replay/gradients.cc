@@ -84,8 +84,8 @@ void Gradients::read(const StepTensors& tensors) {
       const double most = largest(g);
       if (std::isnan(most)) return;
       Row& r = ctx_.row(quantity, t.layer);
-      if (most == 0.0 && ctx_.may_be_zero) {
-        r.missing = "a gradient of 0 says nothing: " + ctx_.why_not_routed;
+      if (most == 0.0 && !ctx_.may_be_zero.empty()) {
+        r.missing = "a gradient of 0 says nothing: " + ctx_.may_be_zero;
         return;
       }
       ++r.compared;
@@ -154,8 +154,8 @@ void Gradients::split(const MicroBatchRecord& m, const LayerTensors& t, const st
     rest = std::max(rest, off);
   }
   Row& r = ctx_.row("router_grad_ce", t.layer);
-  if (within && ctx_.may_be_zero) {
-    r.missing = "a gradient of 0 says nothing: " + ctx_.why_not_routed;
+  if (within && !ctx_.may_be_zero.empty()) {
+    r.missing = "a gradient of 0 says nothing: " + ctx_.may_be_zero;
     return;
   }
   ++r.compared;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "audit/behaviours/behaviour.h"
+#include "audit/measures/replay/sparse_mixer.h"
 #include "audit/measures/router_replay.h"
 #include "kernels/host/bounds.h"
 
@@ -78,6 +79,7 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   };
   r.logit_softcap = number(family->logit_softcap);
   r.renormalise_floor = number(family->renormalise_floor);
+  r.mixer_jitter = number(family->mixer_jitter);
   fact("router.num_groups",
        [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
   fact("router.top_groups",
@@ -376,6 +378,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
   };
   if (ctx->facts.routing_replayed.value_or(false)) return unknown("the experts are a rollout's (training.routing_replayed)");
   if (!ctx->routing) return unknown(ctx->why_not_routed);
+  if (ctx->routing->sparse_mixer) return replay_sparse_mixer(ctx, m, t, l, &r, &w);
   if (by_table && *std::min_element(l.chosen.begin(), l.chosen.end()) < 0) return unknown("a choice is no expert");
   if (!by_table && ctx->routing->correction_bias && l.bias.empty())
     return unknown("needs correction_bias_before of the step");

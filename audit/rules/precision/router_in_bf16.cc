@@ -25,7 +25,8 @@ large, or an inference engine must route alike. Where the family documents a flo
 
 ## Limits
 A note; a warning where the family documents a float32 router that this run lowers. A measured share holds for this
-checkpoint and input, not for its effect on quality. Lowered by autocast although the code upcasts: that is PR004.
+checkpoint and input, not for its effect on quality; of PhiMoE, which in training draws among the
+experts close to the best, for its choice at an evaluation. Lowered by autocast although the code upcasts: that is PR004.
 )md";
 
 Outcome check(Facts& f) {

@@ -21,8 +21,8 @@ a detach between gate and weights, selection by a kernel without a backward.
 Let the weights of the chosen experts carry the gradient; freeze the router openly if that is what is meant.
 
 ## Limits
-Routers that the trace calls frozen are left out. PhiMoE's SparseMixer gives a token no gradient unless two experts lie within 2 %
-of each other: its zeros cannot be judged. A gradient that underflowed in float16 is zero, too: look at the loss scale.
+Routers that the trace calls frozen are left out. PhiMoE's SparseMixer gives a token no gradient unless another expert lies within twice
+router_jitter_noise (0.01) of one that it picks: its zeros cannot be judged. A gradient that underflowed in float16 is zero, too: look at the loss scale.
 In the gradient of bfloat16 logits, a cross-entropy's part that is under 3 % of the balance loss's in every element is
 not told from none.
 )md";

@@ -19,7 +19,8 @@ zero so that others leak in (transformers before 5.6), a choice by other logits 
 Compare the routing code with the family's; the named form says where to look.
 
 ## Limits
-Families whose order moe-audit replays; with a correction bias the trace must hold it.
+Families whose order moe-audit replays; with a correction bias the trace must hold it. PhiMoE in training: experts are drawn from
+those within twice router_jitter_noise of the best, so that only one from outside is wrong.
 )md";
 
 Outcome check(Facts& f) {

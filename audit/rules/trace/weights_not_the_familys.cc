@@ -20,7 +20,9 @@ and no gradient at all.
 Compare the routing code with the family's; the named form says which step differs.
 
 ## Limits
-Tokens whose choice agrees; families whose order moe-audit replays.
+Tokens whose choice agrees; families whose order moe-audit replays. PhiMoE in training: a weight must be one of the two that
+SparseMixer can give; which of them it was to be is drawn, and not recorded. In bfloat16 or float16 a softmax in float32 that is
+rounded once gives the same weights.
 )md";
 
 Outcome check(Facts& f) {

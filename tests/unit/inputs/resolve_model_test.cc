@@ -173,10 +173,20 @@ TEST(ResolveModel, GroupsCountOnlyWhereTheConfigSaysSo) {
   EXPECT_EQ(facts_of(R"({"model_type": "deepseek_v2", "n_group": 8, "topk_group": 3})").routing.value().groups, 1);
 }
 
+TEST(ResolveModel, SparseMixerHasItsJitterFromTheConfig) {
+  const FactSheet plain = facts_of(R"({"model_type": "phimoe"})");
+  EXPECT_TRUE(plain.routing.value().sparse_mixer);
+  EXPECT_EQ(plain.routing.value().mixer_jitter, 0.01);
+  EXPECT_EQ(facts_of(R"({"model_type": "phimoe", "router_jitter_noise": 0.25})").routing.value().mixer_jitter, 0.25);
+  EXPECT_TRUE(facts_of(R"({"model_type": "phimoe", "num_experts_per_tok": 2})").routing.known());
+  EXPECT_FALSE(facts_of(R"({"model_type": "phimoe", "num_experts_per_tok": 1})").routing.known());
+  EXPECT_FALSE(facts_of(R"({"model_type": "mixtral"})").routing.value().sparse_mixer);
+}
+
 TEST(ResolveModel, AnOrderThatIsNotKnownIsNotReplayed) {
-  const FactSheet phi = facts_of(R"({"model_type": "phimoe"})");
-  EXPECT_FALSE(phi.routing.known());
-  EXPECT_NE(phi.routing.why_unknown().find("SparseMixer"), std::string::npos);
+  const FactSheet zaya = facts_of(R"({"model_type": "zaya"})");
+  EXPECT_FALSE(zaya.routing.known());
+  EXPECT_NE(zaya.routing.why_unknown().find("MLP"), std::string::npos);
 
   const std::string head = R"({"model_type": "dbrx", "ffn_config": {"moe_normalize_expert_weights": )";
   EXPECT_TRUE(facts_of(head + "1}}").routing.known());

@@ -120,7 +120,8 @@ void replay(const Subject& s, const Json& run, const Doubles& x, std::size_t hid
   if (s.routing.scores_cast_back && loaded != Float::kF32) a.tensor_dtype = loaded;
   std::vector<std::int32_t> chosen(static_cast<std::size_t>(a.tokens * s.top_k));
   std::vector<float> weights(chosen.size()), choice(logits.size());
-  ASSERT_EQ(k::route(a, {chosen.data(), weights.data(), nullptr, choice.data()}), k::Status::kOk);
+  ASSERT_EQ(route_by(k::on_host(), s.routing, a, k::RouteResult<float>{chosen.data(), weights.data(), nullptr, choice.data()}, gate),
+            k::Status::kOk);
 
   // Two float32 evaluations, of logits that may each be off by float_error, and where they are stored in bfloat16 one rounding.
   const double relative = std::expm1(2 * float_error) + 1e-5 +

@@ -114,8 +114,8 @@ void expect_same(const ReplayTable& a, const ReplayTable& b) {
   EXPECT_EQ(text_of(a), text_of(b));
 }
 
-// A clean run, a named balance loss, a correction bias with groups, bfloat16 with ties.
-const char* const kTraces[] = {"ga8-aux-tf4.57.6", "qwen3_moe-aux-tf5.5.4", "bias-tf5.23.0", "bf16-tf4.57.6"};
+// A clean run, a named balance loss, a correction bias with groups, bfloat16 with ties, a SparseMixer's draws.
+const char* const kTraces[] = {"ga8-aux-tf4.57.6", "qwen3_moe-aux-tf5.5.4", "bias-tf5.23.0", "bf16-tf4.57.6", "mixer-tf5.23.0"};
 const std::string kHost = std::string("host ") + kernels::host_backend();
 
 TEST(TraceReplay, TheSameOnAnyNumberOfThreads) {
