@@ -88,8 +88,9 @@ struct Family {
   MoeLayerRule decoder_layer_rule;     // of the decoder behind it
   FamilyCondition table_layers;        // list of words, one a layer: in layers with this one a table of token ids gives the experts
   FamilyCondition moe_if;              // the class builds experts only where the config says so; else the model is dense
-  Routing routing;                     // conventions; groups, scaling, renormalise and the next two are overwritten from the config
+  Routing routing;                     // conventions; groups, scaling, renormalise and the next three are overwritten from the config
   ConfigNumber logit_softcap, renormalise_floor;
+  ConfigNumber renormalise_norm;       // null: the weights are not renormalised; another word or no p > 0: the order is not known
   FamilyCondition groups_if;           // groups count only where the config says so
   std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
   bool logits_dtype_by_version;        // routing.logits_dtype is behaviours' "router_logits_dtype"
