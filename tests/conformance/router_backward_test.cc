@@ -354,6 +354,27 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   BOOST_CHECK(none == Doubles(none.size(), 0.0));
 }
 
+/// s^(p - 1) of a score of 0 is infinite for p < 1; PyTorch gives such a score no gradient. By hand: the weights are 1 and 0, and a
+/// softmax of 1 and 0 passes nothing on.
+BOOST_AUTO_TEST_CASE(scores_of_0_have_no_slope_in_their_norm) {
+  const Doubles upstream = {3, 5};
+  const Ids chosen = {0, 1};
+  const auto gradient = [&](auto logits, k::Float dtype) {
+    k::RouteBackwardArgs<typename decltype(logits)::value_type> a;
+    a.forward.logits = logits.data(), a.forward.tokens = 1, a.forward.experts = a.forward.top_k = 2;
+    a.forward.renormalise = true, a.forward.renormalise_norm = 0.5f, a.forward.tensor_dtype = dtype;
+    a.chosen = chosen.data(), a.weights = upstream.data();
+    Doubles d(2, -7);
+    BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
+    return d;
+  };
+  BOOST_CHECK(gradient(Doubles{0, -800}, k::Float::kF64) == Doubles(2, 0.0));
+  BOOST_CHECK(gradient(std::vector<float>{0, -800}, k::Float::kBF16) == Doubles(2, 0.0));
+  const at::Tensor z = at::tensor({0.0, -800.0}, at::kDouble).set_requires_grad(true), s = at::softmax(z, 0);
+  (s / at::norm(s, 0.5, at::IntArrayRef{0}, true) * at::tensor(upstream)).sum().backward();
+  BOOST_CHECK(at::equal(z.grad(), at::zeros({2}, at::kDouble)));
+}
+
 BOOST_AUTO_TEST_CASE(norms_and_offsets_that_are_none_are_refused) {
   const Setup s = setup(kCases[4], 2, 8, 2, 1);
   Doubles d(s.logits.size());

@@ -342,6 +342,7 @@ std::vector<Case> cases() {
   add("p = 1.5", 384, 32, normed(1.5));
   add("p = 1/2", 60, 4, normed(0.5));
   add("the largest", 64, 6, normed(kInf));
+  add("the largest of sigmoids", 64, 6, normed(kInf, ref::Score::kSigmoid));
   add("p = 1.25 of square roots of softplus", 60, 6, normed(1.25, ref::Score::kSqrtSoftplus), true);
   add("olmo-core, sigmoid", 64, 8, normed(1, ref::Score::kSigmoid, 1e-7), true);
   add("olmo-core, sigmoid, p = 2", 64, 8, normed(2, ref::Score::kSigmoid, 1e-7), true);

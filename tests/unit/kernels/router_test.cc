@@ -349,7 +349,7 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
     else
       sum += p == T(1) ? w : p == T(2) ? w * w : to_the(w, p);
   }
-  if (!std::isinf(p) && p != T(1)) sum = p == T(2) ? std::sqrt(sum) : to_the(sum, 1 / p);
+  if (!std::isinf(p) && p != T(1)) sum = p == T(2) ? std::sqrt(sum) : p == T(0.5) ? sum * sum : to_the(sum, 1 / p);
   sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
   for (T& w : *weights) {
     if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
