@@ -1,5 +1,6 @@
 #include "cli/stored_vectors.h"
 
+#include <cmath>
 #include <stdexcept>
 #include <utility>
 
@@ -90,6 +91,9 @@ k::RouteArgs<double> route_args(const Json& j, const Inputs& in) {
   a.renormalise = j.value("renormalise", false);
   a.renormalise_eps = j.value("renormalise_eps", 0.0);
   a.renormalise_floor = j.value("renormalise_floor", 0.0);
+  const auto norm = j.find("renormalise_norm");  // a number, or "inf", which JSON has no number for
+  if (norm != j.end()) a.renormalise_norm = norm->is_number() ? norm->get<double>() : HUGE_VAL;
+  a.sigmoid_offset = j.value("sigmoid_offset", 0.0);
   a.scaling = j.value("scaling", 1.0);
   a.logit_softcap = j.value("logit_softcap", 0.0);
   a.always = in.has("always_logits") ? in.size("always_logits", 1) : 0;

@@ -274,8 +274,8 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
          ", .always_rows = " + yes("always_rows") +
          ", .global_scale_tensor = " + tensor("global_scale_tensor", false) + "}";
   const std::string groups_if = condition(m, "groups_if");
-  const auto config_number = [&](const std::string& key) {
-    const std::string text = m.text_or(key, "0");
+  const auto config_number = [&](const std::string& key, const std::string& otherwise = "0") {
+    const std::string text = m.text_or(key, otherwise);
     const std::size_t equals = text.find('=');
     const std::string value = equals == std::string::npos ? text : text.substr(equals + 1);
     double number = 0;
@@ -284,7 +284,7 @@ RoutingText family_routing(Map& top, const Sources& sources, const std::set<std:
     return "{" + quoted(equals == std::string::npos ? "" : text.substr(0, equals)) + ", " + value + "}";
   };
   const std::string around = config_number("logit_softcap") + ", " + config_number("renormalise_floor") + ", " +
-                             config_number("sparse_mixer") + ", " + groups_if + ", " +
+                             config_number("sparse_mixer") + ", " + config_number("renormalise_norm", "1") + ", " + groups_if + ", " +
                              w.array("FamilyCondition", conditions(m, "holds_if")) + ", " +
                              (m.text("logits_dtype") == kByVersion ? "true, " : "false, ") + "WeightScaling::" +
                              (m.has("weight_scaling") ? m.word("weight_scaling", kWeightScaling) : "kRouted") + ", " +

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -21,6 +22,13 @@ at::Tensor sum_in_order(const at::Tensor& v) {
 /// equals; topk promises nothing.
 at::Tensor best(const at::Tensor& v, std::int64_t n) {
   return std::get<1>(at::sort(v, /*stable=*/true, /*dim=*/-1, /*descending=*/true)).narrow(-1, 0, n);
+}
+
+/// The p-norm of the last dimension, whose values are not negative, by its definition.
+at::Tensor norm(const at::Tensor& v, double p) {
+  TORCH_CHECK(p > 0, "renormalise_norm (", p, ") must be above 0");
+  if (std::isinf(p)) return at::amax(v, -1, /*keepdim=*/true);
+  return p == 1 ? sum_in_order(v) : at::pow(sum_in_order(at::pow(v, p)), 1 / p);
 }
 
 at::Tensor mask_groups(const at::Tensor& choice, const RouteOptions& o) {
@@ -61,9 +69,10 @@ at::Tensor rounded_gate_logits(const at::Tensor& x, const at::Tensor& w, const a
   return bias.defined() ? total + bias.to(dtype) : total;
 }
 
-at::Tensor scores(const at::Tensor& logits, Score score) {
+at::Tensor scores(const at::Tensor& logits, Score score, double sigmoid_offset) {
   const at::Tensor l = logits.to(at::kDouble);
-  if (score == Score::kSigmoid) return at::sigmoid(l);
+  TORCH_CHECK(sigmoid_offset == 0 || score == Score::kSigmoid, "sigmoid_offset goes with sigmoids alone");
+  if (score == Score::kSigmoid) return at::sigmoid(l) + sigmoid_offset;
   if (score == Score::kSqrtSoftplus) return at::sqrt(at::softplus(l, /*beta=*/1, /*threshold=*/20));
   const at::Tensor e = at::exp(l - at::amax(l, -1, /*keepdim=*/true));
   return e / sum_in_order(e);
@@ -85,7 +94,7 @@ Routed route(const at::Tensor& logits, const RouteOptions& o, const RouteInputs&
     return o.logit_softcap > 0 ? o.logit_softcap * at::tanh(l / o.logit_softcap) : l;
   };
   const at::Tensor l = capped(logits), &correction_bias = in.correction_bias;
-  const at::Tensor score = o.score_after_top_k ? l : scores(l, o.score);
+  const at::Tensor score = o.score_after_top_k ? l : scores(l, o.score, o.sigmoid_offset);
   Routed out;
   out.choice = !correction_bias.defined() ? score
                : o.bias_multiplies        ? score * correction_bias.to(at::kDouble)
@@ -93,12 +102,12 @@ Routed route(const at::Tensor& logits, const RouteOptions& o, const RouteInputs&
   if (o.group_score != GroupScore::kNone) out.choice = mask_groups(out.choice, o);
   out.chosen = in.given.defined() ? in.given : best(out.choice, o.top_k);
   at::Tensor all = score.gather(-1, out.chosen);
-  if (o.score_after_top_k) all = scores(all, o.score);
-  if (in.always_logits.defined()) all = at::cat({all, scores(capped(in.always_logits), o.score)}, -1);
+  if (o.score_after_top_k) all = scores(all, o.score, o.sigmoid_offset);
+  if (in.always_logits.defined()) all = at::cat({all, scores(capped(in.always_logits), o.score, o.sigmoid_offset)}, -1);
   if (o.renormalise) {
-    at::Tensor sum = sum_in_order(all) + o.renormalise_eps;
-    if (o.renormalise_floor > 0) sum = at::clamp_min(sum, o.renormalise_floor);
-    all = all / sum;
+    at::Tensor by = norm(all, o.renormalise_norm) + o.renormalise_eps;
+    if (o.renormalise_floor > 0) by = at::clamp_min(by, o.renormalise_floor);
+    all = all / by;
   }
   all = all * o.scaling;
   out.weights = all.narrow(-1, 0, o.top_k);

@@ -40,9 +40,13 @@ struct RouteOptions {
   bool group_mask_is_zero = false;
   bool bias_multiplies = false;  // choice = scores * correction_bias instead of their sum
   bool renormalise = false;      // divide the k weights by their sum
+  /// Or by their p-norm, (sum_j w_j^p)^(1/p), p > 0: 1 the sum, infinity the largest. modeling_dbrx.py:344 of 5.23.0;
+  /// MegaBlocks megablocks/layers/router.py at 17fe5a24; OLMo-core src/olmo_core/nn/moe/router.py:460 of 3.0.0.
+  double renormalise_norm = 1.0;
   double renormalise_eps = 0.0;  // added to that sum; 1e-20 in modeling_deepseek_v3.py:212
   double renormalise_floor = 0.0;  // and what is less becomes this; moe_norm_min in modeling_ernie4_5_moe.py:345
   double scaling = 1.0;          // routed_scaling_factor
+  double sigmoid_offset = 0.0;   // added to every sigmoid; 1e-7 in OLMo-core src/olmo_core/nn/moe/router.py:446 of 3.0.0
   double logit_softcap = 0.0;    // > 0: logits become cap tanh(logit / cap), before all else; modeling_laguna.py:167 of 5.23.0
 };
 
@@ -70,11 +74,11 @@ at::Tensor gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tenso
 at::Tensor rounded_gate_logits(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias, at::ScalarType dtype,
                                std::int64_t stretch);
 
-/// Scores of all experts, float64 [T, E]; sums over experts run in index order.
-at::Tensor scores(const at::Tensor& logits, Score score);
+/// Scores of all experts, float64 [T, E]; sums over experts run in index order. Sigmoids have the offset added.
+at::Tensor scores(const at::Tensor& logits, Score score, double sigmoid_offset = 0.0);
 
 /// logits capped; choice = scores + correction_bias, or their product (used for the choice only, arXiv:2412.19437 equation 16);
-/// group mask; top-k of choice; weights = scores gathered, and of those that every token has; renormalised by the sum of both;
+/// group mask; top-k of choice; weights = scores gathered, and of those that every token has; renormalised by the sum of both, or their norm;
 /// scaled; times expert_scale (the chosen alone). logits [T, E]. Differentiable through the weights. The k weights are summed in
 /// the order of rank, the S others after them. Throws c10::Error on options that do not fit.
 Routed route(const at::Tensor& logits, const RouteOptions& options, const RouteInputs& inputs);

@@ -60,6 +60,7 @@ std::string to_text(const Routing& v) {
   }
   if (v.logit_softcap > 0) text += ", logits capped at " + to_text(v.logit_softcap);
   text += v.renormalise ? ", renormalised" : ", not renormalised";
+  if (v.renormalise && v.renormalise_norm != 1.0) text += " by the norm of p = " + to_text(v.renormalise_norm);
   if (v.always_rows) text += " with experts that every token has";
   if (v.scaling != 1.0) text += ", scaled by " + to_text(v.scaling);
   if (!v.expert_scale_tensor.empty()) text += ", scaled by expert";

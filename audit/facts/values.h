@@ -67,6 +67,7 @@ struct Routing {
   bool renormalise = false;
   double renormalise_eps = 0.0;       // added to the sum
   double renormalise_floor = 0.0;     // the sum is at least this (ernie4_5_moe)
+  double renormalise_norm = 1.0;      // p: divided by their p-norm, of which 1 is the sum and infinity the largest (dbrx)
   double scaling = 1.0;
   double logit_softcap = 0.0;         // > 0: logits become cap tanh(logit / cap) first (laguna)
   bool sparse_mixer = false;          // two picks, each weighed by a softmax over what lies within 2 jitters of the best (phimoe)
@@ -98,6 +99,7 @@ struct Routing {
     f("renormalise", s.renormalise);
     f("renormalise_eps", s.renormalise_eps);
     f("renormalise_floor", s.renormalise_floor);
+    f("renormalise_norm", s.renormalise_norm);
     f("scaling", s.scaling);
     f("logit_softcap", s.logit_softcap);
     f("sparse_mixer", s.sparse_mixer);

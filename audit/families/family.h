@@ -91,6 +91,7 @@ struct Family {
   Routing routing;                     // conventions; groups, scaling, renormalise and the next three are overwritten from the config
   ConfigNumber logit_softcap, renormalise_floor;
   ConfigNumber mixer_jitter;           // where routing.sparse_mixer
+  ConfigNumber renormalise_norm;       // null: the weights are not renormalised; another word or no p > 0: the order is not known
   FamilyCondition groups_if;           // groups count only where the config says so
   std::span<const FamilyCondition> routing_if;  // where the config says something else, the order is not known
   bool logits_dtype_by_version;        // routing.logits_dtype is behaviours' "router_logits_dtype"

@@ -258,7 +258,7 @@ bool family_reads(const Family& family, std::string_view key) {
     }
   }
   for (std::string_view read : {family.groups_if.key, family.moe_if.key, family.table_layers.key, family.logit_softcap.key,
-                                family.renormalise_floor.key, family.mixer_jitter.key}) {
+                                family.renormalise_floor.key, family.mixer_jitter.key, family.renormalise_norm.key}) {
     if (read == key) return true;
   }
   for (const FamilyCondition& holds : family.routing_if) {

@@ -182,6 +182,13 @@ void resolve_routing(Resolver& r, const Source& source) {
   routing.logit_softcap = number(family.logit_softcap);
   routing.renormalise_floor = number(family.renormalise_floor);
   routing.mixer_jitter = number(family.mixer_jitter);
+  if (const Node* p = config_value(r, family.renormalise_norm.key); p && !p->is_null()) {
+    routing.renormalise_norm = node_double(*p).value_or(0.0);
+    if (!(routing.renormalise_norm > 0)) {
+      f.routing.explain_unknown(std::string(family.renormalise_norm.key) + " is " + flow_style(*p) + ": of no p-norm is the order known");
+      return;
+    }
+  }
   if (f.renormalised.known()) routing.renormalise = f.renormalised.value();
   routing.scaling = weight_scaling(family, f.routed_scaling.known() ? f.routed_scaling.value() : routing.scaling,
                                    f.top_k.known() ? f.top_k.value() : 0);
@@ -250,7 +257,8 @@ void apply_family(Resolver& r) {
   }
   f.scoring.set(r.family->routing.scoring, Origin::kFamily, source);
   if (r.family->renormalise == "always" || r.family->renormalise == "never") {
-    f.renormalised.set(r.family->renormalise == "always", Origin::kFamily, source);
+    const Node* p = config_value(r, r.family->renormalise_norm.key);  // null: divided by nothing
+    f.renormalised.set(r.family->renormalise == "always" && !(p && p->is_null()), Origin::kFamily, source);
   }
   f.balance.set(r.family->balance, Origin::kFamily, source);
   Source fp32 = source;

@@ -130,7 +130,9 @@ k::RouteArgs<T> route_args(const Routing& routing, std::int64_t experts, std::in
   a.groups = routing.groups;
   a.top_groups = routing.top_groups;
   a.group_mask_is_zero = routing.group_mask_is_zero;
-  a.renormalise = routing.renormalise && !routing.softmax_over_chosen();  // which sums to one already
+  a.renormalise_norm = static_cast<T>(routing.renormalise_norm);
+  // A softmax over the chosen sums to one already.
+  a.renormalise = routing.renormalise && (routing.renormalise_norm != 1 || !routing.softmax_over_chosen());
   a.renormalise_eps = static_cast<T>(routing.renormalise_eps);
   a.renormalise_floor = static_cast<T>(routing.renormalise_floor);
   a.scaling = static_cast<T>(routing.scaling);

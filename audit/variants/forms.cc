@@ -528,7 +528,9 @@ std::vector<RouteForm> route_forms(const k::RouteArgs<double>& right, bool has_b
       add("W5", "the one weight over itself: 1, without a gradient", [](RouteForm& f) { f.args.renormalise = true; });
     else
       add("W3", right.renormalise ? "not renormalised over the chosen" : "renormalised over the chosen",
-          [](RouteForm& f) { f.args.renormalise = !f.args.renormalise; });
+          [](RouteForm& f) { f.args.renormalise = !f.args.renormalise, f.args.renormalise_norm = 1; });
+    if (right.renormalise && right.renormalise_norm != 1)
+      add("W3", "over the sum of the chosen instead of their p-norm", [](RouteForm& f) { f.args.renormalise_norm = 1; });
   }
   if (right.score == k::Score::kSoftmax) {
     add("W4", "softmax of the softmax", [](RouteForm& f) { f.softmax_first = true; });
@@ -573,15 +575,16 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   const auto e = static_cast<std::size_t>(l.experts);
   const auto weigh_by = [&](const std::vector<double>& scores) {
     for (std::int64_t t = 0; t < l.tokens; ++t) {
-      double sum = 0;
+      k::PNorm<double> norm{form.args.renormalise_norm};
       for (std::int64_t j = 0; j < l.top_k; ++j) {
         const auto i = static_cast<std::size_t>(t * l.top_k + j);
         (*weights)[i] = scores[static_cast<std::size_t>(t) * e + static_cast<std::size_t>((*chosen)[i])];
-        sum += (*weights)[i];
+        norm.add((*weights)[i]);
       }
+      const double by = norm.root() + form.args.renormalise_eps;
       for (std::int64_t j = 0; j < l.top_k; ++j) {
         double& w = (*weights)[static_cast<std::size_t>(t * l.top_k + j)];
-        w = (form.args.renormalise ? w / (sum + form.args.renormalise_eps) : w) * form.args.scaling;
+        w = (form.args.renormalise ? w / by : w) * form.args.scaling;
       }
     }
   };
@@ -631,15 +634,16 @@ bool route_with(const RouteForm& form, const RoutedLayer& l, std::vector<std::in
   if (form.bias_weighs) weigh_by(choice);
   if (form.over_kept) {
     for (std::size_t first = 0; first < weights->size(); first += static_cast<std::size_t>(l.top_k)) {
-      double sum = 0;
+      k::PNorm<double> sum{form.args.renormalise_norm};
       for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j) {
         // The drops are of the recorded choices, in their order.
         const auto* at = std::find(l.chosen.data() + first, l.chosen.data() + first + l.top_k, (*chosen)[j]);
         if (at == l.chosen.data() + first + l.top_k || l.dropped[static_cast<std::size_t>(at - l.chosen.data())]) (*weights)[j] = 0;
-        sum += (*weights)[j];
+        sum.add((*weights)[j]);
       }
+      const double by = sum.root();
       for (std::size_t j = first; j < first + static_cast<std::size_t>(l.top_k); ++j)
-        (*weights)[j] *= sum > 0 ? form.args.scaling / sum : 0.0;
+        (*weights)[j] *= by > 0 ? form.args.scaling / by : 0.0;
     }
   }
   for (double& w : *weights) w *= form.times;

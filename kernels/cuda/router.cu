@@ -79,6 +79,7 @@ __device__ void score(const RouteArgs<T>& a, int n, T* v) {
                     ? sigmoid_of(v[e])
                     : static_cast<T>(sqrt_softplus_in(static_cast<double>(v[e]), a.tensor_dtype));
     v[e] = rounded(s, a.tensor_dtype);
+    if (a.sigmoid_offset != T(0)) v[e] = rounded(v[e] + a.sigmoid_offset, a.tensor_dtype);
   }
   __syncwarp();
 }
@@ -120,6 +121,21 @@ __device__ void mask_groups(const RouteArgs<T>& a, T* choice, T* group) {
   __syncwarp();
 }
 
+/// What renormalise divides by but for epsilon and floor, every lane the same. A call where it is no sum: few have it.
+template <class T>
+__device__ __noinline__ T norm_call(T p, const T* scores, int n) {
+  PNorm<T> norm{p};
+  for (int j = 0; j < n; ++j) norm.add(scores[j]);
+  return norm.root();
+}
+template <class T>
+__device__ T norm_of(const RouteArgs<T>& a, const T* scores, int n) {
+  if (a.renormalise_norm != T(1)) return norm_call(a.renormalise_norm, scores, n);
+  T sum = 0;
+  for (int j = 0; j < n; ++j) sum += scores[j];
+  return sum;
+}
+
 /// Weights of the chosen experts of token t, and of those that every token has; `gathered` has room for both.
 template <class T>
 __device__ void weigh(const RouteArgs<T>& a, const RouteResult<T>& r, std::int64_t t, const T* scores, T* gathered) {
@@ -132,12 +148,10 @@ __device__ void weigh(const RouteArgs<T>& a, const RouteResult<T>& r, std::int64
     take_logits(a, a.always_logits + t * always, always, gathered + k);
     score(a, always, gathered + k);
   }
-  T sum = 0;
-  for (int j = 0; j < k + always; ++j) sum += gathered[j];
-  sum = denominator(a, sum);
+  const T by = denominator(a, norm_of(a, gathered, k + always));
   for (int j = lane; j < k + always; j += kWarp) {
     T w = gathered[j];
-    if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
+    if (a.renormalise) w = rounded(w / by, a.tensor_dtype);
     if (a.scaling != T(1)) w = rounded(w * a.scaling, a.tensor_dtype);
     if (j < k && a.expert_scale != nullptr) w = rounded(w * a.expert_scale[chosen[j]], a.tensor_dtype);
     w = rounded(w, a.weights_dtype);

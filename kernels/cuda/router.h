@@ -36,7 +36,7 @@ Status gate_logits(const TensorCoreGateArgs& args, float* logits, CUstream_st* s
 
 /// Gate and route() in one pass over x; the logits are written where `logits` is given. `route` without its logits,
 /// tokens and experts; its results are those that route() gives from the same logits, bit for bit. kBadShape beyond
-/// kMostFusedExperts, 32 choices, or groups of another size than 32.
+/// kMostFusedExperts, 32 choices, or groups of another size than 32, and for what is_rare().
 inline constexpr std::int64_t kMostFusedExperts = 256;
 Status gate_and_route(const TensorCoreGateArgs& args, RouteArgs<float> route, const RouteResult<float>& routed,
                       float* logits, CUstream_st* stream);

@@ -110,6 +110,45 @@ inline double renormalised_underflow(double denominator, std::int64_t top_k, Flo
   const double a = smallest(f), k = static_cast<double>(top_k);
   return denominator > k * a ? (1.0 + k) * a / (denominator - k * a) : INFINITY;
 }
+/// Relative error of sigmoid + offset: no larger than the sigmoid's, the offset rounded once, the sum once.
+inline double offset_relative(double sigmoid, Float f) {
+  return std::expm1(std::log1p(sigmoid) + gamma(2.0, unit_roundoff(f)));
+}
+/// Relative error of power(x, exponent) (router.h) of an exact x, |ln x| <= range. A product for a square; otherwise, in
+/// float64, the logarithm 4 roundings (two units in the last place) and its product one, which the exponential makes
+/// relative ones of the power, itself 2; then one to store it in f.
+inline double power_relative(double exponent, double range, Float f) {
+  const double wide = unit_roundoff(Float::kF64), u = unit_roundoff(f);
+  if (exponent == 1.0) return 0.0;
+  if (exponent == 2.0) return std::expm1(gamma(1.0, u));
+  return std::expm1(std::fabs(exponent) * range * gamma(5.0, wide) + gamma(2.0, wide) + gamma(1.0, u));
+}
+/// Relative error of a PNorm of n positive scores s with relative error `score`, |ln s| <= range. The scores' own passes
+/// through as it is: the norm is homogeneous. That of the powers and of n - 1 additions is divided by p by the root;
+/// of it: a root for p = 2, else a power whose exponent was rounded once, of a norm within ln(n) / p of the scores'.
+inline double norm_relative(double score, std::int64_t n, double p, double range, Float f) {
+  const double u = unit_roundoff(f), own = std::log1p(score), count = static_cast<double>(n);
+  if (std::isinf(p)) return score;
+  const double sum = (std::log1p(power_relative(p, range, f)) + gamma(count - 1.0, u)) / p;
+  if (p == 1.0) return std::expm1(own + sum);
+  const double norm_range = range + std::log(count) / p;  // |ln of the norm|, p times less than that of the sum
+  const double root = p == 2.0 ? gamma(1.0, u)
+                               : norm_range * gamma(1.0, u) + std::log1p(power_relative(1.0 / p, p * norm_range, f));
+  return std::expm1(own + sum + root);
+}
+/// renormalised_relative() and renormalised_underflow() of a norm other than the sum.
+inline double normed_relative(double score, std::int64_t top_k, double p, double range, Float f) {
+  return std::expm1(std::log1p(score) + std::log1p(norm_relative(score, top_k, p, range, f)) +
+                    gamma(3.0, unit_roundoff(f)));
+}
+/// Each score may be off by a = `smallest`, and so may each power, which for p < 1 moves by a^p with its score: the sum
+/// of the powers, `norm`^p, by k times that, its root by 1 / p as much; for p >= 1 the norm by no more than k a besides.
+/// A weight is at most 1, since no score is above the norm.
+inline double normed_underflow(double norm, std::int64_t top_k, double p, Float f) {
+  const double a = smallest(f), k = static_cast<double>(top_k), floor = std::isinf(p) ? 0.0 : std::pow(norm, p);
+  const double of_norm = k * a / norm + (std::isinf(p) ? 0.0 : k * std::pow(a, std::min(p, 1.0)) / (p * floor));
+  return of_norm < 0.25 ? 2.0 * a / norm + 2.0 * of_norm : INFINITY;
+}
 /// One product with a scaling that was itself rounded once.
 inline double scaled_relative(double weight, Float f) {
   return std::expm1(std::log1p(weight) + gamma(2.0, unit_roundoff(f)));
@@ -146,6 +185,23 @@ inline double sparse_mixer_weight(std::int64_t experts, double logit_error, doub
 /// with p off by `score` each; a product with g, one with p[e], a difference and the sum over the picks.
 inline double sparse_mixer_backward_relative(double score) {
   return std::expm1(2.0 * std::log1p(score) + gamma(4.0, unit_roundoff(Float::kF64)));
+}
+
+/// The same with a p-norm: (s_c / N)^(p - 1) times the second term of g_c, s with its offset. N goes into a term twice
+/// (`norm`: of norm_relative()), a score three times and the power of s_c / N as well, |p - 1| times both. Autograd has
+/// that power as S^(1/p - 1) s_c^(p - 1), S = N^p the sum: the norm's error as often, and exponents that were rounded,
+/// of logarithms within p times L = range + ln(k) / p; here it is one power of a quotient within 2 L. Five roundings of
+/// each logarithm (power_relative()), six of powers, quotient and products; a share of equal largest ones takes two.
+inline double route_backward_normed_relative(double score, std::int64_t experts, std::int64_t top_k, double p,
+                                             double range, bool capped = false) {
+  const double u = unit_roundoff(Float::kF64), own = std::log1p(score), count = static_cast<double>(top_k);
+  const double norm = std::log1p(norm_relative(score, top_k, p, range, Float::kF64));
+  const double others = std::log1p(route_backward_relative(0.0, experts, top_k, capped));
+  if (std::isinf(p)) return std::expm1(3.0 * own + 2.0 * norm + others + gamma(2.0, u));
+  const double logarithms = (p + 1.0) * (range + std::log(count) / p);
+  const double slope = std::fabs(p - 1.0) * (own + norm) + std::fabs(1.0 - 1.0 / p) * gamma(count + 3.0, u) +
+                       2.0 * logarithms * gamma(5.0, u) + gamma(6.0, u);
+  return std::expm1(3.0 * own + 2.0 * norm + slope + others);
 }
 
 /// Additions that one value of scan() goes through at most: those of its accumulator in a block, of the blocks of a

@@ -626,6 +626,22 @@ HWY_INLINE void score(const RouteArgs<T>& a, std::int64_t n, T* v) {
   for_rows(v, n, [&](auto x) {
     return rounded<T>(a.score == Score::kSigmoid ? sigmoid_lanes(Tag<T>(), x) : x, a.tensor_dtype);
   });
+  if (a.sigmoid_offset != T(0)) {
+    const auto offset = hn::Set(Tag<T>(), a.sigmoid_offset);
+    for_rows(v, n, [&](auto x) { return rounded<T>(hn::Add(x, offset), a.tensor_dtype); });
+  }
+}
+
+/// The PNorm of n rows, a lane after the other.
+template <class T>
+HWY_INLINE hn::Vec<Tag<T>> norm_lanes(T p, const T* v, std::int64_t n) {
+  HWY_ALIGN T norms[kWidth<T>];
+  for (std::int64_t lane = 0; lane < kWidth<T>; ++lane) {
+    PNorm<T> norm{p};
+    for (std::int64_t j = 0; j < n; ++j) norm.add(v[j * kWidth<T> + lane]);
+    norms[lane] = norm.root();
+  }
+  return hn::Load(Tag<T>(), norms);
 }
 
 template <class T>
@@ -668,7 +684,11 @@ HWY_INLINE void weigh(const RouteArgs<T>& a, const T* from, const Key<T>* rows, 
   if (a.always > 0) score(a, a.always, weights + a.top_k * kWidth<T>);
   if (a.renormalise) {
     auto sum = hn::Zero(d);
-    for (std::int64_t j = 0; j < all; ++j) sum = hn::Add(sum, hn::Load(d, weights + j * kWidth<T>));
+    if (a.renormalise_norm == T(1)) {
+      for (std::int64_t j = 0; j < all; ++j) sum = hn::Add(sum, hn::Load(d, weights + j * kWidth<T>));
+    } else {
+      sum = norm_lanes(a.renormalise_norm, weights, all);
+    }
     sum = rounded<T>(hn::Add(rounded<T>(sum, a.tensor_dtype), hn::Set(d, a.renormalise_eps)), a.tensor_dtype);
     if (a.renormalise_floor > T(0)) {
       const auto floor = hn::Set(d, a.renormalise_floor);
@@ -802,7 +822,8 @@ Status check(const RouteArgs<T>& a, const RouteResult<T>& r) {
   if (a.tokens > 0 && (a.logits == nullptr || r.chosen == nullptr || (a.always > 0 && a.always_logits == nullptr)))
     return Status::kNullPointer;
   if (a.top_k < 1 || a.top_k > a.experts) return Status::kBadTopK;
-  if ((a.always > 0 && a.score == Score::kSoftmax) || (r.always_weights != nullptr && r.weights == nullptr))
+  if ((a.always > 0 && a.score == Score::kSoftmax) || (r.always_weights != nullptr && r.weights == nullptr) ||
+      !scores_fit(a))
     return Status::kBadOption;
   if (a.group_score == GroupScore::kNone) return Status::kOk;
   if (a.groups < 1 || a.experts % a.groups != 0 || a.top_groups < 1 || a.top_groups > a.groups)

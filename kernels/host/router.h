@@ -1,7 +1,9 @@
 // The router: logits of the gate, and from logits to chosen experts and their weights. Host kernels.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/host/elementary.h"
 
@@ -86,7 +88,7 @@ enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 
 /// For each token:
 ///   logits    : with logit_softcap c > 0, c tanh(logit / c) of each
-///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) | sqrt(softplus(logits[e]))
+///   score[e]  = softmax(logits)[e] | sigmoid(logits[e]) + sigmoid_offset | sqrt(softplus(logits[e]))
 ///   choice[e] = score[e] + correction_bias[e]         (the bias chooses, it never weighs)
 ///             | score[e] * correction_bias[e]         with bias_multiplies
 ///   groups    : experts in `groups` equal runs; a group scores the maximum, or the sum of its best (GroupScore), of
@@ -95,8 +97,9 @@ enum class GroupScore { kNone, kMax, kTop2Sum, kTopShareSum };
 ///   chosen    = the top_k largest of choice, largest first, the lower index first among equals; NaN counts as larger
 ///   than
 ///               everything, as torch.topk has it
-///   weight[j] = score[chosen[j]]; renormalise: / max(sum_j weight[j] + renormalise_eps, renormalise_floor), summed in
-///               the order of rank; times scaling; times expert_scale[chosen[j]]; rounded to weights_dtype
+///   weight[j] = score[chosen[j]]; renormalise: / max(N + renormalise_eps, renormalise_floor), N their p-norm
+///               (sum_j weight[j]^p)^(1/p), p = renormalise_norm: the sum for 1, the largest for infinity; added up
+///               in the order of rank; times scaling; times expert_scale[chosen[j]]; rounded to weights_dtype
 /// With score_after_top_k the choice is the logit itself and the weights are the scores of the chosen ones, a softmax
 /// being one over them alone. With `given` nothing is chosen: those are the experts (a table by token id,
 /// modeling_deepseek_v4.py). `always` experts besides have every token (the shared experts of modeling_inkling.py):
@@ -121,6 +124,11 @@ struct RouteArgs {
   bool renormalise = false;
   T renormalise_eps = 0;
   T renormalise_floor = 0;  // moe_norm_min, modeling_ernie4_5_moe.py
+  /// p > 0. moe_normalize_expert_weights: modeling_dbrx.py:344 of transformers 5.23.0, MegaBlocks layers/router.py at
+  /// 17fe5a24; normalize_expert_weights: OLMo-core nn/moe/router.py:460 of 3.0.0. All three call torch.norm.
+  T renormalise_norm = 1;
+  /// >= 0, with Score::kSigmoid alone. 1e-7: OLMo-core nn/moe/router.py:446 of 3.0.0, v2/router.py:637 by default.
+  T sigmoid_offset = 0;
   T scaling = 1;
   T logit_softcap = 0;                  // moe_router_logit_softcapping, modeling_laguna.py
   const T* expert_scale = nullptr;      // [experts], or null; per_expert_scale, modeling_gemma4.py
@@ -138,8 +146,16 @@ struct RouteArgs {
 /// Has a part that few routers have, which fast paths leave to the general one.
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline bool is_rare(const RouteArgs<T>& a) {
-  return a.renormalise_floor > T(0) || a.logit_softcap > T(0) || a.expert_scale != nullptr || a.given != nullptr ||
-         a.always > 0 || (a.score_after_top_k && a.score != Score::kSoftmax);
+  return a.renormalise_floor > T(0) || a.renormalise_norm != T(1) || a.sigmoid_offset != T(0) ||
+         a.logit_softcap > T(0) || a.expert_scale != nullptr || a.given != nullptr || a.always > 0 ||
+         (a.score_after_top_k && a.score != Score::kSoftmax);
+}
+
+/// Whether score, offset and norm go together; a NaN goes with nothing.
+template <class T>
+bool scores_fit(const RouteArgs<T>& a) {
+  return a.renormalise_norm > T(0) && a.sigmoid_offset >= T(0) && a.sigmoid_offset <= std::numeric_limits<T>::max() &&
+         (a.sigmoid_offset == T(0) || a.score == Score::kSigmoid);
 }
 
 /// The logit that the scores see. Tensors of `dtype` hold the quotient, its tanh and the product.
@@ -150,16 +166,41 @@ MOE_AUDIT_HOST_DEVICE inline T softcapped(T logit, T softcap, Float dtype) {
   return rounded(rounded(static_cast<T>(tanh_exact_order(static_cast<double>(rounded(logit / softcap))))) * softcap);
 }
 
+/// base^exponent for base >= 0.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T power(T base, T exponent) {
+  return exponent == T(1)   ? base
+         : exponent == T(2) ? base * base
+                            : static_cast<T>(exp_exact_order(static_cast<double>(exponent) *
+                                                             log_exact_order(static_cast<double>(base))));
+}
+/// The p-norm of scores, taken one after the other, as torch.linalg.vector_norm does: the power of each, their sum and
+/// its root are results of T each, and none of a narrower dtype. A NaN stays one.
+template <class T>
+struct PNorm {
+  T p, value = 0;
+  MOE_AUDIT_HOST_DEVICE bool largest() const { return p > std::numeric_limits<T>::max(); }
+  MOE_AUDIT_HOST_DEVICE void add(T score) {
+    if (largest())
+      value = score > value || score != score ? score : value;
+    else
+      value += power(score, p);
+  }
+  MOE_AUDIT_HOST_DEVICE T root() const {
+    return p == T(1) || largest() ? value : p == T(2) ? std::sqrt(value) : power(value, T(1) / p);
+  }
+};
+
 /// What renormalise divides by, where no floor is above it.
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline T above_floor(const RouteArgs<T>& a, T sum) {
+MOE_AUDIT_HOST_DEVICE inline T above_floor(const RouteArgs<T>& a, T norm) {
   const auto rounded = [&a](T v) { return static_cast<T>(round_to(static_cast<double>(v), a.tensor_dtype)); };
-  return rounded(rounded(sum) + a.renormalise_eps);
+  return rounded(rounded(norm) + a.renormalise_eps);
 }
 /// What renormalise divides by; a NaN stays one.
 template <class T>
-MOE_AUDIT_HOST_DEVICE inline T denominator(const RouteArgs<T>& a, T sum) {
-  const T by = above_floor(a, sum);
+MOE_AUDIT_HOST_DEVICE inline T denominator(const RouteArgs<T>& a, T norm) {
+  const T by = above_floor(a, norm);
   return by < a.renormalise_floor ? a.renormalise_floor : by;
 }
 

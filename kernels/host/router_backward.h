@@ -17,7 +17,7 @@ template <class T>
 struct RouteBackwardArgs {
   /// As route() had them. With a tensor_dtype narrower than T the gradients are those of a framework whose tensors have
   /// it: every operation computes in T and each of its results, a gradient like a value, is rounded once (PyTorch's
-  /// autograd: derivatives.yaml of div, sum, gather, softmax and sigmoid). Otherwise they are those of the exact
+  /// autograd: derivatives.yaml of div, sum, norm, gather, softmax and sigmoid). Otherwise they are those of the exact
   /// formulas.
   RouteArgs<T> forward;
   const std::int32_t* chosen = nullptr;  // [tokens, top_k], of route(); negative: dropped, no gradient from it
@@ -82,12 +82,46 @@ Status check_route_backward(const RouteBackwardArgs<T>& a, const double* d_logit
   if (f.tokens < 0 || f.experts < 1) return Status::kBadShape;
   if (f.top_k < 1 || f.top_k > f.experts) return Status::kBadTopK;
   if (f.always < 0 || f.always > f.experts) return Status::kBadShape;
-  if (f.score_after_top_k && a.scores != nullptr) return Status::kBadOption;
+  if ((f.score_after_top_k && a.scores != nullptr) || !scores_fit(f)) return Status::kBadOption;
   if (f.always > 0 && (is_narrow(f.tensor_dtype) || f.score == Score::kSoftmax)) return Status::kBadOption;
   if (f.tokens > 0 && (f.logits == nullptr || d_logits == nullptr || (a.weights != nullptr && a.chosen == nullptr) ||
                        (f.always > 0 && f.always_logits == nullptr)))
     return Status::kNullPointer;
   return Status::kOk;
+}
+
+/// d norm / d score of the PNorm that `norm` is of, in exact formulas: (score / norm)^(p - 1), or, of the `at_most`
+/// largest ones, one of their equal shares; 0 at a score of 0 for p < 1 (norm_backward() of PyTorch).
+MOE_AUDIT_HOST_DEVICE inline double norm_slope(const PNorm<double>& of, double norm, double score, double at_most) {
+  if (of.largest()) return score == norm ? 1.0 / at_most : 0.0;
+  return of.p == 1.0 ? 1.0 : of.p < 1.0 && score == 0.0 ? 0.0 : power(score / norm, of.p - 1.0);
+}
+
+/// base^exponent as torch.pow has it of tensors of a narrow dtype: the exponent is of that dtype, too, and a cube of
+/// bfloat16 is two products (float16: std::pow, on a CPU).
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T rounded_power(T base, T exponent, Float dtype) {
+  const auto rounded = [dtype](T v) { return static_cast<T>(round_to(static_cast<double>(v), dtype)); };
+  if (exponent == T(1)) return base;
+  return exponent == T(3) && dtype == Float::kBF16 ? rounded(rounded(base * base) * base)
+                                                   : rounded(power(base, rounded(exponent)));
+}
+/// The gradient g of a p-norm back to one of its scores (norm_backward() in FunctionsManual.cpp of PyTorch 2.13), each
+/// result a tensor of `dtype`.
+template <class T>
+MOE_AUDIT_HOST_DEVICE inline T rounded_slope_of_norm(T g, const PNorm<T>& of, T norm, T score, T at_most, Float dtype) {
+  const auto rounded = [dtype](T v) { return static_cast<T>(round_to(static_cast<double>(v), dtype)); };
+  const auto to_the = [dtype](T v, T exponent) { return rounded_power(v, exponent, dtype); };
+  const T p = of.p;
+  if (p == T(1)) return g;
+  if (of.largest()) return score == norm ? rounded(g / at_most) : T(0);
+  if (p == T(2)) return norm == T(0) ? T(0) : rounded(g * rounded(score / norm));
+  if (p < T(1)) {
+    const T own = score == T(0) ? T(0) : to_the(score, p - T(1));
+    return rounded(rounded(own * g) * to_the(norm, T(1) - p));
+  }
+  const T own = p < T(2) ? to_the(score, p - T(1)) : rounded(score * to_the(score, p - T(2)));
+  return norm == T(0) ? T(0) : rounded(own * rounded(g / to_the(norm, p - T(1))));
 }
 
 /// d score / d logit for the scores that stand alone.
@@ -109,7 +143,8 @@ MOE_AUDIT_HOST_DEVICE inline T rounded_slope_of_sqrt_softplus(T g, T score, T lo
   return rounded(of_softplus * e / (e + T(1)));
 }
 
-/// One token with tensors of a narrow dtype. `score` has room for `experts` values; d_logits [experts].
+/// One token with tensors of a narrow dtype. `score` has room for `experts` values; d_logits [experts]. What is in
+/// `score` has no sigmoid_offset: the slope of a sigmoid knows nothing of it.
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwardArgs<T>& a, std::int64_t t,
                                                               double* score, double* d_logits) {
@@ -147,12 +182,21 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwar
     score[e] = static_cast<double>(rounded(static_cast<T>(score[e]) / sum));
   // w = gather(score); v = w / max(sum of w + eps, floor); v scaling; v of the expert's scale.
   if (upstream != nullptr) {
-    T total = 0;
+    const auto offset = [&](std::int64_t j) {
+      const T s = static_cast<T>(score[chosen[j]]);
+      return f.sigmoid_offset == T(0) ? s : rounded(s + f.sigmoid_offset);
+    };
+    PNorm<T> of{f.renormalise_norm};
     for (std::int64_t j = 0; j < f.top_k; ++j) {
-      if (chosen[j] >= 0) total += static_cast<T>(score[chosen[j]]);
+      if (chosen[j] >= 0) of.add(offset(j));
     }
-    const T by = denominator(f, total);
-    const bool floored = above_floor(f, total) < f.renormalise_floor;  // then the sum has no gradient
+    const T norm = rounded(of.root());
+    T at_most = 0;  // scores that the largest one is, where it is the norm
+    for (std::int64_t j = 0; of.largest() && j < f.top_k; ++j) {
+      if (chosen[j] >= 0 && offset(j) == norm) at_most += T(1);
+    }
+    const T by = denominator(f, norm);
+    const bool floored = above_floor(f, norm) < f.renormalise_floor;  // then the norm has no gradient
     const auto of_weight = [&](std::int64_t j) {
       T g = rounded(static_cast<T>(upstream[j]));
       if (f.expert_scale != nullptr) g = rounded(g * f.expert_scale[chosen[j]]);
@@ -161,14 +205,14 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwar
     T of_sum = 0;  // gradient of the denominator: each term a tensor element, their sum another
     for (std::int64_t j = 0; f.renormalise && !floored && j < f.top_k; ++j) {
       if (chosen[j] < 0) continue;
-      const T w = static_cast<T>(score[chosen[j]]);
-      of_sum += rounded(-of_weight(j) * rounded(rounded(w / by) / by));
+      of_sum += rounded(-of_weight(j) * rounded(rounded(offset(j) / by) / by));
     }
     of_sum = rounded(of_sum);
     for (std::int64_t j = 0; j < f.top_k; ++j) {
       if (chosen[j] < 0) continue;
       const T g = of_weight(j);
-      d_logits[chosen[j]] = static_cast<double>(f.renormalise ? rounded(rounded(g / by) + of_sum) : g);
+      const T along = rounded_slope_of_norm(of_sum, of, norm, offset(j), at_most, f.tensor_dtype);
+      d_logits[chosen[j]] = static_cast<double>(f.renormalise ? rounded(rounded(g / by) + along) : g);
     }
   }
   for (T& v : lane) v = 0;
@@ -195,7 +239,8 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_narrow_token(const RouteBackwar
   }
 }
 
-/// One token. `score` and `d` have room for `experts` values; d_logits [experts].
+/// One token. `score` and `d` have room for `experts` values; d_logits [experts]. What is in `score` has no
+/// sigmoid_offset, as above.
 template <class T>
 MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T>& a, std::int64_t t, double* score,
                                                        double* d_logits) {
@@ -243,31 +288,41 @@ MOE_AUDIT_HOST_DEVICE inline void route_backward_token(const RouteBackwardArgs<T
   const auto of_always = [&](std::int64_t s) {
     return a.always_weights == nullptr ? 0.0 : a.always_weights[t * f.always + s];
   };
-  double total = 0, product = 0;
+  const auto offset = static_cast<double>(f.sigmoid_offset);
+  const auto score_of = [&](std::int64_t j) { return score[chosen[j]] + offset; };
+  const auto always_of = [&](std::int64_t s) { return alone(logit(always[s])) + offset; };
+  PNorm<double> of{static_cast<double>(f.renormalise_norm)};
+  double product = 0, at_most = 0;  // at_most: scores that the largest one is, where it is the norm
   for (std::int64_t j = 0; upstream != nullptr && j < f.top_k; ++j) {
     if (chosen[j] < 0) continue;
-    total += score[chosen[j]];
-    product += of_weight(j) * score[chosen[j]];
+    of.add(score_of(j));
+    product += of_weight(j) * score_of(j);
   }
   for (std::int64_t s = 0; s < f.always; ++s) {
-    const double own = alone(logit(always[s]));
-    total += own;
-    product += of_always(s) * own;
+    of.add(always_of(s));
+    product += of_always(s) * always_of(s);
   }
+  const double norm = of.root();
+  for (std::int64_t j = 0; of.largest() && upstream != nullptr && j < f.top_k; ++j)
+    at_most += chosen[j] >= 0 && score_of(j) == norm ? 1.0 : 0.0;
+  for (std::int64_t s = 0; of.largest() && s < f.always; ++s) at_most += always_of(s) == norm ? 1.0 : 0.0;
   const double eps = static_cast<double>(f.renormalise_eps), floor = static_cast<double>(f.renormalise_floor);
-  const bool floored = total + eps < floor;
-  const double by = floored ? floor : total + eps, along_sum = floored ? 0.0 : product / by / by;
+  const bool floored = norm + eps < floor;
+  const double by = floored ? floor : norm + eps, along_norm = floored ? 0.0 : product / by / by;
   const double scaling = static_cast<double>(f.scaling);
-  const auto of_score = [&](double u) { return f.renormalise ? scaling * (u / by - along_sum) : scaling * u; };
+  const auto of_score = [&](double u, double s) {
+    return f.renormalise ? scaling * (u / by - along_norm * norm_slope(of, norm, s, at_most)) : scaling * u;
+  };
   for (std::int64_t j = 0; upstream != nullptr && j < f.top_k; ++j) {
-    if (chosen[j] >= 0) d_logits[chosen[j]] += of_score(of_weight(j));
+    if (chosen[j] >= 0) d_logits[chosen[j]] += of_score(of_weight(j), score_of(j));
   }
   const auto through_cap = [&](double g, double capped) {
     return softcap > 0.0 ? g * (1.0 - capped / softcap * (capped / softcap)) : g;
   };
   for (std::int64_t s = 0; a.d_always_logits != nullptr && s < f.always; ++s) {
     const double l = logit(always[s]);
-    a.d_always_logits[t * f.always + s] = through_cap(of_score(of_always(s)) * score_slope(f.score, l, alone(l)), l);
+    const double g = of_score(of_always(s), always_of(s));
+    a.d_always_logits[t * f.always + s] = through_cap(g * score_slope(f.score, l, alone(l)), l);
   }
   // From the scores to the logits.
   for (double& v : lane) v = 0;

@@ -68,6 +68,13 @@ Outputs gate(const Json&, const Inputs& in) {
   return {{"logits", {gate_logits(x, w, bias), twice(static_cast<double>(last(x)) + 1), scale}}};
 }
 
+/// p of the norm: a number, or "inf", which JSON has no number for.
+double norm_of(const Json& j) {
+  const auto p = j.find("renormalise_norm");
+  if (p == j.end()) return 1.0;
+  return p->is_number() ? p->get<double>() : std::numeric_limits<double>::infinity();
+}
+
 RouteOptions route_options(const Json& j) {
   RouteOptions o;
   o.top_k = j.value("top_k", 2);
@@ -82,6 +89,8 @@ RouteOptions route_options(const Json& j) {
   o.renormalise = j.value("renormalise", false);
   o.renormalise_eps = j.value("renormalise_eps", 0.0);
   o.renormalise_floor = j.value("renormalise_floor", 0.0);
+  o.renormalise_norm = norm_of(j);
+  o.sigmoid_offset = j.value("sigmoid_offset", 0.0);
   o.scaling = j.value("scaling", 1.0);
   o.logit_softcap = j.value("logit_softcap", 0.0);
   return o;
@@ -90,13 +99,29 @@ RouteInputs route_inputs(const Inputs& in) {
   const at::Tensor given = get(in, "given");
   return {get(in, "correction_bias"), get(in, "expert_scale"), given.defined() ? given.to(at::kLong) : given, get(in, "always_logits")};
 }
+/// The largest |ln score|: of a softmax what its logits span and the logarithm of a sum of at most E, of a sigmoid or the
+/// root of a softplus the largest logit and 1.
+double logarithm(const RouteOptions& o, const at::Tensor& logits) {
+  return o.score == Score::kSoftmax ? range_of(logits) + std::log(static_cast<double>(last(logits))) : largest(logits) + 1;
+}
+/// Of the norm of `terms` scores (kernels/host/bounds.h, norm_relative()): additions, or also powers, of which the root leaves a
+/// p-th, and the root itself.
+double norm_roundings(const RouteOptions& o, double terms, double range) {
+  const double p = o.renormalise_norm;
+  if (p == 1) return terms;
+  if (std::isinf(p)) return 0;
+  if (p == 2) return (terms + 1) / 2 + 1;
+  return 5 * range + (3 + terms) / p + 6 * (range + std::log(terms) / p) + 3;
+}
 double route_roundings(const RouteOptions& o, const Inputs& in) {
   const at::Tensor logits = get(in, "logits"), always = get(in, "always_logits");
   double score = o.score == Score::kSoftmax ? softmax_roundings(logits) : 10;
   // A capped logit has 11 roundings of its size (kernels/host/bounds.h, softcapped()), which a score feels as often as it is large.
   if (o.logit_softcap > 0) score += 2 * 11 * o.logit_softcap;
   const double terms = static_cast<double>(o.top_k + (always.defined() ? last(always) : 0));
-  return 2 * score + terms + 7;  // of the weight and of their sum; division, scaling, the expert's scale
+  if (o.sigmoid_offset > 0) score += 2;
+  // Of the weight and of their norm; division, scaling, the expert's scale.
+  return 2 * score + norm_roundings(o, terms, logarithm(o, logits)) + 7;
 }
 
 Outputs route_of(const Json& j, const Inputs& in) {
@@ -123,13 +148,18 @@ Outputs route_backward(const Json& j, const Inputs& in) {
   RouteOptions raw = o;
   raw.renormalise = false, raw.scaling = 1;
   unscaled.expert_scale = at::Tensor();
-  const double least = route(logits.detach(), raw, unscaled).weights.sum(-1).min().item<double>();
+  const at::Tensor scores = route(logits.detach(), raw, unscaled).weights;
+  const double p = o.renormalise_norm, least = at::norm(scores, p, at::IntArrayRef{-1}).min().item<double>();
   // Terms of one logit: scaling u_j / sum, and scaling sum_j u_j s_j / sum^2, both times a slope of at most 1.
   const double by_expert = inputs.expert_scale.defined() ? largest(inputs.expert_scale) : 1;
   const double largest_upstream = std::max(by_expert * largest(upstream), of_always.defined() ? largest(of_always) : 0);
   const double terms = static_cast<double>(o.top_k + (of_always.defined() ? last(of_always) : 0));
   const double scale = 2 * o.scaling * terms * largest_upstream / (o.renormalise ? least : 1);
-  const double n = twice(2 * route_roundings(o, in) + static_cast<double>(last(logits)) + 8);
+  double roundings = 2 * route_roundings(o, in) + static_cast<double>(last(logits)) + 8;
+  // The second term times (s / norm)^(p - 1), at most 1 for p >= 1 (bounds.h, route_backward_normed_relative()).
+  if (p != 1 && !std::isinf(p))
+    roundings += std::fabs(p - 1) * route_roundings(o, in) + 10 * (p + 1) * (logarithm(o, logits) + std::log(terms) / p) + terms + 9;
+  const double n = twice(roundings);
   at::Tensor loss = (r.weights * upstream).sum();
   if (of_always.defined()) loss = loss + (r.always_weights * of_always).sum();
   Outputs out = {{"chosen", {r.chosen, 0, 0}}, {"d_logits", {gradient(loss, logits), n, scale}}};

@@ -317,6 +317,15 @@ void router_vectors(Builder& b) {
   const Json with_two = {{"logits", "logits"}, {"correction_bias", "bias"}, {"always_logits", "logits of two more"}};
   b.vector("router", "always", "route", "modeling_inkling.py: shared experts in the sum",
            {{"top_k", 3}, {"score", "sigmoid"}, {"renormalise", true}, {"scaling", 8.0}}, with_two);
+  const char* torch_norm = "modeling_dbrx.py, MegaBlocks and OLMo-core: weights over their p-norm";
+  b.vector("router", "p-norm-2", "route", torch_norm, {{"top_k", 4}, {"renormalise", true}, {"renormalise_norm", 2}}, z);
+  b.vector("router", "p-norm-3", "route", torch_norm, {{"top_k", 3}, {"score", "sigmoid"}, {"renormalise", true}, {"renormalise_norm", 3}, {"scaling", 1.5}}, with_two);
+  b.vector("router", "p-norm-half", "route", torch_norm, {{"top_k", 3}, {"renormalise", true}, {"renormalise_norm", 0.5}}, z);
+  b.vector("router", "p-norm-largest", "route", torch_norm, {{"top_k", 4}, {"renormalise", true}, {"renormalise_norm", "inf"}}, z);
+  b.vector("router", "sigmoid-offset", "route", "OLMo-core nn/moe/router.py: sigmoid + 1e-7",
+           {{"top_k", 3}, {"score", "sigmoid"}, {"sigmoid_offset", 1e-7}, {"renormalise", true}, {"renormalise_norm", 2}}, biased);
+  b.vector("router", "sigmoid-offset-seen", "route", "the same, with an offset that no rounding hides",
+           {{"top_k", 3}, {"score", "sigmoid"}, {"sigmoid_offset", 0.25}, {"renormalise", true}}, with_two);
   b.tensor("gate x", spread({5, 150}, 0.1));
   b.tensor("gate w", spread({kE, 150}, 0.7));
   b.vector("router", "gate", "gate_logits", "logits = x W^T + b; 150 is more than one stretch of the sum", {}, {{"x", "gate x"}, {"w", "gate w"}, {"bias", "bias"}});
@@ -340,6 +349,13 @@ void router_vectors(Builder& b) {
            {{"logits", "logits"}, {"correction_bias", "bias"}, {"expert_scale", "scale of experts"}, {"always_logits", "logits of two more"},
             {"d_weights", "d weights"}, {"d_always_weights", "d weights of two more"}});
   b.vector("router_backward", "floor", "route_backward", autograd, {{"top_k", 2}, {"renormalise", true}, {"renormalise_floor", 0.7}}, softmax);
+  const Json of_four = {{"logits", "logits"}, {"d_weights", "d weights of 4"}};
+  b.vector("router_backward", "p-norm-2", "route_backward", autograd, {{"top_k", 4}, {"renormalise", true}, {"renormalise_norm", 2}}, of_four);
+  b.vector("router_backward", "p-norm-largest", "route_backward", autograd, {{"top_k", 4}, {"renormalise", true}, {"renormalise_norm", "inf"}}, of_four);
+  b.vector("router_backward", "p-norm-3-of-offset-sigmoids", "route_backward", autograd,
+           {{"top_k", 2}, {"score", "sigmoid"}, {"sigmoid_offset", 0.25}, {"renormalise", true}, {"renormalise_norm", 3}, {"scaling", 1.5}},
+           {{"logits", "logits"}, {"correction_bias", "bias"}, {"always_logits", "logits of two more"}, {"d_weights", "d weights"},
+            {"d_always_weights", "d weights of two more"}});
   b.tensor("gate x of 16", spread({kT, 12}, 0.2));
   b.tensor("gate w of 12", spread({kE, 12}, 0.9));
   b.tensor("d logits", spread({kT, kE}, 1.1));

@@ -44,6 +44,7 @@ struct Case {
   double eps = 0, scaling = 1, floor = 0, softcap = 0;
   bool scaled = false;  // by expert
   std::int64_t always = 0;
+  double norm = 1, offset = 0;
 };
 const Case kCases[] = {
     {"softmax"},
@@ -59,8 +60,17 @@ const Case kCases[] = {
     {"scaled by expert", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 2.5, 0, 0, true},
     {"two experts always", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 8, 0, 0, false, 2},
     {"all of it", k::Score::kSigmoid, ref::Score::kSigmoid, true, true, 1e-3, 2.5, 1.5, 2, true, 3},
-    {"always, not renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, false, 0, 2, 0, 0, true,
-     1}};
+    {"always, not renormalised", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, false, 0, 2, 0, 0, true, 1},
+    {"dbrx, p = 2", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 1, 0, 0, false, 0, 2},
+    {"p = 3", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 1, 0, 0, false, 0, 3},
+    {"p = 1.5", k::Score::kSqrtSoftplus, ref::Score::kSqrtSoftplus, false, true, 0, 1.5, 0, 0, false, 0, 1.5},
+    {"p = 1/2", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 1, 0, 0, false, 0, 0.5},
+    {"the largest", k::Score::kSoftmax, ref::Score::kSoftmax, false, true, 0, 1, 0, 0, false, 0, HUGE_VAL},
+    {"the largest, of always too", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 1, 0, 0, false, 2, HUGE_VAL},
+    {"olmo-core, sigmoid", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 1, 0, 0, false, 0, 1, 1e-7},
+    {"olmo-core, sigmoid, p = 2", k::Score::kSigmoid, ref::Score::kSigmoid, false, true, 0, 1, 0, 0, false, 0, 2, 1e-7},
+    {"an offset that is seen", k::Score::kSigmoid, ref::Score::kSigmoid, true, false, 0, 2, 0, 0, true, 1, 1, 0.25},
+    {"all of it, p = 3", k::Score::kSigmoid, ref::Score::kSigmoid, true, true, 1e-3, 2.5, 1.5, 2, true, 3, 3, 0.25}};
 
 struct Setup {
   std::int64_t tokens, experts, top_k;
@@ -77,6 +87,7 @@ ref::RouteOptions options_of(const Case& c, std::int64_t top_k) {
   o.renormalise = c.renormalise;
   o.renormalise_eps = c.eps;
   o.renormalise_floor = c.floor;
+  o.renormalise_norm = c.norm, o.sigmoid_offset = c.offset;
   o.scaling = c.scaling;
   o.logit_softcap = c.softcap;
   return o;
@@ -133,6 +144,7 @@ k::RouteBackwardArgs<double> args_of(const Case& c, const Setup& s) {
   a.forward.score = c.score, a.forward.score_after_top_k = c.after;
   a.forward.renormalise = c.renormalise, a.forward.renormalise_eps = c.eps, a.forward.scaling = c.scaling;
   a.forward.renormalise_floor = c.floor, a.forward.logit_softcap = c.softcap;
+  a.forward.renormalise_norm = c.norm, a.forward.sigmoid_offset = c.offset;
   a.forward.expert_scale = c.scaled ? s.scale.data() : nullptr;
   a.forward.always = c.always, a.forward.always_logits = s.always.data();
   a.chosen = s.chosen.data();
@@ -157,21 +169,27 @@ Gradients sizes_of(const Case& c, const Setup& s, const at::Tensor& of_scores = 
   if (c.scaled) u = u * tensor(s.scale, 1).reshape({-1}).abs().index({chosen});
   const at::Tensor score = c.after ? at::zeros_like(z).scatter(1, chosen, ref::scores(z.gather(1, chosen), c.reference))
                                    : ref::scores(z, c.reference);
-  const at::Tensor w = score.gather(1, chosen);
-  at::Tensor total = w.sum(1, true) + c.eps, product = (u * w).sum(1, true), of_always, always_score, always;
+  const at::Tensor w = score.gather(1, chosen) + c.offset;
+  at::Tensor all = w, product = (u * w).sum(1, true), of_always, always_score, always;
   if (c.always > 0) {
     always = tensor(s.always, s.tokens), of_always = tensor(s.always_upstream, s.tokens).abs();
     always_score = ref::scores(capped(always), c.reference);
-    total = total + always_score.sum(1, true);
-    product = product + (of_always * always_score).sum(1, true);
+    all = at::cat({w, always_score + c.offset}, 1);
+    product = product + (of_always * (always_score + c.offset)).sum(1, true);
   }
+  const at::Tensor norm = at::norm(all, c.norm, at::IntArrayRef{1}, true), total = norm + c.eps;
+  const auto norm_slope = [&](const at::Tensor& v) {
+    return std::isinf(c.norm) ? (v == norm).to(at::kDouble) : at::pow(v / norm, c.norm - 1);
+  };
   // Where rounding might lift a sum to its floor, or drop it below, both terms count.
   const at::Tensor by = at::clamp_min(total, c.floor), along = product / by / by;
-  const auto each = [&](const at::Tensor& v) { return std::fabs(c.scaling) * (c.renormalise ? v / by + along : v); };
-  at::Tensor g = at::zeros_like(z).scatter(1, chosen, each(u));
+  const auto each = [&](const at::Tensor& v, const at::Tensor& of) {
+    return std::fabs(c.scaling) * (c.renormalise ? v / by + along * norm_slope(of) : v);
+  };
+  at::Tensor g = at::zeros_like(z).scatter(1, chosen, each(u, w));
   if (of_scores.defined()) g = g + of_scores.abs();
   return {of_cap(c.score == k::Score::kSoftmax ? score * (g + (g * score).sum(1, true)) : of_slope(g, score, z), raw),
-          c.always > 0 ? of_cap(of_slope(each(of_always), always_score, capped(always)), always) : at::Tensor()};
+          c.always > 0 ? of_cap(of_slope(each(of_always, always_score + c.offset), always_score, capped(always)), always) : at::Tensor()};
 }
 
 /// Relative error of a score of logits that lie `range` apart.
@@ -179,16 +197,33 @@ double score_error(const Case& c, const Setup& s) {
   const at::Tensor z = tensor(s.logits, s.tokens);
   const double range = (z.amax(1) - z.amin(1)).max().item<double>();
   const double logit = k::bounds::softcapped(c.softcap, k::Float::kF64);
-  return c.score == k::Score::kSoftmax   ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
-         : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
-                                         : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
+  const double own = c.score == k::Score::kSoftmax ? k::bounds::softmax_relative(s.experts, logit, range, k::Float::kF64)
+                     : c.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(logit, k::Float::kF64)
+                                                     : k::bounds::sqrt_softplus_relative(logit, k::Float::kF64);
+  return c.offset > 0 ? k::bounds::offset_relative(own, k::Float::kF64) : own;
+}
+
+/// The largest |ln| of a score of the setup.
+double largest_logarithm(const Case& c, const Setup& s) {
+  const auto of = [&](const Doubles& logits) {
+    if (logits.empty()) return 0.0;
+    at::Tensor z = tensor(logits, s.tokens);
+    if (c.softcap > 0) z = c.softcap * at::tanh(z / c.softcap);
+    const at::Tensor score = ref::scores(z, c.reference, c.offset);
+    return score.log().abs().max().item<double>();
+  };
+  return std::max(of(s.logits), of(s.always));
 }
 
 /// Both sides are within the bound of the exact gradient.
 void check_near(const Doubles& got, const at::Tensor& want, const Case& c, const Setup& s, const at::Tensor& sizes,
                 const std::string& what) {
   const at::Tensor w = want.contiguous(), size = sizes.contiguous();
-  const double relative = 2 * k::bounds::route_backward_relative(score_error(c, s), s.experts, s.top_k + c.always, c.softcap > 0);
+  const std::int64_t terms = s.top_k + c.always;
+  const double relative =
+      2 * (c.norm == 1 ? k::bounds::route_backward_relative(score_error(c, s), s.experts, terms, c.softcap > 0)
+                       : k::bounds::route_backward_normed_relative(score_error(c, s), s.experts, terms, c.norm,
+                                                                   largest_logarithm(c, s), c.softcap > 0));
   for (std::size_t i = 0; i < got.size(); ++i) {
     const double off = std::fabs(got[i] - w.data_ptr<double>()[i]), bound = relative * size.data_ptr<double>()[i];
     BOOST_REQUIRE_MESSAGE(off <= bound, what << " at " << i << ": " << got[i] << ", not " << w.data_ptr<double>()[i]
@@ -319,6 +354,42 @@ BOOST_AUTO_TEST_CASE(losses_join_in) {
   BOOST_CHECK(none == Doubles(none.size(), 0.0));
 }
 
+/// s^(p - 1) of a score of 0 is infinite for p < 1; PyTorch gives such a score no gradient. By hand: the weights are 1 and 0, and a
+/// softmax of 1 and 0 passes nothing on.
+BOOST_AUTO_TEST_CASE(scores_of_0_have_no_slope_in_their_norm) {
+  const Doubles upstream = {3, 5};
+  const Ids chosen = {0, 1};
+  const auto gradient = [&](auto logits, k::Float dtype) {
+    k::RouteBackwardArgs<typename decltype(logits)::value_type> a;
+    a.forward.logits = logits.data(), a.forward.tokens = 1, a.forward.experts = a.forward.top_k = 2;
+    a.forward.renormalise = true, a.forward.renormalise_norm = 0.5f, a.forward.tensor_dtype = dtype;
+    a.chosen = chosen.data(), a.weights = upstream.data();
+    Doubles d(2, -7);
+    BOOST_REQUIRE(k::route_backward(a, d.data()) == k::Status::kOk);
+    return d;
+  };
+  BOOST_CHECK(gradient(Doubles{0, -800}, k::Float::kF64) == Doubles(2, 0.0));
+  BOOST_CHECK(gradient(std::vector<float>{0, -800}, k::Float::kBF16) == Doubles(2, 0.0));
+  const at::Tensor z = at::tensor({0.0, -800.0}, at::kDouble).set_requires_grad(true), s = at::softmax(z, 0);
+  (s / at::norm(s, 0.5, at::IntArrayRef{0}, true) * at::tensor(upstream)).sum().backward();
+  BOOST_CHECK(at::equal(z.grad(), at::zeros({2}, at::kDouble)));
+}
+
+BOOST_AUTO_TEST_CASE(norms_and_offsets_that_are_none_are_refused) {
+  const Setup s = setup(kCases[4], 2, 8, 2, 1);
+  Doubles d(s.logits.size());
+  const auto status = [&](double norm, double offset, k::Score score) {
+    k::RouteBackwardArgs<double> a = args_of(kCases[4], s);
+    a.forward.renormalise_norm = norm, a.forward.sigmoid_offset = offset, a.forward.score = score;
+    return k::route_backward(a, d.data());
+  };
+  BOOST_CHECK(status(2, 1e-7, k::Score::kSigmoid) == k::Status::kOk);
+  BOOST_CHECK(status(0, 0, k::Score::kSigmoid) == k::Status::kBadOption);
+  BOOST_CHECK(status(std::nan(""), 0, k::Score::kSigmoid) == k::Status::kBadOption);
+  BOOST_CHECK(status(2, 1e-7, k::Score::kSoftmax) == k::Status::kBadOption);
+  BOOST_CHECK(status(2, -1e-7, k::Score::kSigmoid) == k::Status::kBadOption);
+}
+
 // PyTorch's autograd with bfloat16 and float16 tensors (fixtures/make/router_backward_golden.py), bit for bit. But for
 // one of its operators: on the CPU the slope of a sigmoid is computed in float16 itself, each step rounded, where
 // bfloat16 and every CUDA kernel compute in float32; there two places are allowed, one for each step but the last.
@@ -345,6 +416,7 @@ BOOST_AUTO_TEST_CASE(narrow_tensors_have_the_gradients_of_autograd) {
     const std::vector<float> scale = g["expert_scale"].is_null() ? std::vector<float>() : floats("expert_scale");
     f.expert_scale = scale.empty() ? nullptr : scale.data();
     f.renormalise_floor = g["floor"], f.logit_softcap = g["softcap"];
+    f.renormalise_norm = g["norm"].is_string() ? HUGE_VALF : g["norm"].get<float>(), f.sigmoid_offset = g["offset"];
     f.score_after_top_k = g["score_after_top_k"], f.renormalise = g["renormalise"];
     f.renormalise_eps = g["eps"], f.scaling = g["scaling"], f.tensor_dtype = dtype;
     Ids got_chosen(chosen.size());

@@ -332,6 +332,29 @@ std::vector<Case> cases() {
       },
       true);
   all.back().always = 3, all.back().scaled = all.back().given = true;
+  const auto normed = [](double p, ref::Score score = ref::Score::kSoftmax, double offset = 0) {
+    return [=](ref::RouteOptions& o) {
+      o.renormalise = true, o.renormalise_norm = p, o.score = score, o.sigmoid_offset = offset;
+    };
+  };
+  add("dbrx, p = 2", 16, 4, normed(2));
+  add("p = 3", 144, 8, normed(3));
+  add("p = 1.5", 384, 32, normed(1.5));
+  add("p = 1/2", 60, 4, normed(0.5));
+  add("the largest", 64, 6, normed(kInf));
+  add("the largest of sigmoids", 64, 6, normed(kInf, ref::Score::kSigmoid));
+  add("p = 1.25 of square roots of softplus", 60, 6, normed(1.25, ref::Score::kSqrtSoftplus), true);
+  add("olmo-core, sigmoid", 64, 8, normed(1, ref::Score::kSigmoid, 1e-7), true);
+  add("olmo-core, sigmoid, p = 2", 64, 8, normed(2, ref::Score::kSigmoid, 1e-7), true);
+  add(
+      "an offset that is seen", 24, 3,
+      [](ref::RouteOptions& o) { o.score = ref::Score::kSigmoid, o.sigmoid_offset = 0.25, o.scaling = 2; }, true);
+  add("all of it, p = 3", 24, 3, [](ref::RouteOptions& o) {
+    o.score = ref::Score::kSigmoid, o.sigmoid_offset = 0.25, o.logit_softcap = 4, o.renormalise = true;
+    o.renormalise_norm = 3, o.renormalise_floor = 1.1, o.renormalise_eps = 1e-3, o.scaling = 2.5;
+    o.score_after_top_k = true;
+  });
+  all.back().always = 3, all.back().scaled = all.back().given = true;
   return all;
 }
 
@@ -381,6 +404,8 @@ k::RouteArgs<T> args_of(const Case& c, const std::vector<T>& logits, const std::
   a.renormalise = c.options.renormalise;
   a.renormalise_eps = static_cast<T>(c.options.renormalise_eps);
   a.renormalise_floor = static_cast<T>(c.options.renormalise_floor);
+  a.renormalise_norm = static_cast<T>(c.options.renormalise_norm);
+  a.sigmoid_offset = static_cast<T>(c.options.sigmoid_offset);
   a.scaling = static_cast<T>(c.options.scaling);
   a.logit_softcap = static_cast<T>(c.options.logit_softcap);
   return a;
@@ -421,7 +446,9 @@ double score_relative(const Case& c, double range, Float f) {
   const double logit = bounds::softcapped(c.options.logit_softcap, f);
   switch (c.options.score) {
     case ref::Score::kSoftmax: return bounds::softmax_relative(terms, logit, range, f);
-    case ref::Score::kSigmoid: return bounds::sigmoid_relative(logit, f);
+    case ref::Score::kSigmoid:
+      return c.options.sigmoid_offset > 0 ? bounds::offset_relative(bounds::sigmoid_relative(logit, f), f)
+                                          : bounds::sigmoid_relative(logit, f);
     case ref::Score::kSqrtSoftplus: return bounds::sqrt_softplus_relative(logit, f);
   }
   return kNan;
@@ -433,29 +460,41 @@ double range_of(const std::vector<float>& logits, std::int64_t token, std::int64
   return static_cast<double>(*high) - static_cast<double>(*low);
 }
 
-/// Bound on |weight computed in f - weight of the reference|, both from the same logits. `scores` is the sum of the
-/// chosen scores, exact but for float64.
-double weight_bound(const Case& c, double weight, double scores, double range, Float f) {
+/// The chosen scores of a token, and of those that it always has, before renormalisation: their norm, and the largest
+/// |ln score|. Exact but for float64.
+struct Chosen {
+  double norm = 0, range = 0;
+};
+
+/// Bound on |weight computed in f - weight of the reference|, both from the same logits.
+double weight_bound(const Case& c, double weight, const Chosen& scores, double range, Float f) {
+  const double p = c.options.renormalise_norm;
   const auto one = [&](Float format) {
     double r = score_relative(c, range, format);
-    if (c.options.renormalise) r = bounds::renormalised_relative(r, c.top_k + c.always, format);
+    if (c.options.renormalise)
+      r = p == 1 ? bounds::renormalised_relative(r, c.top_k + c.always, format)
+                 : bounds::normed_relative(r, c.top_k + c.always, p, scores.range, format);
     r = bounds::scaled_relative(r, format);
     return c.scaled ? bounds::scaled_relative(r, format) : r;
   };
-  const double underflow = c.options.renormalise
-                               ? bounds::renormalised_underflow(scores + c.options.renormalise_eps, c.top_k, f)
-                               : bounds::softmax_underflow(f);
+  const double underflow =
+      !c.options.renormalise ? bounds::softmax_underflow(f)
+      : p == 1               ? bounds::renormalised_underflow(scores.norm + c.options.renormalise_eps, c.top_k, f)
+                             : bounds::normed_underflow(scores.norm, c.top_k + c.always, p, f);
   return (one(f) + one(Float::kF64)) * weight + std::fabs(c.options.scaling) * underflow + 0.5 * bounds::smallest(f);
 }
 
-/// Sum of the chosen scores of each token, and of those that it always has, before renormalisation.
-std::vector<double> chosen_scores(const Case& c, const at::Tensor& logits, const std::vector<double>& bias) {
+std::vector<Chosen> chosen_scores(const Case& c, const at::Tensor& logits, const std::vector<double>& bias) {
   Case raw = c;
   raw.options.renormalise = raw.scaled = false;
   raw.options.scaling = 1;
   const ref::Routed r = reference_route(raw, logits, bias);
-  const at::Tensor sum = r.weights.sum(-1);
-  return values(c.always > 0 ? sum + r.always_weights.sum(-1) : sum);
+  const at::Tensor all = c.always > 0 ? at::cat({r.weights, r.always_weights}, -1) : r.weights;
+  const std::vector<double> norm = values(at::norm(all, c.options.renormalise_norm, at::IntArrayRef{-1})),
+                            range = values(all.clamp_min(bounds::smallest(Float::kF64)).log().abs().amax(-1));
+  std::vector<Chosen> out;
+  for (std::size_t t = 0; t < norm.size(); ++t) out.push_back({norm[t], range[t]});
+  return out;
 }
 
 template <class T>
@@ -466,7 +505,7 @@ void check_route(const Case& c, Float f) {
   const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
   const at::Tensor wide_logits = tensor(widened(logits32), {tokens, c.experts});
   const ref::Routed truth = reference_route(c, wide_logits, widened(bias32));
-  const std::vector<double> sums = chosen_scores(c, wide_logits, widened(bias32));
+  const std::vector<Chosen> scores = chosen_scores(c, wide_logits, widened(bias32));
   const std::vector<double> choice = values(truth.choice), weights = values(truth.weights);
   const std::vector<double> always = c.always > 0 ? values(truth.always_weights) : std::vector<double>();
   const std::vector<std::int64_t> chosen = ids(truth.chosen);
@@ -497,7 +536,7 @@ void check_route(const Case& c, Float f) {
     if (!same) continue;
     const std::vector<std::int64_t> shape = {c.top_k};
     CompareOptions o;
-    o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), sums[t], range, f); };
+    o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), scores[t], range, f); };
     require_ok(compare(Values<double>{shape, {weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}},
                        Values<T>{shape, {got_weights.data() + t * c.top_k, static_cast<std::size_t>(c.top_k)}}, o),
                c.name + " token " + std::to_string(t));
@@ -607,7 +646,8 @@ Plain plain_route(std::vector<double> logits, const Case& c, std::int64_t t, std
   };
   for (double& l : logits) l = cap(l);
   const auto alone = [&o](long double l) -> long double {
-    return o.score == ref::Score::kSigmoid ? 1 / (1 + std::exp(-l)) : std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
+    return o.score == ref::Score::kSigmoid ? 1 / (1 + std::exp(-l)) + static_cast<long double>(o.sigmoid_offset)
+                                           : std::sqrt(l > 20 ? l : std::log1p(std::exp(l)));
   };
   std::vector<long double> score(n);
   const double top = *std::max_element(logits.begin(), logits.end());
@@ -669,11 +709,18 @@ Plain plain_route(std::vector<double> logits, const Case& c, std::int64_t t, std
     weight.push_back(alone(cap(x.always[t * c.always + s])));
     sum += weight.back();
   }
+  const long double power = o.renormalise_norm;
+  long double norm = power == 1 ? sum : 0;
+  for (const long double v : weight) {
+    if (std::isinf(power)) norm = std::max(norm, v);
+    else if (power != 1) norm += std::exp(power * std::log(v));
+  }
+  if (power != 1 && !std::isinf(power)) norm = std::exp(std::log(norm) / power);
   for (std::size_t j = 0; j < weight.size(); ++j) {
     long double v = weight[j];
     if (over_chosen) v /= sum;
     if (o.renormalise)
-      v /= std::max(sum + static_cast<long double>(o.renormalise_eps), static_cast<long double>(o.renormalise_floor));
+      v /= std::max(norm + static_cast<long double>(o.renormalise_eps), static_cast<long double>(o.renormalise_floor));
     v *= o.scaling;
     if (c.scaled && j < p.chosen.size()) v *= x.scale[p.chosen[j]];
     (j < p.chosen.size() ? p.weights : p.always).push_back(static_cast<double>(v));
@@ -688,7 +735,7 @@ BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
     const auto tokens = static_cast<std::int64_t>(logits.size()) / c.experts;
     const at::Tensor l = tensor(widened(logits), {tokens, c.experts});
     const ref::Routed r = reference_route(c, l, bias);
-    const std::vector<double> sums = chosen_scores(c, l, bias);
+    const std::vector<Chosen> scores = chosen_scores(c, l, bias);
     const std::vector<std::int64_t> chosen = ids(r.chosen);
     const std::vector<double> weights = values(r.weights),
                               always = c.always > 0 ? values(r.always_weights) : std::vector<double>();
@@ -699,7 +746,7 @@ BOOST_AUTO_TEST_CASE(reference_agrees_with_plain_loops) {
                           c.name << " token " << t);
       CompareOptions o;
       const double range = range_of(logits, t, c.experts);
-      o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), sums[t], range, Float::kF64); };
+      o.bound = [&](std::size_t, double w) { return weight_bound(c, std::fabs(w), scores[t], range, Float::kF64); };
       const auto k_values = static_cast<std::size_t>(c.top_k);
       require_ok(compare(Values<double>{{c.top_k}, p.weights},
                          Values<double>{{c.top_k}, {weights.data() + t * c.top_k, k_values}}, o),
@@ -754,9 +801,9 @@ BOOST_AUTO_TEST_CASE(permuting_experts_permutes_the_choice) {
     CompareOptions o;
     const std::vector<double> wa = values(a.weights), wb = values(b.weights);
     const double range = 2 * 2 * 6.34;  // the largest the generator gives, both signs, times 2
-    const std::vector<double> sums = chosen_scores(c, logits, biases);
+    const std::vector<Chosen> scores = chosen_scores(c, logits, biases);
     o.bound = [&](std::size_t i, double w) {
-      return weight_bound(c, std::fabs(w), sums[i / static_cast<std::size_t>(c.top_k)], range, Float::kF64);
+      return weight_bound(c, std::fabs(w), scores[i / static_cast<std::size_t>(c.top_k)], range, Float::kF64);
     };
     require_ok(compare(Values<double>{{T, c.top_k}, wa}, Values<double>{{T, c.top_k}, wb}, o), c.name + " permuted");
   }
@@ -784,10 +831,14 @@ BOOST_AUTO_TEST_CASE(weights_have_the_sum_they_promise) {
     unscaled.correction = unscaled.scaled = false;
     const ref::Routed r =
         reference_route(unscaled, tensor(widened({all.begin(), all.begin() + 24 * c.experts}), {24, c.experts}), {});
-    const std::vector<double> sums =
-        values(c.always > 0 ? r.weights.sum(-1) + r.always_weights.sum(-1) : r.weights.sum(-1));
-    for (const double s : sums) {
-      if (c.options.renormalise || over_chosen) {
+    const at::Tensor weights = c.always > 0 ? at::cat({r.weights, r.always_weights}, -1) : r.weights;
+    const double p = c.options.renormalise_norm;
+    for (const double s : values(at::norm(weights, p, at::IntArrayRef{-1}))) {  // of PyTorch, for a second opinion
+      if (p != 1) {
+        // The norm of the quotients: twice the norm's own error, of scores within e^(+-17), and a division.
+        const double off = bounds::norm_relative(0, c.top_k + c.always, p, 17, Float::kF64);
+        BOOST_CHECK_LE(std::fabs(s - c.options.scaling), c.options.scaling * (2 * off + bounds::gamma(3, 0x1p-53)));
+      } else if (c.options.renormalise || over_chosen) {
         const auto terms = static_cast<double>(c.top_k + c.always);
         BOOST_CHECK_LE(std::fabs(s - c.options.scaling), c.options.scaling * bounds::gamma(2.0 * terms + 4, 0x1p-53));
       } else if (c.options.score == ref::Score::kSoftmax) {
@@ -795,6 +846,55 @@ BOOST_AUTO_TEST_CASE(weights_have_the_sum_they_promise) {
       }
     }
   }
+}
+
+/// By hand: softmax of ln 3, ln 4, ln 5 and 0 is 3/13, 4/13, 5/13 and 1/13; sigmoid(0) is 1/2, sigmoid(ln 3) 3/4.
+template <class T>
+void norms_by_hand() {
+  const auto weights = [](std::vector<T> logits, std::int64_t top_k, auto change) {
+    k::RouteArgs<T> a;
+    a.logits = logits.data(), a.tokens = 1, a.experts = static_cast<std::int64_t>(logits.size()), a.top_k = top_k;
+    a.renormalise = true;
+    change(a);
+    std::vector<std::int32_t> chosen(static_cast<std::size_t>(top_k));
+    std::vector<T> w(chosen.size());
+    BOOST_REQUIRE(k::route(a, {chosen.data(), w.data(), nullptr, nullptr}) == k::Status::kOk);
+    return w;
+  };
+  const auto near = [](T got, double want) { BOOST_CHECK_LE(std::fabs(got - want), 16 * std::numeric_limits<T>::epsilon()); };
+  const auto l = [](double v) { return static_cast<T>(std::log(v)); };
+  const std::vector<T> logits = {l(3), l(4), 0, T(-1)}, three = {l(3), l(4), l(5), 0};
+  const auto p = [](double v) { return [v](auto& a) { a.renormalise_norm = static_cast<T>(v); }; };
+  std::vector<T> w = weights(logits, 2, p(2));
+  near(w[0], 0.8), near(w[1], 0.6);
+  w = weights(three, 3, p(kInf));
+  near(w[0], 1), near(w[1], 0.8), near(w[2], 0.6);
+  w = weights(three, 3, p(3));  // 27 + 64 + 125 = 216 = 6^3
+  near(w[0], 5.0 / 6), near(w[1], 4.0 / 6), near(w[2], 0.5);
+  w = weights({l(9), l(4), 0, T(-1)}, 2, p(0.5));  // (3 + 2)^2 = 25
+  near(w[0], 9.0 / 25), near(w[1], 4.0 / 25);
+  const auto offset = [](bool renormalise) {
+    return [renormalise](auto& a) { a.score = k::Score::kSigmoid, a.sigmoid_offset = T(0.25), a.renormalise = renormalise; };
+  };
+  w = weights({0, l(3), T(-40), T(-50)}, 2, offset(false));
+  near(w[0], 1), near(w[1], 0.75);
+  w = weights({0, l(3), T(-40), T(-50)}, 2, offset(true));
+  near(w[0], 4.0 / 7), near(w[1], 3.0 / 7);
+  w = weights({T(-90), T(-80)}, 2, offset(true));  // the offset alone
+  near(w[0], 0.5), near(w[1], 0.5);
+}
+BOOST_AUTO_TEST_CASE(norms_and_offsets_by_hand) {
+  norms_by_hand<double>();
+  norms_by_hand<float>();
+  // Squares that float32 does not hold, as torch.norm has it: a norm of 0.
+  const float low[] = {-60, -61};
+  std::int32_t chosen[2];
+  float w[2];
+  k::RouteArgs<float> a;
+  a.logits = low, a.tokens = 1, a.experts = a.top_k = 2, a.score = k::Score::kSigmoid;
+  a.renormalise = true, a.renormalise_norm = 2;
+  BOOST_REQUIRE(k::route(a, {chosen, w, nullptr, nullptr}) == k::Status::kOk);
+  BOOST_CHECK(w[0] == HUGE_VALF && w[1] == HUGE_VALF);
 }
 
 BOOST_AUTO_TEST_CASE(reference_refuses_what_does_not_fit) {
@@ -810,6 +910,9 @@ BOOST_AUTO_TEST_CASE(reference_refuses_what_does_not_fit) {
                     c10::Error);
   BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.group_score = ref::GroupScore::kTop2Sum, o.groups = 6; })),
                     c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.renormalise = true, o.renormalise_norm = 0; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.renormalise = true, o.renormalise_norm = kNan; })), c10::Error);
+  BOOST_CHECK_THROW(ref::route(logits, with([](auto& o) { o.sigmoid_offset = 1e-7; })), c10::Error);
   ref::RouteInputs always;
   always.always_logits = at::zeros({2, 1}, at::kDouble);
   BOOST_CHECK_THROW(ref::route(logits, with([](auto&) {}), always), c10::Error);  // a softmax over which of them?

@@ -16,10 +16,15 @@ constexpr std::size_t kNamedWeights = 4096;  // routing weights of a layer that 
 }  // namespace
 
 const Node* config_value(const TraceFacts& f, std::string_view key) {
-  const Node* found = f.config.is_map() ? f.config.find(key) : nullptr;
+  const std::size_t dot = key.find('.');
+  const auto in = [&](const Node& map) {
+    const Node* found = map.find(key.substr(0, dot));
+    return dot == std::string_view::npos ? found : found && found->is_map() ? found->find(key.substr(dot + 1)) : nullptr;
+  };
+  const Node* found = f.config.is_map() ? in(f.config) : nullptr;
   if (!found && f.config.is_map()) {
     const Node* text = f.config.find("text_config");
-    if (text && text->is_map()) found = text->find(key);
+    if (text && text->is_map()) found = in(*text);
   }
   return found;
 }
@@ -80,6 +85,14 @@ std::optional<Routing> routing_of(const Trace& trace, std::string* why) {
   r.logit_softcap = number(family->logit_softcap);
   r.renormalise_floor = number(family->renormalise_floor);
   r.mixer_jitter = number(family->mixer_jitter);
+  if (const Node* p = family->renormalise_norm.key.empty() ? nullptr : config(family->renormalise_norm.key)) {
+    r.renormalise = r.renormalise && !p->is_null();
+    r.renormalise_norm = p->is_null() ? 1.0 : p->as_double().value_or(0.0);
+    if (!(r.renormalise_norm > 0)) {
+      *why = std::string(family->renormalise_norm.key) + " is no p of a norm";
+      return std::nullopt;
+    }
+  }
   fact("router.num_groups",
        [&](const Node& n) { r.groups = std::max<std::int64_t>(1, n.as_int().value_or(r.groups)); });
   fact("router.top_groups",
@@ -165,6 +178,17 @@ double score_error(const v::RoutedLayer& l, double range, Float f) {
   return l.score == k::Score::kSigmoid ? k::bounds::sigmoid_relative(off, f) : k::bounds::sqrt_softplus_relative(off, f);
 }
 
+/// Relative error of the weights of one token, whose scores have the error `score`, logits `range` apart.
+double weight_error(const k::RouteArgs<double>& args, const v::RoutedLayer& l, double score, double range, Float scores) {
+  const auto top_k = static_cast<double>(l.top_k);
+  if (!args.renormalise || args.renormalise_norm == 1)
+    return std::expm1(2 * std::log1p(score) + k::bounds::gamma(top_k + 5, unit(scores)));
+  // The norm is computed in float32 and rounded once.
+  const double norm = k::bounds::norm_relative(score, l.top_k, args.renormalise_norm,
+                                               range + std::log(static_cast<double>(l.experts)), Float::kF32);
+  return std::expm1(std::log1p(score) + std::log1p(norm) + k::bounds::gamma(6, unit(scores)));
+}
+
 /// Choice values without the groups, and how far each may be off: what allowed() looks at, of one token.
 struct OneToken {
   OneToken(const k::RouteArgs<double>& args, const v::RoutedLayer& l, Float scores)
@@ -176,10 +200,11 @@ struct OneToken {
     plain.group_score = k::GroupScore::kNone;
   }
   const double* logits(std::int64_t token) const { return l.logits.data() + token * l.experts; }
-  double error(std::int64_t token) const {  // relative, of its scores
+  double range(std::int64_t token) const {
     const auto [low, high] = std::minmax_element(logits(token), logits(token) + l.experts);
-    return score_error(l, *high - *low, scores);
+    return *high - *low;
   }
+  double error(std::int64_t token) const { return score_error(l, range(token), scores); }  // relative, of its scores
   bool allows(const k::RouteArgs<double>& args, std::int64_t token) {
     plain.logits = logits(token);
     k::route(plain, k::RouteResult<double>{chosen.data(), nullptr, nullptr, choice.data()});
@@ -282,8 +307,11 @@ void name_weights(const Routing& routing, const k::RouteArgs<double>& args, cons
   const std::size_t n = std::min(recorded.size(), kNamedWeights) / top_k * top_k;
   const Float stored = float_of(t.routing_weights->dtype), scores = score_dtype(routing, l.dtype);
   const auto [low, high] = std::minmax_element(l.logits.begin(), l.logits.end());
-  const double relative = 2 * score_error(l, *high - *low, scores) +
-                          k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)) + 2 * unit(stored);
+  const double score = score_error(l, *high - *low, scores);
+  const double relative =
+      (args.renormalise_norm == 1 ? 2 * score + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores))
+                                  : weight_error(args, l, score, *high - *low, scores)) +
+      2 * unit(stored);
   std::vector<std::size_t> used;  // weights of choices that were not dropped
   for (std::size_t i = 0; i < n; ++i) {
     if (l.dropped.empty() || !l.dropped[i]) used.push_back(i);
@@ -307,7 +335,7 @@ void name_weights(const Routing& routing, const k::RouteArgs<double>& args, cons
   const std::vector<v::Symbol> symbols = {{"k", static_cast<double>(l.top_k)}, {"2", 2}, {"scaling", args.scaling}};
   const std::vector<double> band(got.size(), relative);
   w->name = v::name_formula("weights", {got, band}, formulas, v::factors_of(symbols));
-  if (!w->name.found && args.renormalise) name_epsilon(args, l, recorded, n, relative, &w->name);
+  if (!w->name.found && args.renormalise && args.renormalise_norm == 1) name_epsilon(args, l, recorded, n, relative, &w->name);
 }
 
 /// Tokens that went outside their groups, where the masked ones got 0.0 instead of -inf.
@@ -426,8 +454,7 @@ void replay_selection(Context* ctx, const MicroBatchRecord& m, const LayerTensor
       of_others = true;
       continue;  // weights of another set say nothing
     }
-    const double by_weight =
-        std::expm1(2 * std::log1p(one.error(token)) + k::bounds::gamma(static_cast<double>(l.top_k) + 5, unit(scores)));
+    const double by_weight = weight_error(args, l, one.error(token), one.range(token), scores);
     if (!(by_weight < kTellsNothing)) {
       hidden = true;
       continue;

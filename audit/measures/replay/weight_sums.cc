@@ -12,7 +12,7 @@ namespace moeaudit::replay {
 void replay_weight_sums(Context* ctx, const MicroBatchRecord& m, const LayerTensors& t, const v::RoutedLayer& l) {
   // A softmax's chosen scores sum to k / E at least: no epsilon is as large.
   if (!ctx->routing || !ctx->routing->renormalise || !(ctx->routing->scaling > 0) || !t.routing_weights ||
-      ctx->routing->renormalise_floor > 0 || !ctx->routing->expert_scale_tensor.empty() || l.chosen.empty() || l.score == k::Score::kSoftmax)
+      ctx->routing->renormalise_norm != 1 || ctx->routing->renormalise_floor > 0 || !ctx->routing->expert_scale_tensor.empty() || l.chosen.empty() || l.score == k::Score::kSoftmax)
     return;
   std::vector<double> weights(l.chosen.size());
   if (!read_values(*t.routing_weights, 0, l.tokens * l.top_k, weights.data())) return;

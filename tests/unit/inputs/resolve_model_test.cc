@@ -1,6 +1,8 @@
 // What a config.json means for the model, family by family: MoE layers, nested keys, the order that measures replay.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "audit/inputs/inputs.h"
 #include "tests/unit/inputs/temp_tree.h"
 
@@ -192,7 +194,16 @@ TEST(ResolveModel, AnOrderThatIsNotKnownIsNotReplayed) {
   EXPECT_TRUE(facts_of(head + "1}}").routing.known());
   EXPECT_TRUE(facts_of(head + "1.0}}").routing.known());
   EXPECT_TRUE(facts_of(R"({"model_type": "dbrx"})").routing.known());
-  for (const char* other : {"2}}", "null}}", "\"one\"}}"}) {
+  EXPECT_EQ(facts_of(head + "1.0}}").routing.value().renormalise_norm, 1.0);
+  EXPECT_EQ(facts_of(R"({"model_type": "dbrx"})").routing.value().renormalise_norm, 1.0);
+  EXPECT_EQ(facts_of(head + "2}}").routing.value().renormalise_norm, 2.0);
+  EXPECT_EQ(to_text(facts_of(head + "2}}").routing.value()), "softmax, renormalised by the norm of p = 2");
+  EXPECT_EQ(facts_of(head + "Infinity}}").routing.value().renormalise_norm, std::numeric_limits<double>::infinity());
+  EXPECT_TRUE(facts_of(head + "2}}").renormalised.value());
+  const FactSheet none = facts_of(head + "null}}");
+  EXPECT_FALSE(none.routing.value().renormalise);
+  EXPECT_FALSE(none.renormalised.value());
+  for (const char* other : {"0}}", "-1}}", "NaN}}", "\"one\"}}"}) {
     const FactSheet f = facts_of(head + other);
     EXPECT_FALSE(f.routing.known()) << other;
     EXPECT_NE(f.routing.why_unknown().find("moe_normalize_expert_weights"), std::string::npos);

@@ -42,6 +42,7 @@ struct Case {
   double floor = 0, softcap = 0;
   bool scaled = false;
   std::int64_t always = 0;
+  double norm = 1, offset = 0;
 };
 
 template <class T>
@@ -62,6 +63,7 @@ void check(const Case& c, const std::string& what) {
   f.renormalise = c.renormalise;
   f.renormalise_eps = T(1e-9), f.scaling = T(2.5), f.tensor_dtype = c.dtype;
   f.renormalise_floor = static_cast<T>(c.floor), f.logit_softcap = static_cast<T>(c.softcap), f.always = c.always;
+  f.renormalise_norm = static_cast<T>(c.norm), f.sigmoid_offset = static_cast<T>(c.offset);
   const std::vector<T> scale = gaussians<T>(experts, 7), always = gaussians<T>(tokens * c.always, 8);
   const std::vector<double> of_always = gaussians<double>(tokens * c.always, 9);
   std::vector<double> d_always(of_always.size(), -7);
@@ -141,13 +143,23 @@ TEST_F(RouterBackwardCuda, SameBitsAsTheHost) {
     check<float>(c, "capped");
     c = plain, c.scaled = true;
     check<float>(c, "scaled by expert");
+    for (const double p : {0.5, 1.5, 2.0, 3.0, HUGE_VAL}) {
+      c = plain, c.norm = p;
+      check<float>(c, "norm " + std::to_string(p));
+    }
+    c = plain, c.offset = 0.25;
+    check<float>(c, "offset");
     c = plain, c.after = true;
     check<float>(c, "sigmoid after top-k");
   }
   Case c{20, 8, 60, 4, Score::kSigmoid, false, true, Float::kF64, 1, true};
-  c.floor = 3, c.softcap = 2, c.scaled = true, c.always = 3;
+  c.always = 3, c.norm = HUGE_VAL, c.offset = 0.25;
+  check<double>(c, "the largest");
+  c.floor = 3, c.softcap = 2, c.scaled = true, c.norm = 1, c.offset = 0;
   check<float>(c, "all of it");
   check<double>(c, "all of it");
+  c.norm = 3, c.offset = 0.25, c.floor = 1.5;
+  check<float>(c, "all of it, norm");
 }
 
 template <class T>

@@ -97,6 +97,10 @@ void check_rare() {
         check(a, 9, true, what + ", floor");
         a = plain, a.logit_softcap = T(1.5);
         check(a, 9, true, what + ", capped");
+        for (const double p : {0.5, 2.0, 3.0, HUGE_VAL}) {
+          a = plain, a.renormalise_norm = static_cast<T>(p);
+          check(a, 9, true, what + ", norm " + std::to_string(p));
+        }
         a.score_after_top_k = true;
         check(a, 9, false, what + ", capped, score after");
         check(plain, 9, false, what + ", scaled by expert", {true});
@@ -105,6 +109,13 @@ void check_rare() {
         a = plain, a.score_after_top_k = true;
         check(a, 9, true, what + ", score after");
         check(plain, 9, false, what + ", always", {false, false, 2});
+        if (score == Score::kSigmoid) {
+          a = plain, a.sigmoid_offset = T(1e-7);
+          check(a, 9, true, what + ", offset");
+          a.sigmoid_offset = T(0.25), a.renormalise_norm = T(1.5);
+          check(a, 9, true, what + ", offset and norm", {false, false, 2});
+        }
+        a = plain, a.score_after_top_k = true;
         a.logit_softcap = T(2), a.renormalise_floor = T(1), a.renormalise_eps = T(0.1), a.scaling = T(2.5);
         a.weights_dtype = Float::kBF16;
         check(a, 9, true, what + ", all of it", {true, true, 4});

@@ -312,6 +312,8 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
     for (T& x : scores)
       x = rounded(a.score == Score::kSigmoid ? sigmoid_of(x) : static_cast<T>(sqrt_softplus_in(x, a.tensor_dtype)),
                   a.tensor_dtype);
+    if (a.sigmoid_offset != T(0))
+      for (T& x : scores) x = rounded(x + a.sigmoid_offset, a.tensor_dtype);
   }
   *choice = scores;
   for (std::int64_t e = 0; e < a.experts && a.correction_bias != nullptr; ++e)
@@ -336,8 +338,18 @@ void route_by_the_book(const RouteArgs<T>& a, std::int64_t token, Ids* chosen, s
   weights->clear();
   for (const std::int32_t e : *chosen) weights->push_back(scores[e]);
   if (a.score_after_top_k) *weights = softmax_by_the_book(*weights, a.tensor_dtype);
+  const T p = a.renormalise_norm;
+  const auto to_the = [](T x, T exponent) {
+    return static_cast<T>(exp_exact_order(static_cast<double>(exponent) * log_exact_order(static_cast<double>(x))));
+  };
   T sum = 0;
-  for (const T w : *weights) sum += w;
+  for (const T w : *weights) {
+    if (std::isinf(p))
+      sum = std::isnan(sum) || w < sum ? sum : w;
+    else
+      sum += p == T(1) ? w : p == T(2) ? w * w : to_the(w, p);
+  }
+  if (!std::isinf(p) && p != T(1)) sum = p == T(2) ? std::sqrt(sum) : p == T(0.5) ? sum * sum : to_the(sum, 1 / p);
   sum = rounded(rounded(sum, a.tensor_dtype) + a.renormalise_eps, a.tensor_dtype);
   for (T& w : *weights) {
     if (a.renormalise) w = rounded(w / sum, a.tensor_dtype);
@@ -432,6 +444,17 @@ TEST(Route, WrittenOrderOnEveryTarget) {
       both([&](auto& a) {
         biased(a), a.bias_multiplies = true, a.score = Score::kSqrtSoftplus, a.tensor_dtype = Float::kF16;
       });
+      for (const float p : {0.5f, 2.0f, 3.0f, HUGE_VALF}) {
+        both([p](auto& a) { a.renormalise = true, a.renormalise_norm = p; });
+        both([p](auto& a) { a.renormalise = true, a.renormalise_norm = p, a.tensor_dtype = Float::kBF16; });
+      }
+      for (const float offset : {1e-7f, 0.25f}) {
+        both([&](auto& a) { biased(a), a.score = Score::kSigmoid, a.sigmoid_offset = offset, a.renormalise = true; });
+        both([&](auto& a) {
+          biased(a), a.score = Score::kSigmoid, a.sigmoid_offset = offset, a.tensor_dtype = Float::kBF16;
+          a.renormalise = true, a.renormalise_norm = 2;
+        });
+      }
       for (const GroupScore g : {GroupScore::kMax, GroupScore::kTop2Sum, GroupScore::kTopShareSum}) {
         for (const bool zero : {false, true}) {
           both([&](auto& a) {
@@ -469,6 +492,15 @@ TEST(Route, RefusesBadOptions) {
             Status::kBadGroups);
   EXPECT_EQ(status([](auto& b) { b.group_score = GroupScore::kTop2Sum, b.groups = 4; }), Status::kBadGroups);
   EXPECT_EQ(status([&](auto& b) { b.always_logits = logits, b.always = 1; }), Status::kBadOption);  // a softmax
+  const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = std::numeric_limits<double>::infinity();
+  for (const double p : {0.0, -1.0, -infinity, nan})
+    EXPECT_EQ(status([p](auto& b) { b.renormalise_norm = p; }), Status::kBadOption) << p;
+  EXPECT_EQ(status([&](auto& b) { b.renormalise_norm = infinity; }), Status::kOk);
+  for (const double offset : {-1e-7, infinity, nan})
+    EXPECT_EQ(status([&](auto& b) { b.sigmoid_offset = offset, b.score = Score::kSigmoid; }), Status::kBadOption) << offset;
+  EXPECT_EQ(status([](auto& b) { b.sigmoid_offset = 1e-7, b.score = Score::kSigmoid; }), Status::kOk);
+  EXPECT_EQ(status([](auto& b) { b.sigmoid_offset = 1e-7; }), Status::kBadOption);  // a softmax
+  EXPECT_EQ(status([](auto& b) { b.sigmoid_offset = 1e-7, b.score = Score::kSqrtSoftplus; }), Status::kBadOption);
   EXPECT_EQ(status([](auto& b) { b.always = 1, b.score = Score::kSigmoid; }), Status::kNullPointer);
   EXPECT_EQ(status([&](auto& b) { b.always_logits = logits, b.always = 5, b.score = Score::kSigmoid; }),
             Status::kBadShape);
