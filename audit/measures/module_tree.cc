@@ -1,6 +1,7 @@
 #include "audit/measures/module_tree.h"
 
 #include <algorithm>
+#include <set>
 #include <string_view>
 #include <unordered_map>
 
@@ -39,8 +40,12 @@ class Builder {
 /// MXFP4 blocks are unpacked before training (Mxfp4Config(dequantize=True)); in memory there is the plain stack.
 bool is_packed(std::string_view name) { return ends_with(name, "_blocks") || ends_with(name, "_scales"); }
 
-bool is_present(const ExpandedTensor& t, const TensorStore& store) {
+/// `hub`: the names that the family's files have.
+bool is_present(const ExpandedTensor& t, const TensorStore& store, const std::set<std::string_view>& hub) {
   if (is_packed(t.name)) return false;
+  // A bias or an indexer that the file could have is not there (a tied head is: its weight has another name).
+  const bool of_attention = t.part == Part::kAttention || t.part == Part::kNorm;
+  if (of_attention && t.optional && t.alternatives.empty() && !store.empty() && hub.count(t.name)) return store.find(t.name) != nullptr;
   if (t.alternatives.empty() || store.empty() || store.find(t.name) != nullptr) return true;
   return std::all_of(t.alternatives.begin(), t.alternatives.end(),
                      [&](const std::string& other) { return is_packed(other) || store.find(other) == nullptr; });
@@ -84,8 +89,15 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
   });
   const bool memory_names = layout.experts_fused && !(stacked_on_hub && layout.router_is_linear);
   const auto where = memory_names ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
-  for (const ExpandedTensor& t : expand(family, shape, where)) {
-    if (!is_present(t, store)) continue;
+  const std::vector<ExpandedTensor> in_files = expand(family, shape, FamilyTensor::Where::kHub), in_memory = expand(family, shape, where);
+  std::set<std::string_view> hub, without_weight;
+  for (const ExpandedTensor& t : in_files) hub.insert(t.name);
+  for (const ExpandedTensor& t : in_memory) {
+    if (leaf_of(t.name) == "weight" && !is_present(t, store, hub)) without_weight.insert(parent_of(t.name));
+  }
+  for (const ExpandedTensor& t : in_memory) {
+    // The bias of a module that another stands in for is not there either.
+    if (!is_present(t, store, hub) || (leaf_of(t.name) == "bias" && without_weight.count(parent_of(t.name)))) continue;
     const std::vector<std::int64_t> dims = shape_of(t, store);
     const int index = builder.module(parent_of(t.name));
     if (ModelModule& m = tree.modules[index]; m.kind == ModelModule::Kind::kContainer || leaf_of(t.name) == "weight") {

@@ -210,7 +210,7 @@ json facts_of(const json& row) {
       {"Mixtral", "mixtral"},       {"Qwen3Moe", "qwen3_moe"}, {"Olmoe", "olmoe"},          {"Qwen2Moe", "qwen2_moe"},
       {"GraniteMoe", "granitemoe"}, {"Phimoe", "phimoe"},      {"MiniMaxM2", "minimax_m2"},
       {"SwitchTransformers", "switch_transformers"}, {"Doge", "doge"}, {"KimiLinear", "kimi_linear"}, {"HYV4", "hy_v4"},
-      {"Kimi_K25", "deepseek_v3"},  {"NemotronH", "nemotron_h"}};
+      {"Kimi_K25", "deepseek_v3"},  {"NemotronH", "nemotron_h"}, {"BailingHybrid", "bailing_hybrid"}};
   json facts = {{"versions.transformers", row.at("transformers")}, {"model.type", "mixtral"},
                 {"balance.aux_flag", true}, {"balance.aux_added_to_loss", true}, {"balance.aux_coefficient", 0.5},
                 {"training.router_trains", true}, {"training.trainer", "SFTTrainer"}, {"training.method", "full"}};

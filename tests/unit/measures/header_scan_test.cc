@@ -249,8 +249,10 @@ TEST(HeaderScan, NamesThatSavingInvents) {
   const Renamings kimi = {{"0.block_sparse_moe.", "0.mlp."}};
   const Renamings hunyuan = {{".hc_pre.hc_attn_layer.", ".hc_attn_layer.hc_pre."}, {".hc_pre.hc_mlp_layer.", ".hc_mlp_layer.hc_pre."},
                              {".hc_pre.hc_head.", ".hc_head."}, {"mlp.linear_gate.", "mlp.gate_proj."}, {"experts.linear_gate.", "experts.gate_proj."}};
+  const Renamings ling = {{"0.attention.dense.", "0.attention.o_proj."}};
   for (const auto& [model, renamings, left_out] : {std::tuple{"models/kimi_linear-tf5", kimi, "model.layers.0.mlp.up_proj.weight"},
-                                                   {"models/hy_v4-tf5", hunyuan, "model.layers.1.hc_mlp_layer.hc_pre.hc_fn"}}) {
+                                                   {"models/hy_v4-tf5", hunyuan, "model.layers.1.hc_mlp_layer.hc_pre.hc_fn"},
+                                                   {"models/bailing_hybrid-tf5", ling, "model.layers.0.attention.f_proj.weight"}}) {
     SCOPED_TRACE(model);
     const TensorStore hub = open_weights(fixture(model));
     WeightFile file;

@@ -17,12 +17,13 @@ using Paths = std::set<std::string>;
 /// The models of fixtures/make/peft_targets.py: two layers, few experts.
 FamilyShape golden_shape(const std::string& family) {
   FamilyShape s;
-  s.layers = 2;
+  s.layers = family == "glm5_next" ? 3 : 2;
   s.hidden = 64;
-  s.experts = family == "deepseek_v3" || family == "deepseek_v2" ? 4 : 2;
+  const std::set<std::string> four = {"deepseek_v3", "deepseek_v2", "glm5_next", "bailing_hybrid", "kolibri1"};
+  s.experts = four.count(family) ? 4 : 2;
   s.expert_width = family == "mixtral" || family == "olmoe" || family == "gpt_oss" ? 32 : 16;
-  const std::set<std::string> dense_first = {"deepseek_v3", "deepseek_v2", "glm4_moe", "dots1", "llama4_text", "jamba"};
-  s.moe_layers = dense_first.count(family) ? std::vector<std::int64_t>{1} : std::vector<std::int64_t>{0, 1};
+  const std::set<std::string> dense_first = {"deepseek_v3", "deepseek_v2", "glm4_moe", "dots1", "llama4_text", "jamba", "glm5_next", "bailing_hybrid"};
+  s.moe_layers = family == "glm5_next" ? std::vector<std::int64_t>{1, 2} : dense_first.count(family) ? std::vector<std::int64_t>{1} : std::vector<std::int64_t>{0, 1};
   return s;
 }
 
@@ -107,6 +108,22 @@ TEST(PeftTargets, EveryRowOfTheRealLibrary) {
   EXPECT_EQ(count["no import"], 2u);
   EXPECT_GT(count["refused"], 500u);
   EXPECT_GT(count["reached"], 1200u);
+}
+
+/// Layer 0 of this Kimi Linear has linear attention, layer 1 has latent attention; neither has a bias, both have a dense or a shared MLP.
+TEST(PeftTargets, ModulesOfTheLayersThatHaveThem) {
+  FamilyShape shape = golden_shape("qwen2_moe");
+  shape.moe_layers = {1};
+  const ModuleTree tree = build_module_tree(*find_family("kimi_linear"), shape, MemoryLayout{.router_is_linear = false, .experts_fused = true},
+                                            open_weights(fixture("models/kimi_linear-tf5")));
+  Paths attention;
+  for (const ModelModule& m : tree.modules) {
+    if (m.part == Part::kAttention && m.kind != ModelModule::Kind::kContainer) attention.insert(m.path.substr(std::string_view("model.layers.").size()));
+  }
+  EXPECT_EQ(attention, (Paths{"0.self_attn.b_proj", "0.self_attn.conv1d", "0.self_attn.forget_gate", "0.self_attn.forget_gate.f_a_proj",
+                              "0.self_attn.forget_gate.f_b_proj", "0.self_attn.g_a_proj", "0.self_attn.g_b_proj", "0.self_attn.k_proj",
+                              "0.self_attn.o_proj", "0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.kv_a_proj_with_mqa",
+                              "1.self_attn.kv_b_proj", "1.self_attn.o_proj", "1.self_attn.q_proj"}));
 }
 
 // ---- details the golden table does not have ------------------------------------------------------------------------
