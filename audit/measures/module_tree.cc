@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace moeaudit {
 namespace {
@@ -46,6 +47,17 @@ bool is_present(const ExpandedTensor& t, const TensorStore& store) {
                      [&](const std::string& other) { return is_packed(other) || store.find(other) == nullptr; });
 }
 
+/// Tensors that some layers do without (biases, an indexer, n-gram embeddings), where the file has the names of memory and not these.
+std::unordered_set<std::string> left_out(const std::vector<ExpandedTensor>& tensors, const std::vector<ExpandedTensor>& hub, const TensorStore& store) {
+  std::unordered_set<std::string> out;
+  const auto in_a_layer = [&](const ExpandedTensor& t, bool optional) { return t.layer >= 0 && t.optional == optional && t.alternatives.empty(); };
+  if (std::none_of(tensors.begin(), tensors.end(), [&](const auto& t) { return in_a_layer(t, false) && store.find(t.name) != nullptr; })) return out;
+  for (const ExpandedTensor& t : hub) {
+    if (in_a_layer(t, true) && store.find(t.name) == nullptr) out.insert(t.name);
+  }
+  return out;
+}
+
 std::vector<std::int64_t> shape_of(const ExpandedTensor& t, const TensorStore& store) {
   const bool complete = std::find(t.shape.begin(), t.shape.end(), -1) == t.shape.end();
   if (complete) return t.shape;
@@ -84,8 +96,10 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
   });
   const bool memory_names = layout.experts_fused && !(stacked_on_hub && layout.router_is_linear);
   const auto where = memory_names ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
-  for (const ExpandedTensor& t : expand(family, shape, where)) {
-    if (!is_present(t, store)) continue;
+  const std::vector<ExpandedTensor> tensors = expand(family, shape, where);
+  const std::unordered_set<std::string> absent = left_out(tensors, expand(family, shape, FamilyTensor::Where::kHub), store);
+  for (const ExpandedTensor& t : tensors) {
+    if (!is_present(t, store) || absent.count(t.name)) continue;
     const std::vector<std::int64_t> dims = shape_of(t, store);
     const int index = builder.module(parent_of(t.name));
     if (ModelModule& m = tree.modules[index]; m.kind == ModelModule::Kind::kContainer || leaf_of(t.name) == "weight") {
