@@ -273,7 +273,7 @@ TEST(HeaderScan, NamesThatSavingInvents) {
 
 /// Loaded by AutoModelForCausalLM from files of the model with the vision tower, a language model is saved by the names in those.
 TEST(HeaderScan, NamesOfTheModelAroundALanguageModel) {
-  for (const std::string model : {"models/qwen3_5_moe_text-tf5"}) {
+  for (const std::string model : {"models/qwen3_5_moe_text-tf5", "models/qwen4_exp_text-tf5"}) {
     SCOPED_TRACE(model);
     const TensorStore own = open_weights(fixture(model));
     const std::string left_out = "model.language_model.layers.1.mlp.experts.3.up_proj.weight";

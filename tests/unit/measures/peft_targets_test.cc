@@ -113,7 +113,7 @@ TEST(PeftTargets, EveryRowOfTheRealLibrary) {
 
 /// A layer with linear attention has no projections of the other kind, neither their weights nor their biases.
 TEST(PeftTargets, LayersOfTwoKinds) {
-  for (const std::string family : {"qwen3_5_moe_text"}) {
+  for (const std::string family : {"qwen3_5_moe_text", "qwen4_exp_text"}) {
     SCOPED_TRACE(family);
     const TensorStore store = open_weights(fixture("models/" + family + "-tf5"));
     const FamilyShape shape = {3, 8, 64, 16, 32, 128, {0, 1, 2}};
@@ -127,6 +127,11 @@ TEST(PeftTargets, LayersOfTwoKinds) {
     }
     EXPECT_EQ(modules.at("model.layers.2.self_attn.q_proj"), ModelModule::Kind::kLinear);
     EXPECT_FALSE(modules.count("model.layers.2.linear_attn"));
+    std::set<std::string> ngrams;
+    for (const auto& [path, kind] : modules) {
+      if (path.ends_with(".ple.key_proj") && kind == ModelModule::Kind::kLinear) ngrams.insert(path);
+    }
+    EXPECT_EQ(ngrams, family == "qwen4_exp_text" ? Paths{"model.layers.1.ple.key_proj"} : Paths{});
   }
 }
 
