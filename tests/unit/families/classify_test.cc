@@ -177,6 +177,17 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"qwen4_exp", "model.language_model.layers.2.mlp.experts.1.up_proj.weight", kExpert, 2, 1},
                     Case{"qwen4_exp", "model.language_model.layers.2.mlp.experts.down_proj", kExpert, 2, -1, true},
                     Case{"qwen4_exp", "model.visual.blocks.0.mlp.linear_fc1.weight", Part::kOther},
+                    Case{"mistral_large4", "layers.4.gate.weight", Part::kRouter, 4},
+                    Case{"mistral_large4", "layers.4.experts.9.w2.weight", kExpert, 4, 9},
+                    Case{"mistral_large4", "layers.4.shared_experts.w1.weight", Part::kSharedExpert, 4},
+                    Case{"mistral_large4", "layers.0.feed_forward.w3.weight", Part::kDenseMlp, 0},
+                    Case{"mistral_large4", "layers.4.attention.indexer.ssmax_scaling.s", Part::kAttention, 4},
+                    Case{"mistral_large4", "layers.4.ffn_norm.weight", Part::kNorm, 4},
+                    Case{"mistral_large4", "output.weight", Part::kHead},
+                    Case{"mistral_large4", "model.language_model.layers.4.mlp.experts.gate_up_proj", kExpert, 4, -1, true},
+                    Case{"mistral_large4", "model.language_model.layers.4.mlp.gate", Part::kRouter, 4},
+                    Case{"mistral_large4", "vision_encoder.transformer.layers.0.feed_forward.w1.weight", Part::kOther},
+                    Case{"mistral_large4", "model.vision_tower.transformer.layers.0.attention.k_proj.weight", Part::kOther},
                     Case{"zaya", "model.layers.4.mlp.gate.down_proj", Part::kRouter, 4},
                     Case{"zaya", "model.layers.4.mlp.gate.router_mlp.out_proj.weight", Part::kRouter, 4},
                     Case{"zaya", "model.layers.4.mlp.experts.down_proj", kExpert, 4, -1, true},
@@ -267,6 +278,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"", "model.layers.0.mlp.gate.wg.weight", Part::kRouter, 0},  // hunyuan
         Case{"", "model.layers.0.input_layernorm.weight", Part::kNorm, 0},
         Case{"", "base_model.model.model.layers.7.mlp.shared_experts.up_proj.lora_A.weight", Part::kSharedExpert, 7},
+        Case{"", "output.weight", Part::kHead}, Case{"", "encoder.layer.3.output.weight", Part::kOther, 3},
         Case{"", "gate_proj", Part::kOther}, Case{"", "conv1d.weight", Part::kOther}));
 
 TEST(Classify, NumbersLayersThroughBothStacks) {
