@@ -263,7 +263,7 @@ Part part_by_common_names(const Path& path) {
   if (is_stack(tail)) return Part::kRoutedExpert;
   if (any(kMlps) && contains(kMlpLeaves, leaf)) return Part::kDenseMlp;
   if (contains(kEmbeddings, leaf)) return Part::kEmbedding;
-  if (contains(kHeads, leaf)) return Part::kHead;
+  if (contains(kHeads, leaf) || (leaf == "output" && tail.size() == 1 && path.layer < 0)) return Part::kHead;  // output: Mistral's own files
   return Part::kOther;
 }
 

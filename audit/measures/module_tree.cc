@@ -1,9 +1,9 @@
 #include "audit/measures/module_tree.h"
 
 #include <algorithm>
-#include <set>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace moeaudit {
 namespace {
@@ -40,15 +40,22 @@ class Builder {
 /// MXFP4 blocks are unpacked before training (Mxfp4Config(dequantize=True)); in memory there is the plain stack.
 bool is_packed(std::string_view name) { return ends_with(name, "_blocks") || ends_with(name, "_scales"); }
 
-/// `hub`: the names that the family's files have.
-bool is_present(const ExpandedTensor& t, const TensorStore& store, const std::set<std::string_view>& hub) {
+bool is_present(const ExpandedTensor& t, const TensorStore& store) {
   if (is_packed(t.name)) return false;
-  // A bias or an indexer that the file could have is not there (a tied head is: its weight has another name).
-  const bool of_attention = t.part == Part::kAttention || t.part == Part::kNorm;
-  if (of_attention && t.optional && t.alternatives.empty() && !store.empty() && hub.count(t.name)) return store.find(t.name) != nullptr;
   if (t.alternatives.empty() || store.empty() || store.find(t.name) != nullptr) return true;
   return std::all_of(t.alternatives.begin(), t.alternatives.end(),
                      [&](const std::string& other) { return is_packed(other) || store.find(other) == nullptr; });
+}
+
+/// Tensors that some layers do without (biases, an indexer, n-gram embeddings), where the file has the names of memory and not these.
+std::unordered_set<std::string> left_out(const std::vector<ExpandedTensor>& tensors, const std::vector<ExpandedTensor>& hub, const TensorStore& store) {
+  std::unordered_set<std::string> out;
+  const auto in_a_layer = [&](const ExpandedTensor& t, bool optional) { return t.layer >= 0 && t.optional == optional && t.alternatives.empty(); };
+  if (std::none_of(tensors.begin(), tensors.end(), [&](const auto& t) { return in_a_layer(t, false) && store.find(t.name) != nullptr; })) return out;
+  for (const ExpandedTensor& t : hub) {
+    if (in_a_layer(t, true) && store.find(t.name) == nullptr) out.insert(t.name);
+  }
+  return out;
 }
 
 std::vector<std::int64_t> shape_of(const ExpandedTensor& t, const TensorStore& store) {
@@ -89,15 +96,10 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
   });
   const bool memory_names = layout.experts_fused && !(stacked_on_hub && layout.router_is_linear);
   const auto where = memory_names ? FamilyTensor::Where::kMemory : FamilyTensor::Where::kHub;
-  const std::vector<ExpandedTensor> in_files = expand(family, shape, FamilyTensor::Where::kHub), in_memory = expand(family, shape, where);
-  std::set<std::string_view> hub, without_weight;
-  for (const ExpandedTensor& t : in_files) hub.insert(t.name);
-  for (const ExpandedTensor& t : in_memory) {
-    if (leaf_of(t.name) == "weight" && !is_present(t, store, hub)) without_weight.insert(parent_of(t.name));
-  }
-  for (const ExpandedTensor& t : in_memory) {
-    // The bias of a module that another stands in for is not there either.
-    if (!is_present(t, store, hub) || (leaf_of(t.name) == "bias" && without_weight.count(parent_of(t.name)))) continue;
+  const std::vector<ExpandedTensor> tensors = expand(family, shape, where);
+  const std::unordered_set<std::string> absent = left_out(tensors, expand(family, shape, FamilyTensor::Where::kHub), store);
+  for (const ExpandedTensor& t : tensors) {
+    if (!is_present(t, store) || absent.count(t.name)) continue;
     const std::vector<std::int64_t> dims = shape_of(t, store);
     const int index = builder.module(parent_of(t.name));
     if (ModelModule& m = tree.modules[index]; m.kind == ModelModule::Kind::kContainer || leaf_of(t.name) == "weight") {

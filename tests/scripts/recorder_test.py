@@ -52,7 +52,7 @@ def same(a, b):
 
 
 def small(family, **over):
-    own = {} if family in ("dbrx", "switch_transformers", "nllb_moe", "qwen3_next", "qwen3_5_moe_text") else {"num_hidden_layers": 2}
+    own = {} if family in ("dbrx", "switch_transformers", "nllb_moe", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text") else {"num_hidden_layers": 2}
     if family in ("jamba", "llama4_text"):  # every second layer has experts
         own = {"num_hidden_layers": 4}
     return build(family, **{**own, **over}).train()

@@ -189,7 +189,8 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, SavedModel,
                                          "gemma4_text-tf5", "gemma4-tf5", "inkling_text-tf5", "inkling-tf5", "zaya-tf5", "diffusion_gemma-tf5",
                                          "longcat_flash-tf4", "longcat_flash-tf5", "deepseek_v4-tf5", "doge-tf4", "doge-tf5",
                                          "kimi_linear-tf5", "hy_v4-tf5", "axk2-tf5", "ernie4_5_vl_moe-tf5",
-                                         "nemotron_h-tf5", "kimi_k25-tf5", "glm5_next-tf5", "bailing_hybrid-tf5", "kolibri1-tf5"),
+                                         "nemotron_h-tf5", "kimi_k25-tf5", "glm5_next-tf5", "bailing_hybrid-tf5", "kolibri1-tf5",
+                                         "qwen4_exp_text-tf5", "qwen4_exp-tf5", "mistral_large4-tf5"),
                          [](const auto& test) {
                            std::string name = test.param;
                            std::replace(name.begin(), name.end(), '-', '_');

@@ -273,6 +273,27 @@ TEST(HeaderScan, NamesThatSavingInvents) {
   }
 }
 
+/// Loaded by AutoModelForCausalLM from files of the model with the vision tower, a language model is saved by the names in those.
+TEST(HeaderScan, NamesOfTheModelAroundALanguageModel) {
+  for (const std::string model : {"models/qwen3_5_moe_text-tf5", "models/qwen4_exp_text-tf5"}) {
+    SCOPED_TRACE(model);
+    const TensorStore own = open_weights(fixture(model));
+    const std::string left_out = "model.language_model.layers.1.mlp.experts.3.up_proj.weight";
+    WeightFile file;
+    for (std::size_t i = 0; i < own.size(); ++i) {
+      std::string name(own[i].name);
+      if (name.starts_with("model.")) name.insert(6, "language_model.");
+      if (name != left_out) file.copy(own[i], name);
+    }
+    const TempTree tree;
+    tree.write("model.safetensors", file.text());
+    const Bench bench = scan(model_facts(fixture(model)), open_weights(tree.path()));
+    EXPECT_EQ(bench.facts.tensor_diff.value().missing, std::vector<std::string>{left_out});
+    EXPECT_EQ(bench.facts.tensor_diff.value().unexpected, std::vector<std::string>{});
+    EXPECT_EQ(bench.facts.routers.value().tensor[0], "model.language_model.layers.0.mlp.gate.weight");
+  }
+}
+
 /// backbone.embedding, as transformers before 5.16 saved Nemotron-H, is no embedding for those that do not read it.
 TEST(HeaderScan, NamesThatLaterReleasesDoNotRead) {
   nlohmann::json facts = {{"model.type", "nemotron_h"}, {"model.family", "nemotron_h"}, {"model.num_layers", 4}, {"model.moe_layers", {1}},

@@ -128,6 +128,30 @@ TEST(PeftTargets, ModulesOfTheLayersThatHaveThem) {
 
 // ---- details the golden table does not have ------------------------------------------------------------------------
 
+/// A layer with linear attention has no projections of the other kind, neither their weights nor their biases.
+TEST(PeftTargets, LayersOfTwoKinds) {
+  for (const std::string family : {"qwen3_5_moe_text", "qwen4_exp_text"}) {
+    SCOPED_TRACE(family);
+    const TensorStore store = open_weights(fixture("models/" + family + "-tf5"));
+    const FamilyShape shape = {3, 8, 64, 16, 32, 128, {0, 1, 2}};
+    std::map<std::string, ModelModule::Kind> modules;
+    for (const ModelModule& m : build_module_tree(*find_family(family), shape, regime(family, "5.23.0", "0.21.2").layout, store).modules) {
+      modules[m.path] = m.kind;
+    }
+    for (const std::string layer : {"0", "1"}) {
+      for (const auto& [path, kind] : modules) EXPECT_FALSE(path.starts_with("model.layers." + layer + ".self_attn")) << path;
+      EXPECT_EQ(modules.at("model.layers." + layer + ".linear_attn.out_proj"), ModelModule::Kind::kLinear);
+    }
+    EXPECT_EQ(modules.at("model.layers.2.self_attn.q_proj"), ModelModule::Kind::kLinear);
+    EXPECT_FALSE(modules.count("model.layers.2.linear_attn"));
+    std::set<std::string> ngrams;
+    for (const auto& [path, kind] : modules) {
+      if (path.ends_with(".ple.key_proj") && kind == ModelModule::Kind::kLinear) ngrams.insert(path);
+    }
+    EXPECT_EQ(ngrams, family == "qwen4_exp_text" ? Paths{"model.layers.1.ple.key_proj"} : Paths{});
+  }
+}
+
 class OnMixtral : public ::testing::Test {
  protected:
   TargetResolution resolve(const LoraTargets& t, const std::string& tf = "4.57.6", const std::string& pf = "0.18.1") {
