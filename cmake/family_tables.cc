@@ -400,7 +400,7 @@ void read_family(const fs::path& path, FamilyTables& t) {
       << quoted(renormalise) << ", Balance::" << kind << ", " << per_k << ", " << quoted(twice) << ", " << (documented ? "true" : "false")
       << ", " << quoted(fp32_cite) << ",\n     " << w.strings(top.list("fp32_tensors", false)) << ", "
       << w.strings(top.list("expert_names", true)) << ", " << w.strings(top.list("router_names", true)) << ", "
-      << w.strings(top.list("extras", false)) << ", " << w.strings(unknown) << ", " << w.strings(cites) << "}";
+      << w.strings(top.list("extras", false)) << ", " << w.strings(top.list("towers", false)) << ", " << w.strings(unknown) << ", " << w.strings(cites) << "}";
   top.done();
   t.families.push_back(out.str());
 }

@@ -44,6 +44,7 @@ const char* name_of(TargetFault v) {
     case TargetFault::kSplitString: return "split_string";
     case TargetFault::kDropout: return "dropout";
     case TargetFault::kLacksPartner: return "lacks_partner";
+    case TargetFault::kElsewhere: return "elsewhere";
     case TargetFault::kRefused: return "refused";
   }
   return "?";

@@ -35,7 +35,7 @@ enum class GroupScore { kNone, kMax, kTop2Sum };
 
 /// Why PEFT stops at an entry of the adapter configuration: it splits the string into letters (0.19 on transformers 5); a
 /// parameter with dropout; half of a fused projection; anything else.
-enum class TargetFault { kNone, kSplitString, kDropout, kLacksPartner, kRefused };
+enum class TargetFault { kNone, kSplitString, kDropout, kLacksPartner, kElsewhere, kRefused };
 /// How the shape of a tensor differs from the family's: its axes in another order; one axis divided by the same number in
 /// every differing tensor (one rank of tensor parallelism); otherwise.
 enum class ShapeFault { kOther, kTransposed, kSharded };

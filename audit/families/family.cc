@@ -278,19 +278,6 @@ int expert_index(const Names& tail) {
   return -1;
 }
 
-bool matches_glob(std::string_view pattern, std::string_view name) {
-  const Names runs = split(pattern, '*');
-  if (runs.size() == 1) return pattern == name;
-  if (!starts_with(name, runs.front())) return false;
-  std::size_t at = runs.front().size();
-  for (std::size_t i = 1; i + 1 < runs.size(); ++i) {
-    const std::size_t found = name.find(runs[i], at);
-    if (found == std::string_view::npos) return false;
-    at = found + runs[i].size();
-  }
-  return name.size() >= at + runs.back().size() && name.substr(name.size() - runs.back().size()) == runs.back();
-}
-
 }  // namespace
 
 double weight_scaling(const Family& family, double routed_scaling, std::int64_t top_k) {
@@ -345,9 +332,22 @@ bool has_second_set(const Family& family) {
                      [](const FamilyTensor& t) { return t.name.find("{v}") != std::string_view::npos; });
 }
 
+bool matches_glob(std::string_view pattern, std::string_view name) {
+  const Names runs = split(pattern, '*');
+  if (runs.size() == 1) return pattern == name;
+  if (!starts_with(name, runs.front())) return false;
+  std::size_t at = runs.front().size();
+  for (std::size_t i = 1; i + 1 < runs.size(); ++i) {
+    const std::size_t found = name.find(runs[i], at);
+    if (found == std::string_view::npos) return false;
+    at = found + runs[i].size();
+  }
+  return name.size() >= at + runs.back().size() && name.substr(name.size() - runs.back().size()) == runs.back();
+}
+
 bool is_known_extra(const Family& family, std::string_view name) {
-  return std::any_of(family.extras.begin(), family.extras.end(),
-                     [&](auto pattern) { return matches_glob(pattern, name); });
+  const auto fits = [&](std::string_view pattern) { return matches_glob(pattern, name); };
+  return std::any_of(family.extras.begin(), family.extras.end(), fits) || std::any_of(family.towers.begin(), family.towers.end(), fits);
 }
 
 std::optional<PatternMatch> match_pattern(std::string_view pattern, std::string_view name, std::int64_t encoder_layers) {

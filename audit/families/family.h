@@ -108,6 +108,7 @@ struct Family {
   std::span<const std::string_view> expert_names;  // names by which users target routed experts: "w1", "experts", ...
   std::span<const std::string_view> router_names;  // "gate", "router"
   std::span<const std::string_view> extras;        // files may hold these too: names with '*' for any run of characters
+  std::span<const std::string_view> towers;        // and what the class builds beside the language model, which no row describes
   std::span<const std::string_view> unknown;       // facts that are known not to be known, listed out loud
   std::span<const std::string_view> cites;         // sources of the entry as a whole
 };
@@ -154,7 +155,9 @@ struct ExpandedTensor {
 std::vector<ExpandedTensor> expand(const Family& family, const FamilyShape& shape, FamilyTensor::Where where);
 /// True for a family with {v} among its tensors.
 bool has_second_set(const Family& family);
-/// True for a name that is not of the model itself but known to come along: MTP layers, scales of quantised weights.
+/// A name of `extras` or `towers`: '*' is any run of characters.
+bool matches_glob(std::string_view pattern, std::string_view name);
+/// True for a name that no row describes but that is known to come along: towers, MTP layers, scales of quantised weights.
 bool is_known_extra(const Family& family, std::string_view name);
 
 /// Part, layer and expert of a tensor or module name under a family (nullptr: by common names alone: "experts", "gate",

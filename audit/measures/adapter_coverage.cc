@@ -328,7 +328,7 @@ class Coverage {
     }
     if (best->hits == 0 && !one_reason) why.clear();  // it matches nothing under any version, for more than one reason
     const bool experts = names_experts(*best, i < old.entries.size() ? &old.entries[i] : nullptr);
-    if (best->hits == 0 && why.empty() && experts && best->field == "target_modules") {
+    if (best->hits == 0 && (why.empty() || fault == TargetFault::kElsewhere) && experts && best->field == "target_modules") {
       why = "routed experts are 3-D parameters here, not modules: target_parameters reaches them";
     }
     const auto source = written_.sources.find(best->field);

@@ -1,6 +1,7 @@
 #include "audit/measures/module_tree.h"
 
 #include <algorithm>
+#include <set>
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
@@ -82,6 +83,22 @@ void describe(ModelModule& m, const ExpandedTensor& t, const std::vector<std::in
   m.out = std::max<std::int64_t>(0, shape[embedding ? 1 : 0]);
 }
 
+/// Files and memory may name a tower differently; then the family has both names, and files one of them.
+void list_towers(const Family& family, const TensorStore& store, ModuleTree* tree) {
+  tree->has_towers = tree->towers_listed = !family.towers.empty();
+  std::set<std::string> paths;
+  for (const std::string_view pattern : family.towers) {
+    bool found = false;
+    for (std::size_t i = 0; i < store.size(); ++i) {
+      if (!matches_glob(pattern, store[i].name)) continue;
+      paths.emplace(parent_of(store[i].name));
+      found = true;
+    }
+    tree->towers_listed &= found;
+  }
+  tree->towers.assign(paths.begin(), paths.end());
+}
+
 }  // namespace
 
 ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, const MemoryLayout& layout,
@@ -108,6 +125,7 @@ ModuleTree build_module_tree(const Family& family, const FamilyShape& shape, con
     // Buffers are not parameters: PEFT does not see them, and neither does the optimizer.
     if (leaf_of(t.name) != "e_score_correction_bias" && leaf_of(t.name) != "tid2eid") tree.parameters.push_back({t.name, index, dims});
   }
+  list_towers(family, store, &tree);
   return tree;
 }
 

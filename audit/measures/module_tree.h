@@ -38,6 +38,9 @@ struct ModelParameter {
 struct ModuleTree {
   std::vector<ModelModule> modules;  // each after its parent
   std::vector<ModelParameter> parameters;
+  bool has_towers = false;          // vision, audio: not among the modules
+  std::vector<std::string> towers;  // the paths of their modules as the files have them; empty without files
+  bool towers_listed = false;       // these are all, by their names in memory: no name of a tower is missing in the files
 };
 
 /// `store` may be empty; if not, it fills in sizes the family does not know (attention heads, vocabulary) and says which of

@@ -80,8 +80,10 @@ class Resolver {
     match_modules();
     match_parameters();
     if (gave_up_) return give_up();
-    if (out_.hits.empty() && out_.refused.empty()) refuse_empty();
+    const bool none = out_.hits.empty();
     save_modules();
+    match_towers();
+    if (none && !reaches_tower_ && out_.refused.empty()) refuse_empty();
     finish();
     return gave_up_ ? give_up() : std::move(out_);
   }
@@ -384,6 +386,29 @@ class Resolver {
     return {};
   }
 
+  /// Entries that reach nothing so far, in what is beside the language model; where its names are not known, they may.
+  void match_towers() {
+    for (std::size_t i = 0; tree_.has_towers && i < out_.entries.size() && !gave_up_; ++i) {
+      TargetEntry& e = out_.entries[i];
+      const bool modules = e.field == "target_modules" && !all_linear_ && !letters_, saves = e.field == "modules_to_save";
+      if (e.hits > 0 || e.fault != TargetFault::kNone || (!modules && !saves && e.field != "target_parameters")) continue;
+      if (excluded_entries_.count(static_cast<int>(i))) continue;
+      for (const std::string& path : tree_.towers) {
+        const bool named = saves        ? ends_with(path, e.text)
+                           : is_string_ ? modules && pattern_ && yes(pattern_->full_match(path, &steps_))
+                                        : modules && names(e.text, path) && in_layers(path);
+        if (!named || (modules && is_excluded(path))) continue;
+        ++e.hits;
+        ++e.parts[Part::kOther];
+      }
+      if (e.hits == 0 && tree_.towers_listed && (modules || saves)) continue;  // it is not there either
+      reaches_tower_ |= !saves;
+      if (e.hits > 0) continue;
+      e.fault = TargetFault::kElsewhere;
+      e.why = "it may name something beside the language model";
+    }
+  }
+
   /// _set_trainable: the plain end of the path, not from a dot on ("gate" saves shared_expert_gate too).
   void save_modules() {
     for (std::size_t i = 0; i < tree_.modules.size(); ++i) {
@@ -445,7 +470,7 @@ class Resolver {
   bool gave_up_ = false;
   std::string unreadable_;
   int first_module_ = 0, first_parameter_ = 0, first_exclude_ = 0, first_save_ = 0;
-  bool is_string_ = false, all_linear_ = false, letters_ = false;
+  bool is_string_ = false, all_linear_ = false, letters_ = false, reaches_tower_ = false;
   std::optional<PythonRegex> pattern_, exclude_pattern_;
   std::vector<std::optional<PythonRegex>> save_patterns_, rank_regex_;
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern_;

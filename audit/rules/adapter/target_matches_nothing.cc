@@ -30,7 +30,8 @@ reaches.
 ## Limits
 Entries of exclude_modules are not judged: PEFT warns about those. Expert names that match nothing while no routed
 expert is adapted are AD003's, where the reason stands. An entry that matches under one possible version and not
-under another is passed.
+under another is passed. A vision or audio tower is known by the tensors in the files of the model: without them, or where they name
+it otherwise than memory does, an entry that reaches nothing of the language model is not judged.
 )md";
 
 /// PEFT stops: what makes it accept the entry.
@@ -86,7 +87,7 @@ Outcome check(Facts& f) {
   const AdapterModules* modules = f.want(f->adapter_modules);
   std::vector<Finding> findings;
   for (std::size_t i = 0; i < targets->entry.size(); ++i) {
-    if (targets->hits[i] > 0 || targets->field[i] == "exclude_modules") continue;
+    if (targets->hits[i] > 0 || targets->field[i] == "exclude_modules" || targets->fault[i] == TargetFault::kElsewhere) continue;
     if (modules && adapter::missed_experts(*targets, i, *modules)) continue;
     if (told_before(*targets, i)) continue;
     const Location where = adapter::place_of(f, *targets, i);
