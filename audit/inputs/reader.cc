@@ -2,6 +2,7 @@
 #include "audit/inputs/reader.h"
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <utility>
 
@@ -326,6 +327,18 @@ bool builds_experts(const Family& family, const Node& text) {
   return !layers || std::find(layers->words.begin(), layers->words.end(), layers->moe) != layers->words.end();
 }
 
+/// A causal language model that comes with its own code, under a model_type that it shares with another class: Ling 2.5 has that of
+/// Ling 3 (bailing_hybrid). Hub files spell some classes otherwise than transformers does (PhiMoEForCausalLM).
+bool is_of_another_class(const ModelConfig& config, const Family& family) {
+  const Node* classes = config.root.find("architectures");
+  if (!config.root.find_path("auto_map.AutoModelForCausalLM") || !classes || !classes->is_list() || classes->items.empty()) return false;
+  const std::string& name = classes->items[0].text;
+  const auto same = [&](std::string_view own) {
+    return std::equal(own.begin(), own.end(), name.begin(), name.end(), [](unsigned char a, unsigned char b) { return std::tolower(a) == std::tolower(b); });
+  };
+  return name.ends_with("ForCausalLM") && std::none_of(family.classes.begin(), family.classes.end(), same);
+}
+
 const Family* described_by(const ModelConfig& config) {
   const Node* type = config.root.find("model_type");
   const Family* family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
@@ -333,7 +346,7 @@ const Family* described_by(const ModelConfig& config) {
     type = config.text->find("model_type");
     family = type && type->is_string() ? find_family_by_model_type(type->text) : nullptr;
   }
-  return family;
+  return family && is_of_another_class(config, *family) ? nullptr : family;
 }
 
 const Family* family_of(const ModelConfig& config) {

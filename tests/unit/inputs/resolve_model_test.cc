@@ -102,6 +102,15 @@ TEST(ResolveModel, AFamilyWithoutATableIsNamedAsTheReason) {
   EXPECT_EQ(dense.top_k.why_unknown(), "");
 }
 
+TEST(ResolveModel, AnotherClassOfTheSameModelTypeIsNotTheFamily) {
+  const auto family = [](const std::string& rest) { return facts_of(R"({"num_experts": 8, "num_local_experts": 8, )" + rest + "}").family.value(); };
+  const std::string own = R"(, "auto_map": {"AutoModelForCausalLM": "modeling.Own"})";
+  EXPECT_EQ(family(R"("model_type": "bailing_hybrid", "architectures": ["BailingMoeV2_5ForCausalLM"])" + own), "unknown");
+  EXPECT_EQ(family(R"("model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"])" + own), "bailing_hybrid");
+  EXPECT_EQ(family(R"("model_type": "phimoe", "architectures": ["PhiMoEForCausalLM"])" + own), "phimoe");
+  EXPECT_EQ(family(R"("model_type": "bailing_hybrid", "architectures": ["SomethingElse"])"), "bailing_hybrid");
+}
+
 TEST(ResolveModel, OtherWordsForTheSameLayersAreNoChange) {
   test::TempTree tree;
   RunOptions options;
