@@ -870,7 +870,8 @@ BOOST_AUTO_TEST_CASE(float32_inputs) {
 BOOST_AUTO_TEST_CASE(refused) {
   const Doubles v(8, 0.5);
   double loss = 0;
-  k::ImportanceLossArgs<double> i = args_of(v, {0, 1, 2, 4}, {}, {2, 4, 2}, {});
+  const Ids chosen = {0, 1, 2, 4};
+  k::ImportanceLossArgs<double> i = args_of(v, chosen, {}, {2, 4, 2}, {});
   BOOST_CHECK(k::importance_loss(i, {&loss, nullptr, nullptr}) == K::kBadShape);  // no expert 4
   i.chosen = nullptr;
   BOOST_CHECK(k::importance_loss(i, {&loss, nullptr, nullptr}) == K::kBadTopK);  // 2 gates of 4 experts, of which?
