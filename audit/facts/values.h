@@ -512,7 +512,7 @@ struct AdapterTargets {
   std::vector<int> line;                // in `file`; 0 unknown
   std::vector<char> certain;            // 1: the same hits under every version of the set
   std::vector<std::string> why;         // why nothing is reached, or why PEFT stops at this entry; may be empty
-  std::vector<TargetFault> fault;       // PEFT stops at this entry under every version of the set
+  std::vector<TargetFault> fault;       // PEFT stops at this entry under every version of the set; kElsewhere: nobody knows what it reaches
   std::vector<std::string> partner;     // kLacksPartner: the entry that has to stand beside this one
 
   template <class Self, class F>
