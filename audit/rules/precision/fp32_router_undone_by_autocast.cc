@@ -33,9 +33,8 @@ patch of yours that switches autocast off around the router. float16 is PR001's.
 std::string remedy(Facts& f) {
   const std::string* framework = f.want(f->framework);
   const bool axolotl = framework && framework->rfind("axolotl", 0) == 0;
-  // Axolotl: bfloat16 trains in bfloat16 without autocast (axolotl utils/config, resolve_dtype).
-  const say::Settings pure =
-      axolotl ? say::Settings{{"bf16", "false"}, {"bfloat16", "true"}} : say::Settings{{"bf16", "false"}};
+  // Axolotl: full is bfloat16 without autocast; its key bfloat16 reaches TrainingArguments as bf16 (_configure_precision_settings).
+  const say::Settings pure = {{"bf16", axolotl ? "full" : "false"}};
   return say::training(f, pure) +
          "\nwith the weights loaded in bfloat16. Or keep autocast, and switch it off around each router:\n"
          "    for name, m in model.named_modules():\n"
